@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+PYTHON ?= python3
+
+.PHONY: help
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: setup demo check lint types layers test fix bench
+setup: .venv/.ready ## make the environment in .venv
+
+demo: setup ## the main job on this machine: agents, gateway, emulated engines, two policies
+	$(BIN)/concertmaster demo
+
+check: lint types layers test ## all that CI runs, in the order that fails fastest
+
+lint: setup ## style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup ## mypy --strict
+	$(BIN)/mypy
+
+layers: setup ## who may import whom
+	$(BIN)/lint-imports
+
+test: setup ## tests, doctests and golden traces
+	$(BIN)/pytest --numprocesses 2
+
+fix: setup ## format, and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

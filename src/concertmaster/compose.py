@@ -1,0 +1,193 @@
+"""Puts the parts together: a fleet file becomes a fleet, a name a policy, both a run."""
+
+import random
+from collections.abc import Callable
+
+from concertmaster.config import FleetFile, NodeSection, PoolSection
+from concertmaster.core.errors import InputError
+from concertmaster.core.fleet import (
+    Cluster,
+    ClusterId,
+    Fleet,
+    Model,
+    Node,
+    NodeId,
+    Pool,
+    PoolId,
+    Readiness,
+    ReplicaId,
+)
+from concertmaster.core.request import ModelName
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.observe.records import RunRecords
+from concertmaster.physics.fast import FastEngine
+from concertmaster.physics.hardware import gpu, ready_s
+from concertmaster.physics.models import model_card
+from concertmaster.physics.step_time import kv_capacity_tokens, rate_curve
+from concertmaster.policies.catalog import policy as policy_named
+from concertmaster.predictors.interface import Predictor
+from concertmaster.predictors.recent import RecentLengths
+from concertmaster.sim.clairvoyant import Clairvoyant
+from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine_settings
+from concertmaster.workload.plan import Workload
+
+HERE = "local"
+"""Cluster of a fleet file that names none."""
+
+
+def build_fleet(file: FleetFile, *, name: str) -> Fleet:
+    """Turn a checked fleet file into a fleet: curves, KV room, and a node for each replica.
+
+    Raises:
+        InputError: A model or GPU is not known, weights do not fit, or nodes lack GPUs.
+    """
+    clusters = {
+        section.name: Cluster(
+            cluster_id=ClusterId(section.name), network_s=section.network_ms / 1000
+        )
+        for section in file.clusters
+    } or {HERE: Cluster(cluster_id=ClusterId(HERE))}
+    default = next(iter(clusters))
+    yard = _Yard(
+        {
+            section.name: Node(
+                node_id=NodeId(section.name),
+                cluster=clusters[section.cluster or default],
+                gpu=section.gpu,
+                gpus=section.gpus,
+            )
+            for section in map(_checked_node, file.nodes)
+        }
+    )
+    pools = []
+    replicas: dict[ReplicaId, tuple[Pool, Node, Readiness]] = {}
+    for section in file.pools:
+        pool = build_pool(section)
+        pools.append(pool)
+        for i in range(section.count):
+            node = yard.place(section, clusters[section.cluster or default], i)
+            replicas[ReplicaId(f"{section.name}-{i}")] = (pool, node, section.state)
+    return Fleet(
+        name=file.name or name,
+        clusters=tuple(clusters.values()),
+        nodes=tuple(yard.nodes.values()),
+        pools=tuple(pools),
+        replicas=replicas,
+    )
+
+
+def _checked_node(section: NodeSection) -> NodeSection:
+    gpu(section.gpu)
+    return section
+
+
+def build_pool(section: PoolSection) -> Pool:
+    """Look a pool's model and GPU up and compute its rate curve and KV room."""
+    card, hardware = model_card(section.model), gpu(section.gpu)
+    curve = rate_curve(card, hardware, section.tensor_parallel)
+    kv_blocks = section.kv_blocks
+    if kv_blocks is None:
+        tokens = kv_capacity_tokens(
+            card, hardware, section.tensor_parallel, memory_ratio=section.memory_ratio
+        )
+        kv_blocks = tokens // section.block_tokens
+    return Pool(
+        pool_id=PoolId(section.name),
+        model=Model(
+            name=ModelName(section.model),
+            context_tokens=card.context_tokens,
+            weights_bytes=card.weights_bytes,
+            kv_bytes_per_token=card.kv_bytes_per_token,
+        ),
+        gpu=section.gpu,
+        tensor_parallel=section.tensor_parallel,
+        curve=curve,
+        kv_blocks=kv_blocks,
+        block_tokens=section.block_tokens,
+        max_sequences=section.max_sequences,
+        max_batch_tokens=section.max_batch_tokens,
+        priority_scheduling=section.scheduling == "priority",
+        prefix_caching=section.prefix_caching,
+        ready_s={state: ready_s(state.value, card.weights_bytes, hardware) for state in Readiness},
+    )
+
+
+class _Yard:
+    """Places replicas on nodes, first fit; without named nodes each gets a node of its own."""
+
+    def __init__(self, named: dict[str, Node]) -> None:
+        self.nodes: dict[str, Node] = named
+        self._named = bool(named)
+        self._free = {name: node.gpus for name, node in named.items()}
+
+    def place(self, section: PoolSection, cluster: Cluster, number: int) -> Node:
+        needs = section.tensor_parallel if section.state is Readiness.RUNNING else 0
+        if not self._named:
+            node = Node(
+                node_id=NodeId(f"{section.name}-{number}"),
+                cluster=cluster,
+                gpu=section.gpu,
+                gpus=section.tensor_parallel,
+            )
+            self.nodes[node.node_id] = node
+            return node
+        for name, node in self.nodes.items():
+            fits = node.gpu == section.gpu and self._free[name] >= needs
+            if fits and (section.cluster is None or node.cluster is cluster):
+                self._free[name] -= needs
+                return node
+        raise InputError(
+            "fleet",
+            f"pools.{section.name}",
+            f"no node has {needs} free {section.gpu} for replica {number}",
+            "add a [[nodes]] entry or fewer replicas",
+        )
+
+
+def simulate(
+    fleet: Fleet,
+    workload: Workload,
+    policy_name: str,
+    *,
+    seed: int,
+    make_engine: EngineFactory | None = None,
+    observe: Observer | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> RunRecords:
+    """Run one workload through one policy in virtual time.
+
+    Raises:
+        InputError: No policy has this name.
+    """
+    policy = policy_named(policy_name)
+    scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
+    predictor: Predictor = Clairvoyant(workload) if policy.clairvoyant else RecentLengths()
+    simulation = Simulation(
+        scheduler,
+        workload,
+        predictor,
+        make_engine or (lambda pool: FastEngine(pool.curve, engine_settings(pool))),
+        observe=observe,
+        progress=progress,
+    )
+    return simulation.run(policy=policy_name, seed=seed)
+
+
+def endpoints(file: FleetFile) -> dict[ReplicaId, str]:
+    """Return the address of each replica, for a fleet that is served.
+
+    Raises:
+        InputError: A pool names no endpoints.
+    """
+    found: dict[ReplicaId, str] = {}
+    for i, section in enumerate(file.pools):
+        if not section.endpoints:
+            raise InputError(
+                "fleet",
+                f"pools[{i}].endpoints",
+                f'pool "{section.name}" has no endpoints to serve from',
+                'add endpoints = ["http://HOST:PORT", ...]',
+            )
+        for number, url in enumerate(section.endpoints):
+            found[ReplicaId(f"{section.name}-{number}")] = url
+    return found

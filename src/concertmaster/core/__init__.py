@@ -1,0 +1,1 @@
+"""Facts and rules of scheduling: events in, actions out, standard library only."""

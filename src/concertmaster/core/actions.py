@@ -1,0 +1,68 @@
+"""Everything that the scheduler can ask for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from concertmaster.core.events import FailReason, RejectReason
+from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.request import RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send this call to this replica now.
+
+    Attributes:
+        attempt: Counts from 1; every later event about the call carries it.
+        priority: For engines that take one; lower goes first.
+        waited_s: How long the call stood in line.
+        costs_s: Replica to scorer to seconds, for the chosen replica and, if the scheduler
+            records candidates, the others that were open to it.
+    """
+
+    request_id: RequestId
+    replica_id: ReplicaId
+    attempt: int
+    priority: int
+    waited_s: float
+    costs_s: Mapping[ReplicaId, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Tell the caller no.
+
+    Attributes:
+        retry_after_s: When it is worth trying again; ``None`` if never.
+    """
+
+    request_id: RequestId
+    reason: RejectReason
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Tell the caller that the call broke and cannot be tried again."""
+
+    request_id: RequestId
+    reason: FailReason
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop this call on this replica; its caller is gone."""
+
+    request_id: RequestId
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Bring this replica's weights back; report ``ReplicaReady`` or ``ReplicaDied``."""
+
+    replica_id: ReplicaId
+
+
+Action: TypeAlias = Dispatch | Reject | Fail | Cancel | Wake

@@ -1,0 +1,87 @@
+"""The exception tree: whose fault it is decides the family.
+
+::
+
+    ConcertmasterError
+      InputError          a file, flag or name is wrong; exit code 2, one line, no traceback
+      CallerError         the caller can mend it (4xx)
+        InvalidRequestError   400
+        ModelNotFoundError    404
+        TooLargeError         413
+      FleetError          we can mend it (5xx, and 429 when the line is full)
+"""
+
+import difflib
+from collections.abc import Collection
+
+
+class ConcertmasterError(Exception):
+    """Whatever this package raises on purpose."""
+
+
+class InputError(ConcertmasterError):
+    """Something the user wrote is wrong: where, expected, found, remedy.
+
+    >>> problem = 'expected an integer >= 1, got "64"'
+    >>> print(InputError("fleet.toml", "pools[1].replicas", problem, "remove the quotes"))
+    fleet.toml: pools[1].replicas: expected an integer >= 1, got "64" (remove the quotes)
+    """
+
+    def __init__(self, file: str, where: str, problem: str, hint: str = "") -> None:
+        super().__init__(file, where, problem, hint)
+        self.file = file
+        self.where = where
+        self.problem = problem
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """One line: find it, mend it."""
+        place = ": ".join(part for part in (self.file, self.where) if part)
+        return f"{place}: {self.problem}" + (f" ({self.hint})" if self.hint else "")
+
+
+def unknown_name(file: str, where: str, kind: str, name: str, known: Collection[str]) -> InputError:
+    """Build the error for a name that is not known, with the nearest one that is.
+
+    >>> print(unknown_name("fleet.toml", "pools[0]", "key", "replcas", {"replicas", "model"}))
+    fleet.toml: pools[0]: unknown key "replcas" (did you mean "replicas"? known: model, replicas)
+    """
+    close = difflib.get_close_matches(name, known, n=1)
+    guess = f'did you mean "{close[0]}"? ' if close else ""
+    return InputError(
+        file, where, f'unknown {kind} "{name}"', f"{guess}known: {', '.join(sorted(known))}"
+    )
+
+
+class CallerError(ConcertmasterError):
+    """The caller sent what cannot be served; ``status`` is the HTTP status to answer."""
+
+    status = 400
+    error_type = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequestError(CallerError):
+    """A field of the request is missing or wrong."""
+
+    code = "invalid_request"
+
+
+class ModelNotFoundError(CallerError):
+    """No pool of the fleet serves the model that was asked for."""
+
+    status = 404
+    error_type = "not_found_error"
+    code = "model_not_found"
+
+
+class TooLargeError(CallerError):
+    """The body is larger than the gateway accepts."""
+
+    status = 413
+    code = "request_too_large"

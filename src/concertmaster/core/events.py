@@ -1,0 +1,127 @@
+"""Everything that can happen to the scheduler.
+
+An event about a dispatched call names the attempt it belongs to, so that news of an attempt
+that is over (cancelled, or lost with its replica) is known as stale and ignored.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from concertmaster.core.fleet import Readiness, ReplicaId
+from concertmaster.core.forecast import NO_FORECAST, Forecast
+from concertmaster.core.request import Request, RequestId, WorkflowId
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A caller is waiting; every call it depends on has finished."""
+
+    request: Request
+    forecast: Forecast = NO_FORECAST
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """The caller is gone, wherever its call is."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class TokensStreamed:
+    """Calls have produced tokens: (request, attempt, output tokens since its start)."""
+
+    progress: tuple[tuple[RequestId, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """The last token is out.
+
+    Attributes:
+        output_tokens: How many there were.
+    """
+
+    request_id: RequestId
+    attempt: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The engine refused or broke the call.
+
+    Attributes:
+        retriable: True if the caller has seen nothing of it, so that another replica may try.
+    """
+
+    request_id: RequestId
+    attempt: int
+    retriable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDied:
+    """A replica is gone with all it was doing; it may come back as ``ReplicaReady``."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """A replica can serve: it was woken, or it came back."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDemoted:
+    """A replica's weights were moved away while it was idle."""
+
+    replica_id: ReplicaId
+    readiness: Readiness
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDraining:
+    """A replica takes no further calls but finishes those it has."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowClosed:
+    """The caller says that no call of this workflow will follow."""
+
+    workflow_id: WorkflowId
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The instant asked for by ``next_wakeup_s`` has come."""
+
+
+Event: TypeAlias = (
+    RequestArrived
+    | RequestCancelled
+    | TokensStreamed
+    | RequestFinished
+    | RequestFailed
+    | ReplicaDied
+    | ReplicaReady
+    | ReplicaDemoted
+    | ReplicaDraining
+    | WorkflowClosed
+    | TimerFired
+)
+
+RejectReason: TypeAlias = Literal[
+    "model_not_found",
+    "too_long",
+    "queue_full",
+    "waited_too_long",
+    "no_replica",
+]
+"""Why a call is refused; a metrics label, so the set stays small."""
+
+FailReason: TypeAlias = Literal["replica_died", "engine_error"]

@@ -1,0 +1,250 @@
+"""Models, clusters, pools and replicas: what there is, and what each replica has in flight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+from concertmaster.core.cost import RateCurve
+from concertmaster.core.memory import KvLedger, PrefixIndex
+from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName, Request, RequestId
+
+PoolId = NewType("PoolId", str)
+ReplicaId = NewType("ReplicaId", str)
+ClusterId = NewType("ClusterId", str)
+NodeId = NewType("NodeId", str)
+
+
+class Readiness(StrEnum):
+    """Where the weights of a replica's model lie, from ready to far (Maestro 3.2)."""
+
+    RUNNING = "running"
+    SLEEPING = "sleeping"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What the scheduler needs to know of a model."""
+
+    name: ModelName
+    context_tokens: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A site: its nodes are near each other.
+
+    Attributes:
+        network_s: Round trip from the caller.
+    """
+
+    cluster_id: ClusterId
+    network_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine with GPUs of one kind."""
+
+    node_id: NodeId
+    cluster: Cluster
+    gpu: str
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Interchangeable replicas: one model on one kind of GPU with one set of settings.
+
+    Attributes:
+        kv_blocks: KV blocks of one replica.
+        max_sequences: Most calls that one replica decodes at once.
+        ready_s: Seconds until a replica in that state can serve.
+        priority_scheduling: Whether its engines take a priority (vLLM: lower goes first).
+    """
+
+    pool_id: PoolId
+    model: Model
+    gpu: str
+    tensor_parallel: int
+    curve: RateCurve
+    kv_blocks: int
+    block_tokens: int = 16
+    max_sequences: int = 256
+    max_batch_tokens: int = 2048
+    priority_scheduling: bool = False
+    prefix_caching: bool = True
+    ready_s: Mapping[Readiness, float] = field(default_factory=dict)
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV room of one replica, in tokens."""
+        return self.kv_blocks * self.block_tokens
+
+    def longest_s(self, request: Request) -> float:
+        """Upper end of a call's service here: its whole prompt and all it may generate."""
+        return self.service_s(request.prompt_tokens, request.max_output_tokens, batch=1)
+
+    def service_s(self, prompt_tokens: int, output_tokens: float, *, batch: int) -> float:
+        """Seconds of prefill and decode in a batch of this size."""
+        kv_tokens = batch * (prompt_tokens + output_tokens / 2)
+        return self.curve.prefill_s(
+            prompt_tokens, chunk_tokens=self.max_batch_tokens
+        ) + self.curve.decode_s(output_tokens, batch=batch, kv_tokens=kv_tokens)
+
+
+@dataclass(slots=True, kw_only=True)
+class InFlight:
+    """One call on one replica: what it was promised and how far it has come.
+
+    Attributes:
+        prefill_tokens: Prompt tokens still to be computed; 0 from the first token on.
+        decode_tokens: Output tokens still predicted.
+        streamed_tokens: Output tokens seen.
+    """
+
+    request: Request
+    prefill_tokens: int
+    decode_tokens: int
+    expected_tokens: int
+    streamed_tokens: int = 0
+
+
+class Replica:
+    """One running copy of a model, the unit of placement. Policies read it, never write.
+
+    Attributes:
+        alive: False from its death until it is reported ready again.
+        draining: True if it takes no further calls.
+        prefill_tokens: Prompt tokens in flight that are not computed yet.
+        decode_tokens: Predicted output tokens in flight.
+        context_tokens: KV tokens that the calls in flight hold by forecast.
+        prefill_clear_s: Instant by which the prefill handed over so far should be done.
+        last_dispatch: Serial number of the last dispatch to it, over the whole fleet; 0 if none.
+    """
+
+    __slots__ = (
+        "alive",
+        "context_tokens",
+        "decode_tokens",
+        "draining",
+        "in_flight",
+        "kv",
+        "last_dispatch",
+        "network_s",
+        "node",
+        "pool",
+        "prefill_clear_s",
+        "prefill_tokens",
+        "prefixes",
+        "readiness",
+        "replica_id",
+    )
+
+    def __init__(
+        self,
+        replica_id: ReplicaId,
+        pool: Pool,
+        node: Node,
+        readiness: Readiness = Readiness.RUNNING,
+    ) -> None:
+        self.replica_id = replica_id
+        self.pool = pool
+        self.node = node
+        self.network_s = node.cluster.network_s
+        self.readiness = readiness
+        self.alive = True
+        self.draining = False
+        self.kv = KvLedger(capacity_blocks=pool.kv_blocks, block_tokens=pool.block_tokens)
+        self.prefixes = PrefixIndex(capacity_chunks=max(1, pool.kv_tokens // PREFIX_CHUNK_TOKENS))
+        self.in_flight: dict[RequestId, InFlight] = {}
+        self.prefill_tokens = 0
+        self.decode_tokens = 0
+        self.context_tokens = 0
+        self.prefill_clear_s = 0.0
+        self.last_dispatch = 0
+
+    @property
+    def running_requests(self) -> int:
+        """Calls that it was handed and has not finished."""
+        return len(self.in_flight)
+
+    def admit(self, now_s: float, call: InFlight, kv_tokens: int) -> None:
+        """Enter a call into every ledger."""
+        request = call.request
+        self.kv.reserve(request.request_id, kv_tokens)
+        self.prefixes.touch(request.prefix_hashes)
+        self.in_flight[request.request_id] = call
+        self.prefill_tokens += call.prefill_tokens
+        self.decode_tokens += call.decode_tokens
+        self.context_tokens += request.prompt_tokens + call.expected_tokens
+        prefill_s = self.pool.curve.prefill_s(
+            call.prefill_tokens, chunk_tokens=self.pool.max_batch_tokens
+        )
+        self.prefill_clear_s = max(now_s, self.prefill_clear_s) + prefill_s
+
+    def stream(self, request_id: RequestId, streamed_tokens: int) -> int:
+        """Take in that a call has now produced this many tokens; return how many are new."""
+        call = self.in_flight[request_id]
+        fresh = streamed_tokens - call.streamed_tokens
+        if fresh <= 0:
+            return 0
+        call.streamed_tokens = streamed_tokens
+        self.prefill_tokens -= call.prefill_tokens
+        call.prefill_tokens = 0
+        left = max(1, call.expected_tokens - streamed_tokens)
+        self.decode_tokens -= call.decode_tokens - left
+        call.decode_tokens = left
+        self.kv.grow(request_id, call.request.prompt_tokens + streamed_tokens)
+        return fresh
+
+    def release(self, request_id: RequestId) -> InFlight:
+        """Strike a call from every ledger."""
+        call = self.in_flight.pop(request_id)
+        self.kv.release(request_id)
+        self.prefill_tokens -= call.prefill_tokens
+        self.decode_tokens -= call.decode_tokens
+        self.context_tokens -= call.request.prompt_tokens + call.expected_tokens
+        if not self.in_flight:
+            self.prefill_clear_s = 0.0
+        return call
+
+    def validate(self) -> None:
+        """Check that totals are the sums of their parts, and zero when idle."""
+        calls = self.in_flight.values()
+        self.kv.validate()
+        assert self.prefill_tokens == sum(call.prefill_tokens for call in calls)
+        assert self.decode_tokens == sum(call.decode_tokens for call in calls)
+        assert len(self.in_flight) <= self.pool.max_sequences, "more calls than sequences"
+        if not self.in_flight:
+            ledgers = (self.kv.reserved_blocks, self.prefill_tokens, self.context_tokens)
+            assert ledgers == (0, 0, 0), f"{self.replica_id} is idle but holds {ledgers}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """All pools and replicas, as a fleet file describes them. Immutable: the scheduler copies it.
+
+    Attributes:
+        replicas: Replica id to (pool, node, first state), in a stable order.
+    """
+
+    name: str
+    clusters: tuple[Cluster, ...]
+    nodes: tuple[Node, ...]
+    pools: tuple[Pool, ...]
+    replicas: Mapping[ReplicaId, tuple[Pool, Node, Readiness]]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs in all."""
+        return sum(pool.tensor_parallel for pool, _, _ in self.replicas.values())
+
+    def build(self) -> list[Replica]:
+        """Return fresh, idle replicas."""
+        return [Replica(name, *facts) for name, facts in self.replicas.items()]

@@ -1,0 +1,134 @@
+"""The questions a policy answers, in the order they are asked.
+
+May the line take it (``Admission``), which pools may serve it (``Router``), who goes first
+(``Ordering``), may this replica serve it (``Filter``), what would that cost in seconds
+(``Scorer``), which one (``Picker``). A policy owns no clock, no random source and no memory:
+what it may know is handed to it, and the same question gets the same answer.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from concertmaster.core.events import RejectReason
+from concertmaster.core.fleet import Pool, PoolId, Replica
+from concertmaster.core.forecast import Forecast
+from concertmaster.core.queue import Waiting
+from concertmaster.core.request import Request
+from concertmaster.core.workflow import Workflow
+
+
+class Admission(Protocol):
+    """May this call join the line?"""
+
+    def refuses(self, request: Request, waiting_requests: int) -> RejectReason | None:
+        """Return why not, or ``None`` to let it in."""
+
+    def expires_s(self, request: Request) -> float:
+        """Return the instant at which it is refused if it still waits."""
+
+
+class Router(Protocol):
+    """Which pools may serve this call?"""
+
+    def route(
+        self, request: Request, forecast: Forecast, pools: Sequence[Pool]
+    ) -> tuple[PoolId, ...]:
+        """Choose at least one of the pools that can hold the call, in a stable order."""
+
+
+class Ordering(Protocol):
+    """Which waiting call goes next?"""
+
+    @property
+    def drifts(self) -> bool:
+        """True if a call's urgency may grow while it waits; it must never shrink."""
+
+    def urgency_s(
+        self, request: Request, forecast: Forecast, workflow: Workflow, pool: Pool
+    ) -> float:
+        """Seconds by which it is less urgent than an immediate call; smallest goes first.
+
+        Args:
+            request: The call.
+            forecast: What is predicted of it.
+            workflow: Its workflow so far.
+            pool: The first pool it may go to, to turn tokens into seconds.
+        """
+
+
+class Filter(Protocol):
+    """Which of these replicas may serve this call at all?"""
+
+    @property
+    def name(self) -> str:
+        """Stable name: it appears in traces and explanations."""
+
+    def keep(self, call: Waiting, pool: Pool, replicas: Iterable[Replica]) -> list[Replica]:
+        """Drop replicas of one pool where serving would fail, not where it is merely slow.
+
+        It takes a pool's replicas at once, so that what they share is computed once.
+        """
+
+
+class Scorer(Protocol):
+    """What would this replica cost this call?"""
+
+    @property
+    def name(self) -> str:
+        """Stable name: it appears in traces and explanations."""
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Seconds added to the call. 0.0 is free, lower is better, never negative.
+
+        A scorer sees one replica at a time, so it cannot grade on a curve: a replica's
+        cost does not depend on which others were offered.
+        """
+
+
+class Picker(Protocol):
+    """Which of the remaining replicas gets the call?"""
+
+    def pick(
+        self,
+        call: Waiting,
+        replicas: Sequence[Replica],
+        cost_s: Callable[[Replica], float],
+        rng: random.Random,
+    ) -> Replica:
+        """Choose from a non-empty sequence; the same inputs give the same choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """All answers together.
+
+    Attributes:
+        aging: Seconds of urgency that a second of waiting is worth; above 0, so that no call
+            waits for ever.
+        window_s: Prefill that a replica may have been handed ahead of time. Smaller keeps
+            more calls in the line, where their order can still change.
+        kv_level: Probability with which an answer shall fit the KV room promised to it.
+        clairvoyant: True for a named oracle: the driver may then forecast from the truth.
+    """
+
+    name: str
+    admission: Admission
+    router: Router
+    ordering: Ordering
+    filters: tuple[Filter, ...]
+    scorers: tuple[Scorer, ...]
+    picker: Picker
+    aging: float = 1.0
+    window_s: float = 0.25
+    kv_level: float = 0.9
+    clairvoyant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.aging <= 0:
+            raise ValueError(f"policy {self.name!r}: aging must be above 0, got {self.aging}")
+
+    def costs_s(self, now_s: float, call: Waiting, replica: Replica) -> Mapping[str, float]:
+        """Seconds by scorer, for the record."""
+        return {scorer.name: scorer.cost_s(now_s, call, replica) for scorer in self.scorers}

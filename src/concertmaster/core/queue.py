@@ -1,0 +1,192 @@
+"""The waiting line: late binding, one order, and a wait that is finite by construction.
+
+A call's key is ``urgency_s + aging * arrival_s``, smallest first. Urgency lies in
+[0, ``MAX_URGENCY_S``], so a call is only ever overtaken by calls that arrived less than
+``MAX_URGENCY_S / aging`` seconds after it: finitely many, hence a finite wait.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from concertmaster.core.fleet import PoolId
+from concertmaster.core.forecast import Forecast
+from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.workflow import Workflow
+
+MAX_URGENCY_S = 3600.0
+"""Urgency is clamped to it: the bound in the proof above."""
+
+
+def line_key(*, urgency_s: float, arrival_s: float, aging: float) -> float:
+    """Sort key of the line, in seconds; the smallest goes first.
+
+    >>> line_key(urgency_s=5.0, arrival_s=100.0, aging=0.5)
+    55.0
+
+    Args:
+        urgency_s: What the ordering says; clamped to 0…``MAX_URGENCY_S``.
+        arrival_s: When the call came.
+        aging: Seconds of urgency that a second of waiting is worth; above 0.
+    """
+    return min(max(urgency_s, 0.0), MAX_URGENCY_S) + aging * arrival_s
+
+
+def longest_overtaking_s(aging: float) -> float:
+    """How long after a call another may arrive and still go before it.
+
+    >>> longest_overtaking_s(2.0)
+    1800.0
+    """
+    return MAX_URGENCY_S / aging
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Waiting:
+    """A call in the line: all that a policy may know of it.
+
+    Attributes:
+        serial: Breaks ties of the key; calls are numbered as they arrive.
+        attempt: The attempt that its dispatch will be.
+        expires_s: When it is refused if still here.
+        kv_level: Probability with which its answer shall fit the KV room promised to it.
+    """
+
+    request: Request
+    forecast: Forecast
+    workflow: Workflow
+    pools: tuple[PoolId, ...]
+    serial: int
+    attempt: int
+    expires_s: float
+    kv_level: float
+    key: float = 0.0
+    _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
+    _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
+
+    def expected_tokens(self, model: ModelName) -> int:
+        """Output tokens to expect on a model: the median of the forecast."""
+        tokens = self._expected_tokens.get(model)
+        if tokens is None:
+            tokens = self.forecast.output_at(model, 0.5, self.request.max_output_tokens)
+            self._expected_tokens[model] = tokens
+        return tokens
+
+    def kv_tokens(self, model: ModelName) -> int:
+        """KV tokens to promise on a model: the prompt and a long answer."""
+        tokens = self._kv_tokens.get(model)
+        if tokens is None:
+            request = self.request
+            output = self.forecast.output_at(model, self.kv_level, request.max_output_tokens)
+            tokens = self._kv_tokens[model] = request.prompt_tokens + output
+        return tokens
+
+
+class Lane:
+    """Waiting calls that may go to the same pools, in order."""
+
+    def __init__(self, pools: tuple[PoolId, ...]) -> None:
+        self.pools = pools
+        self._heap: list[tuple[float, int, Waiting]] = []
+        self._waiting: dict[RequestId, Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._waiting.values())
+
+    def push(self, call: Waiting) -> None:
+        """Put a call in its place."""
+        self._waiting[call.request.request_id] = call
+        heapq.heappush(self._heap, (call.key, call.serial, call))
+
+    def remove(self, call: Waiting) -> None:
+        """Take a call out, wherever it stands."""
+        del self._waiting[call.request.request_id]
+        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._waiting):
+            self._heap = [entry for entry in self._heap if self._is_live(entry[2])]
+            heapq.heapify(self._heap)
+
+    def head(self, current_key: Callable[[Waiting], float] | None) -> Waiting | None:
+        """Return the call that goes next; keys that have grown are put right on the way.
+
+        Args:
+            current_key: Recomputes a key that may have grown since; ``None`` if keys stay.
+        """
+        heap = self._heap
+        while heap:
+            key, serial, call = heap[0]
+            if not self._is_live(call):
+                heapq.heappop(heap)
+                continue
+            if current_key is not None:
+                grown = current_key(call)
+                if grown > key:
+                    call.key = grown
+                    heapq.heapreplace(heap, (grown, serial, call))
+                    continue
+            return call
+        return None
+
+    def _is_live(self, call: Waiting) -> bool:
+        return self._waiting.get(call.request.request_id) is call
+
+
+class WaitingLine:
+    """All lanes, and when their calls expire."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[tuple[PoolId, ...], Lane] = {}
+        self._by_id: dict[RequestId, Waiting] = {}
+        self._expiry: list[tuple[float, int, Waiting]] = []
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._by_id
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._by_id.values())
+
+    def push(self, call: Waiting) -> None:
+        """Let a call wait."""
+        lane = self.lanes.get(call.pools)
+        if lane is None:
+            lane = self.lanes[call.pools] = Lane(call.pools)
+        lane.push(call)
+        self._by_id[call.request.request_id] = call
+        heapq.heappush(self._expiry, (call.expires_s, call.serial, call))
+
+    def remove(self, request_id: RequestId) -> Waiting:
+        """Take a call out: dispatched, refused or cancelled."""
+        call = self._by_id.pop(request_id)
+        lane = self.lanes[call.pools]
+        lane.remove(call)
+        if not lane:
+            del self.lanes[call.pools]
+        return call
+
+    def next_expiry_s(self) -> float | None:
+        """When the first call expires, if any waits."""
+        self._drop_stale()
+        return self._expiry[0][0] if self._expiry else None
+
+    def pop_expired(self, now_s: float) -> list[Waiting]:
+        """Take out every call whose time has come."""
+        expired = []
+        while (expires_s := self.next_expiry_s()) is not None and expires_s <= now_s:
+            expired.append(self.remove(self._expiry[0][2].request.request_id))
+        return expired
+
+    def _drop_stale(self) -> None:
+        expiry = self._expiry
+        while expiry and self._by_id.get(expiry[0][2].request.request_id) is not expiry[0][2]:
+            heapq.heappop(expiry)
+
+    def validate(self) -> None:
+        """Check that lanes and index hold the same calls."""
+        in_lanes = [call.request.request_id for lane in self.lanes.values() for call in lane]
+        assert sorted(in_lanes) == sorted(self._by_id), "a lane and the index differ"
+        assert all(len(lane) for lane in self.lanes.values()), "an empty lane was kept"

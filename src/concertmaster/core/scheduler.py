@@ -1,0 +1,386 @@
+"""The scheduling core: events in, actions out.
+
+Nothing here waits, sleeps, sends, logs or asks for the time. A driver tells the core what
+happened and when, performs the actions it gets back, and reports what comes of them.
+
+The life of a call: it arrives with its forecast, is admitted or refused, stands in a lane
+(the pools it may go to) under one key, is dispatched once a replica has room, streams, and
+gets exactly one outcome: finished, failed, rejected or cancelled.
+"""
+
+import random
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from typing import assert_never
+
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.events import (
+    Event,
+    FailReason,
+    RejectReason,
+    ReplicaDemoted,
+    ReplicaDied,
+    ReplicaDraining,
+    ReplicaReady,
+    RequestArrived,
+    RequestCancelled,
+    RequestFailed,
+    RequestFinished,
+    TimerFired,
+    TokensStreamed,
+    WorkflowClosed,
+)
+from concertmaster.core.fleet import Fleet, InFlight, Pool, PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.forecast import Forecast
+from concertmaster.core.policy import Policy
+from concertmaster.core.queue import Lane, Waiting, WaitingLine, line_key
+from concertmaster.core.request import Request, RequestId
+from concertmaster.core.window import Window
+from concertmaster.core.workflow import Workflows
+
+MAX_ATTEMPTS = 3
+"""Dispatches of one call before it fails; a retry happens only if its caller saw nothing."""
+
+
+class Scheduler:
+    """Admission, order and placement for a whole fleet.
+
+    Args:
+        fleet: What there is.
+        policy: How to decide.
+        rng: Source of all randomness; the same seed and events give the same actions.
+        record_candidates: Keep the costs of every open replica with a dispatch, not only
+            those of the chosen one.
+    """
+
+    def __init__(
+        self, fleet: Fleet, policy: Policy, rng: random.Random, *, record_candidates: bool = False
+    ) -> None:
+        self.policy = policy
+        self.replicas: dict[ReplicaId, Replica] = {r.replica_id: r for r in fleet.build()}
+        self.pools: dict[PoolId, Pool] = {pool.pool_id: pool for pool in fleet.pools}
+        self._by_pool: dict[PoolId, list[Replica]] = {pool_id: [] for pool_id in self.pools}
+        for replica in self.replicas.values():
+            self._by_pool[replica.pool.pool_id].append(replica)
+        self.line = WaitingLine()
+        self.workflows = Workflows()
+        self._rng = rng
+        self._record_candidates = record_candidates
+        self._window = Window(self.replicas.values(), policy.window_s)
+        self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
+        self._waking: dict[ReplicaId, None] = {}
+        self._finish_times_s: deque[float] = deque(maxlen=64)
+        self._serial = 0
+        self._dispatches = 0
+        self._now_s = 0.0
+
+    def handle(self, now_s: float, event: Event) -> list[Action]:
+        """Take in one event and return what to do about it, in order.
+
+        A clock that went backwards is taken to have stood still.
+        """
+        now_s = self._now_s = max(now_s, self._now_s)
+        self._window.reopen(now_s)
+        actions = self._take_in(now_s, event)
+        if len(self.line):
+            for call in self.line.pop_expired(now_s):
+                actions.append(self._reject(now_s, call.request, "waited_too_long"))
+                self.workflows.settle(call.workflow.workflow_id)
+            self._dispatch(now_s, actions)
+        return actions
+
+    def next_wakeup_s(self) -> float | None:
+        """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
+        if not len(self.line):
+            return None
+        times_s = [self.line.next_expiry_s(), self._window.next_reopen_s()]
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
+
+    def in_flight(self, request_id: RequestId) -> ReplicaId | None:
+        """Return the replica that a call is on, if it is on one."""
+        running = self._running.get(request_id)
+        return None if running is None else running[1].replica_id
+
+    # Events
+
+    def _take_in(  # noqa: C901, PLR0911, PLR0912  # one case an event reads best in one place
+        self, now_s: float, event: Event
+    ) -> list[Action]:
+        match event:
+            case RequestArrived(request, forecast):
+                return self._arrive(now_s, request, forecast)
+            case TokensStreamed(progress):
+                for request_id, attempt, tokens in progress:
+                    self._stream(request_id, attempt, tokens)
+                return []
+            case RequestFinished(request_id, attempt, output_tokens):
+                self._stream(request_id, attempt, output_tokens)
+                if self._release(now_s, request_id, attempt) is not None:
+                    self._finish_times_s.append(now_s)
+                return []
+            case RequestCancelled(request_id):
+                return self._cancel(now_s, request_id)
+            case RequestFailed(request_id, attempt, retriable):
+                call = self._release(now_s, request_id, attempt, settle=False)
+                return (
+                    [] if call is None else self._retry(call, "engine_error", retriable=retriable)
+                )
+            case ReplicaDied(replica_id):
+                return self._die(now_s, self.replicas[replica_id])
+            case ReplicaReady(replica_id):
+                self._revive(now_s, self.replicas[replica_id])
+                return []
+            case ReplicaDemoted(replica_id, readiness):
+                return self._demote(now_s, self.replicas[replica_id], readiness)
+            case ReplicaDraining(replica_id):
+                self.replicas[replica_id].draining = True
+                self._window.update(now_s, self.replicas[replica_id])
+                return []
+            case WorkflowClosed(workflow_id):
+                self.workflows.close(workflow_id)
+                return []
+            case TimerFired():
+                return []
+            case _:
+                assert_never(event)
+
+    def _arrive(self, now_s: float, request: Request, forecast: Forecast) -> list[Action]:
+        request_id = request.request_id
+        assert request_id not in self.line, f"{request_id} waits already"
+        assert request_id not in self._running, f"{request_id} runs already"
+        reason = self.policy.admission.refuses(request, len(self.line))
+        named = [
+            p for p in self.pools.values() if not request.models or p.model.name in request.models
+        ]
+        able = [pool for pool in named if _can_hold(pool, request)]
+        if not able:
+            reason = "too_long" if named else "model_not_found"
+        elif not any(self._alive(pool.pool_id for pool in able)):
+            reason = "no_replica"
+        if reason is not None:
+            return [self._reject(now_s, request, reason)]
+        self._serial += 1
+        call = Waiting(
+            request=request,
+            forecast=forecast,
+            workflow=self.workflows.arrive(now_s, request),
+            pools=self.policy.router.route(request, forecast, able),
+            serial=self._serial,
+            attempt=1,
+            expires_s=self.policy.admission.expires_s(request),
+            kv_level=self.policy.kv_level,
+        )
+        self._wait(call)
+        return self._wake(call.pools)
+
+    def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
+        running = self._running.get(request_id)
+        if running is None or running[0].attempt != attempt:
+            return
+        call, replica = running
+        in_flight = replica.in_flight[request_id]
+        workflow = call.workflow
+        curve = replica.pool.curve
+        if in_flight.prefill_tokens and tokens:
+            workflow.attained_s += curve.prefill_s(in_flight.prefill_tokens)
+        fresh = replica.stream(request_id, tokens)
+        workflow.output_tokens += fresh
+        workflow.attained_s += fresh * curve.step_s(1, 0)
+
+    def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
+        if request_id in self.line:
+            self.workflows.settle(self.line.remove(request_id).workflow.workflow_id)
+            return []
+        running = self._running.get(request_id)
+        if running is None:
+            return []
+        self._release(now_s, request_id, running[0].attempt)
+        return [Cancel(request_id, running[1].replica_id)]
+
+    def _die(self, now_s: float, replica: Replica) -> list[Action]:
+        replica.alive = False
+        return self._demote(now_s, replica, replica.readiness)
+
+    def _revive(self, now_s: float, replica: Replica) -> None:
+        replica.alive, replica.draining = True, False
+        replica.readiness = Readiness.RUNNING
+        self._waking.pop(replica.replica_id, None)
+        self._window.update(now_s, replica)
+
+    def _demote(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
+        """Take a replica out of service; calls it still had go back to the line or fail."""
+        replica.readiness = readiness
+        replica.prefixes.clear()
+        self._waking.pop(replica.replica_id, None)
+        self._window.update(now_s, replica)
+        actions: list[Action] = []
+        for request_id in list(replica.in_flight):
+            seen_tokens = replica.in_flight[request_id].streamed_tokens
+            call = self._running[request_id][0]
+            self._release(now_s, request_id, call.attempt, settle=False)
+            actions += self._retry(call, "replica_died", retriable=seen_tokens == 0)
+        for lane in list(self.line.lanes.values()):
+            actions += self._wake(lane.pools)
+        return actions
+
+    # Outcomes
+
+    def _release(
+        self, now_s: float, request_id: RequestId, attempt: int, *, settle: bool = True
+    ) -> Waiting | None:
+        """Strike an attempt from the ledgers; ``None`` if it is over already."""
+        running = self._running.get(request_id)
+        if running is None or running[0].attempt != attempt:
+            return None
+        call, replica = self._running.pop(request_id)
+        replica.release(request_id)
+        self._window.update(now_s, replica)
+        if settle:
+            self.workflows.settle(call.workflow.workflow_id)
+        return call
+
+    def _retry(self, call: Waiting, reason: FailReason, *, retriable: bool) -> list[Action]:
+        if retriable and call.attempt < MAX_ATTEMPTS:
+            call.attempt += 1
+            self._wait(call)
+            return []
+        self.workflows.settle(call.workflow.workflow_id)
+        return [Fail(call.request.request_id, reason)]
+
+    def _reject(self, now_s: float, request: Request, reason: RejectReason) -> Reject:
+        hopeless = reason in ("too_long", "model_not_found")
+        return Reject(request.request_id, reason, None if hopeless else self._drain_s(now_s))
+
+    def _drain_s(self, now_s: float) -> float:
+        """Seconds until the line is through at the rate of the latest finishes; 1 to 120."""
+        times_s = self._finish_times_s
+        if not times_s:
+            return 1.0
+        seconds_each = (now_s - times_s[0]) / len(times_s)
+        return min(max(1.0, seconds_each * len(self.line)), 120.0)
+
+    # Waiting and dispatch
+
+    def _wait(self, call: Waiting) -> None:
+        call.key = self._key(call)
+        self.line.push(call)
+
+    def _key(self, call: Waiting) -> float:
+        urgency_s = self.policy.ordering.urgency_s(
+            call.request, call.forecast, call.workflow, self.pools[call.pools[0]]
+        )
+        return line_key(
+            urgency_s=urgency_s, arrival_s=call.request.arrival_s, aging=self.policy.aging
+        )
+
+    def _alive(self, pools: Iterable[PoolId]) -> Iterator[Replica]:
+        return (r for pool_id in pools for r in self._by_pool[pool_id] if r.alive)
+
+    def _wake(self, pools: tuple[PoolId, ...]) -> list[Action]:
+        """Wake the nearest replica if none of these pools runs or is being woken."""
+        for replica in self._alive(pools):
+            if replica.readiness is Readiness.RUNNING or replica.replica_id in self._waking:
+                return []
+        nearest = min(
+            self._alive(pools),
+            key=lambda r: (r.pool.ready_s.get(r.readiness, 0.0), r.replica_id),
+            default=None,
+        )
+        if nearest is None:
+            return []
+        self._waking[nearest.replica_id] = None
+        return [Wake(nearest.replica_id)]
+
+    def _dispatch(self, now_s: float, actions: list[Action]) -> None:
+        """Hand out calls, best key first, until nobody fits.
+
+        A head that finds no room closes its pools to calls behind it: what frees up is kept
+        for it, so that small calls cannot starve a large one.
+        """
+        refresh = self._key if self.policy.ordering.drifts else None
+        blocked: dict[PoolId, None] = {}
+        lanes = [lane for lane in self.line.lanes.values() if self._may_move(lane, blocked)]
+        while lanes:
+            heads = [
+                (head.key, head.serial, lane, head)
+                for lane in lanes
+                if (head := lane.head(refresh))
+            ]
+            _, _, lane, call = min(heads)
+            replicas = self._room_for(call, blocked)
+            if replicas:
+                actions.append(self._place(now_s, call, replicas))
+            else:
+                blocked.update(dict.fromkeys(lane.pools))
+            lanes = [lane for lane in lanes if len(lane) and self._may_move(lane, blocked)]
+
+    def _may_move(self, lane: Lane, blocked: dict[PoolId, None]) -> bool:
+        return any(
+            pool_id not in blocked and self._window.open_replicas(pool_id) for pool_id in lane.pools
+        )
+
+    def _room_for(self, call: Waiting, blocked: dict[PoolId, None]) -> list[Replica]:
+        """Return the open replicas that every filter keeps."""
+        found: list[Replica] = []
+        for pool_id in call.pools:
+            if pool_id not in blocked:
+                room: Collection[Replica] = self._window.open_replicas(pool_id)
+                for one in self.policy.filters:
+                    room = one.keep(call, self.pools[pool_id], room)
+                found += room
+        return found
+
+    def _place(self, now_s: float, call: Waiting, replicas: list[Replica]) -> Dispatch:
+        policy, request = self.policy, call.request
+        scorers = policy.scorers
+
+        def cost_s(replica: Replica) -> float:
+            return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
+
+        chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
+        recorded = replicas if self._record_candidates else (chosen,)
+        costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in recorded}
+        self.line.remove(request.request_id)
+        self._enter(now_s, call, chosen)
+        priority = int(1000 * call.key) if chosen.pool.priority_scheduling else 0
+        return Dispatch(
+            request_id=request.request_id,
+            replica_id=chosen.replica_id,
+            attempt=call.attempt,
+            priority=priority,
+            waited_s=now_s - request.arrival_s,
+            costs_s=costs_s,
+        )
+
+    def _enter(self, now_s: float, call: Waiting, replica: Replica) -> None:
+        """Write a dispatched call into the ledgers."""
+        request, model = call.request, replica.pool.model.name
+        expected_tokens = call.expected_tokens(model)
+        hit_tokens = replica.prefixes.hit_tokens(request.prefix_hashes)
+        in_flight = InFlight(
+            request=request,
+            prefill_tokens=max(1, request.prompt_tokens - hit_tokens),
+            decode_tokens=expected_tokens,
+            expected_tokens=expected_tokens,
+        )
+        replica.admit(now_s, in_flight, min(call.kv_tokens(model), replica.pool.kv_tokens))
+        self._dispatches += 1
+        replica.last_dispatch = self._dispatches
+        self._running[request.request_id] = (call, replica)
+        self._window.update(now_s, replica)
+
+    def validate(self) -> None:
+        """Check every invariant; slow, for tests."""
+        self.line.validate()
+        for replica in self.replicas.values():
+            replica.validate()
+        on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
+        assert on_replicas == sorted(self._running), "the running calls are not those on replicas"
+        assert not any(rid in self.line for rid in self._running), "a call both waits and runs"
+        waiting = {call.workflow.workflow_id for call in self.line}
+        assert all(self.workflows.get(workflow_id).open_calls > 0 for workflow_id in waiting)
+
+
+def _can_hold(pool: Pool, request: Request) -> bool:
+    """Say whether the prompt and one token of answer fit the context and the KV cache."""
+    return request.prompt_tokens < min(pool.model.context_tokens, pool.kv_tokens)

@@ -1,0 +1,51 @@
+"""Which replicas have room right now.
+
+Late binding: a call waits in the line until a replica has room, so that the choice of
+replica and the order of calls use what is known at the last moment. Room is counted in KV
+blocks, in sequences the engine can decode, and in prefill handed over but not yet done
+(tokens, turned into seconds by the rate curve): a request count would not tell a 100-token
+prompt from a 100,000-token one.
+"""
+
+import heapq
+from collections.abc import Collection, Iterable
+
+from concertmaster.core.fleet import PoolId, Readiness, Replica, ReplicaId
+
+
+class Window:
+    """The open replicas of every pool."""
+
+    def __init__(self, replicas: Iterable[Replica], window_s: float) -> None:
+        self._window_s = window_s
+        self._open: dict[PoolId, dict[ReplicaId, Replica]] = {}
+        self._reopening: list[tuple[float, ReplicaId, Replica]] = []
+        for replica in replicas:
+            self._open.setdefault(replica.pool.pool_id, {})
+            self.update(0.0, replica)
+
+    def open_replicas(self, pool_id: PoolId) -> Collection[Replica]:
+        """Replicas of a pool that can take one more call now, if its KV fits."""
+        return self._open[pool_id].values()
+
+    def update(self, now_s: float, replica: Replica) -> None:
+        """Look at a replica again after anything about it has changed."""
+        in_pool = self._open[replica.pool.pool_id]
+        in_pool.pop(replica.replica_id, None)
+        serving = replica.readiness is Readiness.RUNNING and replica.alive and not replica.draining
+        if not serving or len(replica.in_flight) >= replica.pool.max_sequences:
+            return
+        reopens_s = replica.prefill_clear_s - self._window_s
+        if reopens_s > now_s:
+            heapq.heappush(self._reopening, (reopens_s, replica.replica_id, replica))
+        else:
+            in_pool[replica.replica_id] = replica
+
+    def reopen(self, now_s: float) -> None:
+        """Open the replicas whose prefill is done by now."""
+        while self._reopening and self._reopening[0][0] <= now_s:
+            self.update(now_s, heapq.heappop(self._reopening)[2])
+
+    def next_reopen_s(self) -> float | None:
+        """When the next replica may open by the passing of time alone."""
+        return self._reopening[0][0] if self._reopening else None

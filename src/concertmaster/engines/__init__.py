@@ -1,0 +1,1 @@
+"""Inference engines, real and emulated, as the gateway talks to them."""

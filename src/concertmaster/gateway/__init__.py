@@ -1,0 +1,1 @@
+"""Driver two: real time, HTTP on both sides."""

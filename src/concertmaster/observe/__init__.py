@@ -1,0 +1,1 @@
+"""What happened: traces, reports, plots and metrics."""

@@ -1,0 +1,1 @@
+"""One file a system: policies put together under the name that people know."""

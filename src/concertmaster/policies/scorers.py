@@ -1,0 +1,107 @@
+"""Scorers: seconds that a replica would add to a call, one replica at a time."""
+
+from dataclasses import dataclass
+
+from concertmaster.core.fleet import Replica
+from concertmaster.core.queue import Waiting
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRequests:
+    """Each call in flight counts for the same time, whatever it is.
+
+    Attributes:
+        request_s: The exchange rate: seconds that one call in flight is taken to add.
+    """
+
+    request_s: float = 1.0
+    name: str = "running_requests"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Multiply calls in flight by their rate."""
+        return self.request_s * len(replica.in_flight)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBacklog:
+    """Prefill that was handed over and is not done: it delays the first token."""
+
+    name: str = "prefill_backlog"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Time until the replica's prefill should be clear."""
+        return max(0.0, replica.prefill_clear_s - now_s)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillMiss:
+    """Prefill of the part of the prompt that the replica does not hold."""
+
+    name: str = "prefill_miss"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Seconds of the tokens to compute, chunk by chunk."""
+        request, pool = call.request, replica.pool
+        hashes = request.prefix_hashes
+        return pool.curve.prefill_s(
+            request.prompt_tokens,
+            cached_tokens=replica.prefixes.hit_tokens(hashes) if hashes else 0,
+            chunk_tokens=pool.max_batch_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prefill of the whole prompt, blind to the prefix cache."""
+
+    name: str = "prefill"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Seconds of all prompt tokens."""
+        pool = replica.pool
+        return pool.curve.prefill_s(call.request.prompt_tokens, chunk_tokens=pool.max_batch_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Decoding the expected answer in the batch that the call would join.
+
+    Continuous batching: the step grows with the sequences and the KV tokens in it, so a
+    busy replica is slower for everyone rather than first-come-first-served.
+    """
+
+    name: str = "decode"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Multiply expected tokens by the step of the batch with this call in it."""
+        pool = replica.pool
+        tokens = call.expected_tokens(pool.model.name)
+        kv_tokens = replica.context_tokens + call.request.prompt_tokens
+        return tokens * pool.curve.step_s(len(replica.in_flight) + 1, kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlightTokens:
+    """Predicted tokens in flight: what the replica still has to decode, shared by its batch."""
+
+    name: str = "in_flight_tokens"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Slow-down that the tokens in flight cause: their decoding beyond an empty batch's."""
+        running = len(replica.in_flight)
+        if not running:
+            return 0.0
+        curve = replica.pool.curve
+        extra_s = curve.step_s(running + 1, replica.context_tokens) - curve.step_s(1, 0)
+        return max(0.0, extra_s) * replica.decode_tokens / running
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Round trip to the replica's cluster."""
+
+    name: str = "network"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Seconds of distance."""
+        return replica.network_s

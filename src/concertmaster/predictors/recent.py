@@ -1,0 +1,80 @@
+"""A baseline that is hard to shame: the answer lengths seen lately for the same role."""
+
+from bisect import bisect_left, insort
+from collections import deque
+
+from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
+from concertmaster.core.request import ModelName, Request
+
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+MIN_LENGTHS = 8
+"""Lengths below which a step of the fallback does not answer."""
+
+
+class _Window:
+    """The latest lengths, and their quantiles once asked for."""
+
+    __slots__ = ("_forecast", "_latest", "_ranked")
+
+    def __init__(self, window: int) -> None:
+        self._latest: deque[int] = deque(maxlen=window)
+        self._ranked: list[int] = []
+        self._forecast: Forecast | None = None
+
+    def add(self, tokens: int) -> None:
+        if len(self._latest) == self._latest.maxlen:
+            del self._ranked[bisect_left(self._ranked, self._latest[0])]
+        self._latest.append(tokens)
+        insort(self._ranked, tokens)
+        self._forecast = None
+
+    def forecast(self, source: str) -> Forecast | None:
+        if len(self._ranked) < MIN_LENGTHS:
+            return None
+        if self._forecast is None:
+            last = len(self._ranked) - 1
+            values = tuple(float(self._ranked[round(level * last)]) for level in LEVELS)
+            self._forecast = Forecast(output_tokens=Quantiles(LEVELS, values), source=source)
+        return self._forecast
+
+
+class RecentLengths:
+    """Quantiles of the last answers, by (app, role), else by app, else of all.
+
+    Args:
+        window: Answers to remember for each of them.
+        max_groups: Apps and roles to remember; those beyond fall back to the next step.
+    """
+
+    def __init__(self, *, window: int = 200, max_groups: int = 1000) -> None:
+        self._window = window
+        self._max_groups = max_groups
+        self._by_group: dict[tuple[str, ...], _Window] = {}
+
+    def predict(self, request: Request) -> Forecast:
+        """Answer with the finest group that has seen enough; none at all before that."""
+        for source, group in _steps(request):
+            window = self._by_group.get(group)
+            forecast = None if window is None else window.forecast(source)
+            if forecast is not None:
+                return forecast
+        return NO_FORECAST
+
+    def learn(self, request: Request, model: ModelName, output_tokens: int) -> None:
+        """Remember one length in each group of the call."""
+        for _, group in _steps(request):
+            window = self._by_group.get(group)
+            if window is None:
+                if len(self._by_group) >= self._max_groups:
+                    continue
+                window = self._by_group[group] = _Window(self._window)
+            window.add(output_tokens)
+
+
+def _steps(request: Request) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Groups of a call from fine to coarse, with the name of the step."""
+    return (
+        ("role", (request.app, request.role)),
+        ("app", (request.app,)),
+        ("global", ()),
+    )

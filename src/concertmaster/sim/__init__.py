@@ -1,0 +1,1 @@
+"""Driver one: virtual time."""

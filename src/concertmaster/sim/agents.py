@@ -1,0 +1,81 @@
+"""The agents of a simulation: they make a call once all it waits for is answered."""
+
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.observe.records import CallOutcome, CallRecord, WorkflowRecord
+from concertmaster.workload.plan import Call, Workload, WorkflowPlan
+from concertmaster.workload.progress import WorkflowProgress
+
+
+class Agents:
+    """All workflows of a workload, and the records of how they fared."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.calls: list[CallRecord] = []
+        self.workflows: list[WorkflowRecord] = []
+        self.over = 0
+        self._running: dict[WorkflowId, tuple[WorkflowProgress, WorkflowRecord]] = {}
+
+    def begin(self, plan: WorkflowPlan) -> list[Call]:
+        """Start a workflow; return its first calls."""
+        deadline_s = None if plan.deadline_s is None else plan.arrival_s + plan.deadline_s
+        record = WorkflowRecord(
+            workflow_id=plan.workflow_id,
+            app=plan.app,
+            service_class=plan.service_class,
+            arrival_s=plan.arrival_s,
+            deadline_s=deadline_s,
+        )
+        self.workflows.append(record)
+        progress = WorkflowProgress(plan)
+        self._running[plan.workflow_id] = (progress, record)
+        return progress.first()
+
+    def call(self, now_s: float, workflow_id: WorkflowId, call: Call) -> tuple[Request, CallRecord]:
+        """Make a call: what the scheduler sees of it, and an open record."""
+        progress, workflow = self._running[workflow_id]
+        request = Request(
+            request_id=RequestId(f"{workflow_id}/{call.stage}"),
+            workflow_id=workflow_id,
+            arrival_s=now_s,
+            prompt_tokens=call.prompt_tokens,
+            max_output_tokens=call.max_output_tokens,
+            role=call.role,
+            app=progress.plan.app,
+            stage=call.stage,
+            parents=tuple(RequestId(f"{workflow_id}/{parent}") for parent in call.parents),
+            service_class=progress.plan.service_class,
+            prefix_hashes=call.prefix_hashes,
+            deadline_s=workflow.deadline_s,
+        )
+        record = CallRecord(
+            request_id=request.request_id,
+            workflow_id=workflow_id,
+            role=call.role,
+            service_class=request.service_class,
+            arrival_s=now_s,
+            prompt_tokens=call.prompt_tokens,
+            deadline_s=workflow.deadline_s,
+        )
+        self.calls.append(record)
+        return request, record
+
+    def finish(self, now_s: float, request: Request, call: Call, model: ModelName) -> list[Call]:
+        """Take in an answer; return the calls that it sets free."""
+        progress, record = self._running[request.workflow_id]
+        freed = progress.finish(call.stage, model)
+        if progress.is_complete:
+            record.finished_s, record.outcome = now_s, "completed"
+            record.success = progress.success()
+            self.over += 1
+        return freed
+
+    def refuse(self, call: CallRecord, outcome: CallOutcome, reason: str) -> None:
+        """Take in that a call got no answer: its workflow ends there."""
+        call.outcome, call.reason = outcome, reason
+        record = self._running[call.workflow_id][1]
+        if record.outcome == "failed" and outcome == "rejected":
+            record.outcome = "rejected"
+
+    def is_over(self, workflow_id: WorkflowId) -> bool:
+        """Say whether every call of a workflow has been answered."""
+        return self._running[workflow_id][0].is_complete

@@ -1,0 +1,289 @@
+"""Driver one: virtual time. The only clock is the time of the event at hand.
+
+An agenda of what will happen, in order of time and then of being scheduled. Agents make a
+call once the calls it waits for are answered; the core decides; engine models take the
+place of engines.
+"""
+
+import heapq
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, assert_never
+
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.events import (
+    Event,
+    ReplicaDied,
+    ReplicaReady,
+    RequestArrived,
+    RequestFinished,
+    TimerFired,
+    TokensStreamed,
+    WorkflowClosed,
+)
+from concertmaster.core.fleet import Pool, ReplicaId
+from concertmaster.core.request import Request, RequestId
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.observe.records import CallRecord, RunRecords
+from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
+from concertmaster.predictors.interface import Predictor
+from concertmaster.sim.agents import Agents
+from concertmaster.sim.gauges import FleetGauges
+from concertmaster.workload.plan import Call, Workload
+
+PROGRESS_S = 1.0
+"""How often engines tell how far their calls have come; the gateway does the same."""
+
+EngineFactory = Callable[[Pool], BatchingEngine]
+Observer = Callable[[float, Event, list[Action]], None]
+
+
+class Simulation:
+    """One workload through one scheduler over engine models.
+
+    Args:
+        scheduler: The core, fresh.
+        workload: What agents will ask.
+        predictor: Makes the forecast that travels with each arrival.
+        make_engine: Builds the engine model of a replica.
+        incidents: Events from outside (deaths, recoveries), with their instants.
+        observe: Told of every event and the actions it led to.
+        progress: Told the share of workflows that are over, now and then.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        workload: Workload,
+        predictor: Predictor,
+        make_engine: EngineFactory,
+        *,
+        incidents: Iterable[tuple[float, Event]] = (),
+        observe: Observer | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._predictor = predictor
+        self._observe = observe
+        self._agents = Agents(workload)
+        self._progress = progress
+        self._engines: dict[ReplicaId, BatchingEngine] = {
+            replica.replica_id: make_engine(replica.pool) for replica in scheduler.replicas.values()
+        }
+        self._gauges = FleetGauges(scheduler.replicas.values(), self._engines)
+        self._polls_s: dict[ReplicaId, float] = {}
+        self._requests: dict[RequestId, tuple[Request, Call, CallRecord, int]] = {}
+        self._agenda: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
+        self._scheduled = 0
+        self._timer_s: float | None = None
+        self._ticking = False
+        self._decision_s: list[float] = []
+        for plan in workload:
+            self._at(plan.arrival_s, self._begin_workflow, plan)
+        for time_s, event in incidents:
+            self._at(time_s, self._strike, event)
+
+    def run(self, *, policy: str, seed: int) -> RunRecords:
+        """Play everything to its end and return what came of it."""
+        started_s = time.perf_counter()
+        agenda, now_s = self._agenda, 0.0
+        while agenda:
+            now_s, _, handler, argument = heapq.heappop(agenda)
+            handler(now_s, argument)
+        self._gauges.finish(now_s)
+        return RunRecords(
+            policy=policy,
+            seed=seed,
+            calls=self._agents.calls,
+            workflows=self._agents.workflows,
+            gauges=self._gauges.totals,
+            decision_s=self._decision_s,
+            duration_s=now_s,
+            wall_s=time.perf_counter() - started_s,
+        )
+
+    def _at(self, time_s: float, handler: Callable[[float, Any], None], argument: object) -> None:
+        self._scheduled += 1
+        heapq.heappush(self._agenda, (time_s, self._scheduled, handler, argument))
+
+    # The core
+
+    def _feed(self, now_s: float, event: Event) -> None:
+        begun_s = time.perf_counter()
+        actions = self._scheduler.handle(now_s, event)
+        if actions:
+            self._decision_s.append(time.perf_counter() - begun_s)
+        if self._observe is not None:
+            self._observe(now_s, event, actions)
+        for action in actions:
+            self._perform(now_s, action)
+        self._set_timer(now_s)
+
+    def _set_timer(self, now_s: float) -> None:
+        wakeup_s = self._scheduler.next_wakeup_s()
+        if wakeup_s is not None and (self._timer_s is None or wakeup_s < self._timer_s):
+            self._timer_s = wakeup_s
+            self._at(max(now_s, wakeup_s), self._fire_timer, wakeup_s)
+
+    def _fire_timer(self, now_s: float, wakeup_s: float) -> None:
+        if self._timer_s == wakeup_s:
+            self._timer_s = None
+            self._feed(now_s, TimerFired())
+
+    def _perform(self, now_s: float, action: Action) -> None:
+        match action:
+            case Dispatch():
+                self._dispatch(now_s, action)
+            case Reject(request_id, reason):
+                self._agents.refuse(self._drop(request_id), "rejected", reason)
+            case Fail(request_id, reason):
+                self._agents.refuse(self._drop(request_id), "failed", reason)
+            case Cancel(request_id, replica_id):
+                self._engines[replica_id].cancel(now_s, request_id)
+                self._poll_later(now_s, replica_id)
+            case Wake(replica_id):
+                self._wake(now_s, replica_id)
+            case _:
+                assert_never(action)
+
+    # Agents
+
+    def _begin_workflow(self, now_s: float, plan: Any) -> None:  # noqa: ANN401
+        for call in self._agents.begin(plan):
+            self._at(now_s + call.tool_s, self._make_call, (plan.workflow_id, call))
+
+    def _make_call(self, now_s: float, named: Any) -> None:  # noqa: ANN401
+        workflow_id, call = named
+        request, record = self._agents.call(now_s, workflow_id, call)
+        self._requests[request.request_id] = (request, call, record, 0)
+        self._feed(now_s, RequestArrived(request, self._predictor.predict(request)))
+
+    def _drop(self, request_id: RequestId) -> CallRecord:
+        return self._requests.pop(request_id)[2]
+
+    # Engines
+
+    def _dispatch(self, now_s: float, action: Dispatch) -> None:
+        request, call, record, _ = self._requests[action.request_id]
+        self._requests[action.request_id] = (request, call, record, action.attempt)
+        replica = self._scheduler.replicas[action.replica_id]
+        record.dispatched_s = now_s if record.dispatched_s is None else record.dispatched_s
+        record.replica_id, record.model = replica.replica_id, replica.pool.model.name
+        room_tokens = min(replica.pool.model.context_tokens, replica.pool.kv_tokens)
+        truth_tokens = min(
+            call.output_tokens_by(replica.pool.model.name),
+            request.max_output_tokens,
+            room_tokens - request.prompt_tokens,
+        )
+        engine_call = EngineCall(
+            request_id=request.request_id,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=max(1, truth_tokens),
+            prefix_hashes=request.prefix_hashes,
+            priority=action.priority,
+        )
+        record.output_tokens = engine_call.output_tokens
+        self._at(
+            now_s + replica.network_s / 2,
+            self._submit,
+            (action.replica_id, engine_call, action.attempt),
+        )
+        if not self._ticking:
+            self._ticking = True
+            self._at(now_s + PROGRESS_S, self._tick, None)
+
+    def _submit(self, now_s: float, handed: Any) -> None:  # noqa: ANN401
+        replica_id, call, attempt = handed
+        current = self._requests.get(call.request_id)
+        lost = current is None or current[3] != attempt
+        if lost or self._scheduler.in_flight(call.request_id) != replica_id:
+            return
+        self._engines[replica_id].submit(now_s, call)
+        self._poll_later(now_s, replica_id)
+
+    def _poll_later(self, now_s: float, replica_id: ReplicaId) -> None:
+        """Come back when the engine's next milestone is due."""
+        due_s = self._engines[replica_id].next_milestone_s()
+        if due_s is None:
+            self._polls_s.pop(replica_id, None)
+        elif self._polls_s.get(replica_id) != due_s:
+            self._polls_s[replica_id] = due_s
+            self._at(max(now_s, due_s), self._poll, (replica_id, due_s))
+
+    def _poll(self, now_s: float, due: Any) -> None:  # noqa: ANN401
+        replica_id, due_s = due
+        if self._polls_s.get(replica_id) != due_s:
+            return
+        del self._polls_s[replica_id]
+        network_s = self._scheduler.replicas[replica_id].network_s
+        for milestone in self._engines[replica_id].advance(now_s):
+            if network_s:
+                self._at(now_s + network_s / 2, self._reach, milestone)
+            else:
+                self._reach(now_s, milestone)
+        self._poll_later(now_s, replica_id)
+
+    def _reach(self, now_s: float, milestone: Milestone) -> None:
+        known = self._requests.get(milestone.request_id)
+        if known is None:
+            return
+        request, call, record, attempt = known
+        if milestone.kind == "first_token":
+            record.first_token_s = now_s
+            self._feed(now_s, TokensStreamed(((request.request_id, attempt, 1),)))
+            return
+        del self._requests[request.request_id]
+        record.finished_s, record.outcome = now_s, "served"
+        replica = self._scheduler.replicas[ReplicaId(record.replica_id)]
+        self._predictor.learn(request, replica.pool.model.name, record.output_tokens)
+        self._feed(now_s, RequestFinished(request.request_id, attempt, record.output_tokens))
+        freed = self._agents.finish(now_s, request, call, replica.pool.model.name)
+        for child in freed:
+            self._at(now_s + child.tool_s, self._make_call, (request.workflow_id, child))
+        if self._agents.is_over(request.workflow_id):
+            self._feed(now_s, WorkflowClosed(request.workflow_id))
+            if self._progress is not None:
+                self._progress(self._agents.over)
+
+    def _tick(self, now_s: float, _: object) -> None:
+        """Tell the core how far every call has come."""
+        progress = []
+        for replica_id, engine in self._engines.items():
+            if self._scheduler.replicas[replica_id].in_flight:
+                progress += [
+                    (request_id, self._requests[request_id][3], tokens)
+                    for request_id, tokens in engine.progress(now_s)
+                    if request_id in self._requests
+                ]
+        self._gauges.sample(now_s)
+        self._ticking = bool(self._requests)
+        if progress:
+            self._feed(now_s, TokensStreamed(tuple(progress)))
+        if self._ticking:
+            self._at(now_s + PROGRESS_S, self._tick, None)
+
+    # Incidents and weights
+
+    def _strike(self, now_s: float, event: Event) -> None:
+        if isinstance(event, ReplicaDied):
+            self._engines[event.replica_id].clear()
+            self._polls_s.pop(event.replica_id, None)
+        self._feed(now_s, event)
+
+    def _wake(self, now_s: float, replica_id: ReplicaId) -> None:
+        replica = self._scheduler.replicas[replica_id]
+        ready_s = replica.pool.ready_s.get(replica.readiness, 0.0)
+        self._gauges.note_wake(replica.readiness, ready_s)
+        self._at(now_s + ready_s, self._strike, ReplicaReady(replica_id))
+
+
+def engine_settings(pool: Pool) -> EngineSettings:
+    """Return a pool's settings as its engine models take them."""
+    return EngineSettings(
+        kv_blocks=pool.kv_blocks,
+        max_batch_tokens=pool.max_batch_tokens,
+        max_sequences=pool.max_sequences,
+        block_tokens=pool.block_tokens,
+        scheduling="priority" if pool.priority_scheduling else "fcfs",
+        prefix_caching=pool.prefix_caching,
+    )

@@ -1,0 +1,59 @@
+"""Integrals over a simulated run: memory promised and used, GPU time, weights woken."""
+
+from collections.abc import Iterable, Mapping
+
+from concertmaster.core.fleet import Readiness, Replica, ReplicaId
+from concertmaster.observe.records import Gauges
+from concertmaster.physics.batching import BatchingEngine
+
+GB = 1e9
+
+
+class FleetGauges:
+    """Samples ledgers and engines; each sample stands for the time since the one before."""
+
+    def __init__(
+        self, replicas: Iterable[Replica], engines: Mapping[ReplicaId, BatchingEngine]
+    ) -> None:
+        self.totals = Gauges(
+            kv_reserved_gb_s=0.0,
+            kv_used_gb_s=0.0,
+            kv_reserved_peak_gb=0.0,
+            preemptions=0,
+            gpu_s=0.0,
+        )
+        self._replicas = list(replicas)
+        self._engines = engines
+        self._sampled_s = 0.0
+
+    def sample(self, now_s: float) -> None:
+        """Add the time since the last sample at what is held now."""
+        reserved_gb = used_gb = 0.0
+        for replica in self._replicas:
+            if replica.in_flight:
+                pool = replica.pool
+                block_gb = pool.block_tokens * pool.model.kv_bytes_per_token / GB
+                reserved_gb += replica.kv.reserved_blocks * block_gb
+                used_gb += self._engines[replica.replica_id].kv_used_blocks * block_gb
+        span_s, totals = now_s - self._sampled_s, self.totals
+        self._sampled_s = now_s
+        totals.kv_reserved_gb_s = (totals.kv_reserved_gb_s or 0.0) + reserved_gb * span_s
+        totals.kv_used_gb_s = (totals.kv_used_gb_s or 0.0) + used_gb * span_s
+        totals.kv_reserved_peak_gb = max(totals.kv_reserved_peak_gb or 0.0, reserved_gb)
+
+    def note_wake(self, readiness: Readiness, ready_s: float) -> None:
+        """Count a replica that is made ready."""
+        if readiness is Readiness.SLEEPING:
+            self.totals.wakes += 1
+        else:
+            self.totals.cold_starts += 1
+        self.totals.ready_wait_s += ready_s
+
+    def finish(self, now_s: float) -> None:
+        """Close the integrals at the end of the run."""
+        self.totals.preemptions = sum(engine.preemptions for engine in self._engines.values())
+        self.totals.gpu_s = now_s * sum(
+            replica.pool.tensor_parallel
+            for replica in self._replicas
+            if replica.readiness is Readiness.RUNNING
+        )

@@ -1,0 +1,1 @@
+"""What agents ask for: traces, workflows, chain templates and arrivals."""
