@@ -8,9 +8,11 @@ that have not seen the rows, or the model, that they are judged on.
 import argparse
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from concertmaster.physics import kernels
+from concertmaster.physics import kernels, step_time
 from concertmaster.physics.hardware import GPUS, Gpu
 from concertmaster.physics.kernels import MEASURED, SPLITS, TILES, KernelFit
 from concertmaster.physics.models import ModelCard
-from concertmaster.physics.step_time import (
-    elementwise_columns,
-    gemm_shapes,
-    layer_linear_s,
-    operators_s,
-)
 
 Floats = npt.NDArray[np.float64]
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data" / "gpu_profiles"
 SHIPPED = ROOT / "src" / "concertmaster" / "physics" / "kernels.json"
 SOURCE = "microsoft/vidur (MIT licence), data/profiling, medians of measured kernels"
 
@@ -40,7 +37,10 @@ KNOTS = (1, 8, 16, 17, 32, 33, *(n for edge in _TILE_EDGES for n in (edge, edge 
 """Token counts at which corrections are kept: both sides of each tile's edge."""
 
 NUGGET = 0.1
-GEMM_START = np.concatenate([np.log([3e-6, 0.8, 4, 128, 0.8, 2e-6]), np.full(len(TILES), 0.8)])
+GEMM_START = (3e-6, 0.8, 4.0, 128.0, 0.8, 2e-6)
+GEMM_NAMES = tuple(kernels.GemmFit.__dataclass_fields__)[: len(GEMM_START)]
+ELEMENTWISE_START = (2e-6, 1e-10, 6e11, 3e11, 5e6, 3.0)
+ELEMENTWISE_NAMES = tuple(kernels.ElementwiseFit.__dataclass_fields__)
 OPERATORS = {
     "input_norm": "input_layernorm_ms",
     "qkv": "attn_pre_proj_ms",
@@ -54,10 +54,8 @@ OPERATORS = {
 }
 ELEMENTWISE = {
     "norm": ("input_norm", "post_attention_norm"),
-    "rope": ("rope",),
     "act": ("mlp_act",),
-    "add": ("add",),
-    "embedding": ("embedding",),
+    **{name: (name,) for name in ("rope", "add", "embedding")},
 }
 
 
@@ -78,30 +76,28 @@ class Row:
 
     @property
     def held_out(self) -> bool:
-        """Whether this token count is in the fifth that the first table is judged on."""
+        """Whether the first table is judged on this token count; about one in seven is chosen."""
         return hashlib.sha256(f"{self.tokens}".encode()).digest()[0] % 5 == 0
+
+
+Judged = tuple[str, str, list[Row], KernelFit]
+"""GPU, model, the rows to judge on and the fit to judge."""
 
 
 def read_rows(folder: Path) -> list[Row]:
     """Read the linear operators, repeated measurements as they are."""
     table = pq.read_table(folder / "linear_ops.parquet")
-    return [_row(record) for record in table.to_pylist()]
-
-
-def _row(record: dict[str, Any]) -> Row:
     columns = {**OPERATORS, "embedding": "emb_ms"}
-    seconds = {k: record[v] / 1e3 for k, v in columns.items() if _known(record[v])}
-    return Row(
-        gpu=record["gpu"],
-        model=measured_card(record),
-        tensor_parallel=record["num_tensor_parallel_workers"],
-        tokens=record["num_tokens"],
-        seconds=seconds,
-    )
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and not np.isnan(value)
+    return [
+        Row(
+            gpu=record["gpu"],
+            model=measured_card(record),
+            tensor_parallel=record["num_tensor_parallel_workers"],
+            tokens=record["num_tokens"],
+            seconds={k: record[v] / 1e3 for k, v in columns.items() if record[v] is not None},
+        )
+        for record in table.to_pylist()
+    ]
 
 
 def measured_card(record: dict[str, Any]) -> ModelCard:
@@ -118,10 +114,8 @@ def measured_card(record: dict[str, Any]) -> ModelCard:
         gated_mlp=record["use_gated_mlp"],
         tied_embeddings=False,
         context_tokens=4096,
-        experts=1,
-        active_experts=1,
         source=SOURCE,
-        parallel_block=not _known(record["post_attention_layernorm_ms"]),
+        parallel_block=record["post_attention_layernorm_ms"] is None,
     )
 
 
@@ -138,8 +132,8 @@ def levenberg_marquardt(
 
     theta, r, damping = start, residual(start), 1e-2
     for _ in range(rounds):
-        steps = 1e-3 * np.eye(len(theta))
-        jacobian = np.stack([(residual(theta + step) - r) / 1e-3 for step in steps], axis=1)
+        moves = theta + 1e-3 * np.eye(len(theta))
+        jacobian = np.stack([(residual(move) - r) / 1e-3 for move in moves], axis=1)
         weighted = (jacobian / np.sqrt(1e-3 + r * r)[:, None]).T
         normal, gradient = weighted @ jacobian, weighted @ r
         ridge = np.diag(np.diag(normal) + 1e-6 * len(r))
@@ -156,16 +150,10 @@ def levenberg_marquardt(
 
 
 def _gemm_coefficients(theta: Floats) -> dict[str, Any]:
-    launch_s, bandwidth, sharpness, prologue, wave, split_s = np.exp(theta[:6]).tolist()
-    return {
-        "launch_s": launch_s,
-        "bandwidth_ratio": min(bandwidth, 1.0),
-        "sharpness": sharpness,
-        "prologue": prologue,
-        "wave_ratio": min(wave, 1.0),
-        "split_s": split_s,
-        "tile_ratio": (1 / (1 + np.exp(-theta[6:]))).tolist(),
-    }
+    scalars = dict(zip(GEMM_NAMES, np.exp(theta[: len(GEMM_START)]).tolist(), strict=True))
+    for ratio in ("bandwidth_ratio", "wave_ratio"):
+        scalars[ratio] = min(scalars[ratio], 1.0)
+    return {**scalars, "tile_ratio": (1 / (1 + np.exp(-theta[len(GEMM_START) :]))).tolist()}
 
 
 def gemm_seconds(fit: Mapping[str, Any], m: Floats, n: Floats, k: Floats, gpu: Gpu) -> Floats:
@@ -183,8 +171,7 @@ def gemm_seconds(fit: Mapping[str, Any], m: Floats, n: Floats, k: Floats, gpu: G
             extra_s = fit["split_s"] + 2 * split * m * n / rate if split > 1 else 0.0
             compute_s = np.minimum(compute_s, tiled_s + extra_s)
     p = fit["sharpness"]
-    soft: Floats = fit["launch_s"] + (compute_s**p + memory_s**p) ** (1 / p)
-    return soft
+    return np.asarray(fit["launch_s"] + (compute_s**p + memory_s**p) ** (1 / p))
 
 
 def gemm_samples(rows: Iterable[Row]) -> Floats:
@@ -193,7 +180,7 @@ def gemm_samples(rows: Iterable[Row]) -> Floats:
         (row.tokens, *shape, row.seconds[name])
         for row in rows
         if row.tokens <= KNOTS[-1]
-        for name, shape in gemm_shapes(row.model, row.tensor_parallel).items()
+        for name, shape in step_time.gemm_shapes(row.model, row.tensor_parallel).items()
     ]
     return np.array(samples, dtype=np.float64).T
 
@@ -203,12 +190,12 @@ def fit_gemm(samples: Floats, gpu: Gpu) -> dict[str, Any]:
     count = samples.shape[1]
     chosen = np.random.default_rng(0).choice(count, min(6000, count), replace=False)
     m, n, k, seconds = samples[:, chosen]
-    theta = levenberg_marquardt(
-        lambda theta: gemm_seconds(_gemm_coefficients(theta), m, n, k, gpu),
-        GEMM_START,
-        np.log(seconds),
-    )
-    return rounded(_gemm_coefficients(theta))
+    start = np.concatenate([np.log(GEMM_START), np.full(len(TILES), 0.8)])
+
+    def predict(theta: Floats) -> Floats:
+        return gemm_seconds(_gemm_coefficients(theta), m, n, k, gpu)
+
+    return rounded(_gemm_coefficients(levenberg_marquardt(predict, start, np.log(seconds))))
 
 
 def fit_corrections(samples: Floats, gemm: Mapping[str, Any], gpu: Gpu) -> dict[str, list[int]]:
@@ -216,9 +203,8 @@ def fit_corrections(samples: Floats, gemm: Mapping[str, Any], gpu: Gpu) -> dict[
     m, n, k, seconds = samples
     missed = np.log(seconds / gemm_seconds(gemm, m, n, k, gpu))
     shapes = sorted({(int(a), int(b)) for a, b in zip(n, k, strict=True)})
-    at_knots = np.array(
-        [_at_knots(m[here], missed[here]) for here in ((n == a) & (k == b) for a, b in shapes)]
-    )
+    rows_of = [(n == a) & (k == b) for a, b in shapes]
+    at_knots = np.array([_at_knots(m[here], missed[here]) for here in rows_of])
     weights = np.empty_like(at_knots)
     for i, tokens in enumerate(KNOTS):
         fills = [kernels.wave_fill(tokens, a, gpu.sms) for a, _ in shapes]
@@ -234,47 +220,38 @@ def _at_knots(tokens: Floats, missed: Floats) -> Floats:
     hats = np.stack([np.interp(tokens, KNOTS, unit) for unit in np.eye(len(KNOTS))], axis=1)
     edges = np.diff(np.eye(len(KNOTS)), axis=0)[np.diff(KNOTS) > 1]
     normal = hats.T @ hats + 0.03 * edges.T @ edges + 1e-6 * np.eye(len(KNOTS))
-    curve: Floats = np.linalg.solve(normal, hats.T @ missed).astype(np.float64)
-    return curve
+    return np.asarray(np.linalg.solve(normal, hats.T @ missed), dtype=np.float64)
 
 
 def fit_elementwise(rows: Sequence[Row], operator: str) -> tuple[dict[str, float], list[int]]:
     """Fit the formula of one elementwise operator, and what it misses at each knot."""
     samples = [
-        (row.tokens, _columns(row)[operator], row.seconds[name])
+        (
+            row.tokens,
+            step_time.elementwise_columns(row.model, row.tensor_parallel)[operator],
+            row.seconds[name],
+        )
         for row in rows
         for name in ELEMENTWISE[operator]
-        if name in row.seconds
+        if name in row.seconds and row.tokens <= KNOTS[-1]
     ]
     m, columns, seconds = np.array(samples, dtype=np.float64).T
-    names = list(kernels.ElementwiseFit.__dataclass_fields__)
 
     def predict(theta: Floats) -> Floats:
         floor, column, cached_rate, rate, fits, p = np.exp(theta)
         cached = np.minimum(m * columns, fits)
         stream = cached / cached_rate + (m * columns - cached) / rate
-        soft: Floats = ((floor + column * columns) ** p + stream**p) ** (1 / p)
-        return soft
+        return np.asarray(((floor + column * columns) ** p + stream**p) ** (1 / p))
 
-    start = np.log([2e-6, 1e-10, 6e11, 3e11, 5e6, 3.0])
-    theta = levenberg_marquardt(predict, start, np.log(seconds))
+    theta = levenberg_marquardt(predict, np.log(ELEMENTWISE_START), np.log(seconds))
     missed = 1000 * _at_knots(m, np.log(seconds / predict(theta)))
-    fitted = rounded(dict(zip(names, np.exp(theta).tolist(), strict=True)))
+    fitted = rounded(dict(zip(ELEMENTWISE_NAMES, np.exp(theta).tolist(), strict=True)))
     return fitted, np.rint(missed).astype(int).tolist()
-
-
-def _columns(row: Row) -> dict[str, float]:
-    return elementwise_columns(row.model, row.tensor_parallel)
 
 
 def rounded(table: Mapping[str, Any]) -> dict[str, Any]:
     """Keep four significant digits."""
-    return {
-        key: [float(f"{v:.4g}") for v in value]
-        if isinstance(value, list)
-        else float(f"{value:.4g}")
-        for key, value in table.items()
-    }
+    return dict(json.loads(json.dumps(table), parse_float=lambda text: float(f"{float(text):.4g}")))
 
 
 def fit_gpu(rows: Sequence[Row], measured_as: str) -> dict[str, Any]:
@@ -308,13 +285,12 @@ def _fit_ring(workers: int, times: Mapping[int, float]) -> dict[str, float]:
     seconds = np.array(list(times.values()))
 
     def predict(theta: Floats) -> Floats:
-        line: Floats = np.exp(theta[0]) + traffic / np.exp(theta[1])
-        return line
+        return np.asarray(np.exp(theta[0]) + traffic / np.exp(theta[1]))
 
     theta = levenberg_marquardt(predict, np.log([3e-5, 1e11]), np.log(seconds))
     error = np.median(np.abs(predict(theta) / seconds - 1))
-    base_s, rate = np.exp(theta).tolist()
-    return rounded({"base_s": base_s, "bytes_per_s": rate, "median_error_ratio": error})
+    names = "base_s", "bytes_per_s", "median_error_ratio"
+    return rounded(dict(zip(names, [*np.exp(theta).tolist(), error], strict=True)))
 
 
 def load(measured_as: str, table: Mapping[str, Any]) -> KernelFit:
@@ -322,50 +298,43 @@ def load(measured_as: str, table: Mapping[str, Any]) -> KernelFit:
     return kernels.kernel_fit(GPUS[MEASURED[measured_as]], table, KNOTS)
 
 
-def errors(rows: Iterable[Row], fit: KernelFit) -> Floats:
-    """Relative error of a layer's total linear time, row by row."""
-    return np.array(
-        [
-            layer_linear_s(row.model, fit.measured_on, row.tensor_parallel, row.tokens, fit)
-            / row.layer_s
-            - 1
-            for row in rows
-        ]
-    )
+def errors(rows: Sequence[Row], fit: KernelFit) -> tuple[Floats, Floats]:
+    """Return the relative errors of layer time: of the formula, and read off a rate curve."""
 
+    @lru_cache
+    def curve(model: ModelCard, tensor_parallel: int) -> list[float]:
+        args = model, fit.measured_on, tensor_parallel
+        return step_time.non_decreasing([step_time.layer_linear_s(*args, n, fit) for n in KNOTS])
 
-def curve_errors(rows: Sequence[Row], fit: KernelFit) -> Floats:
-    """Return the same error for rows read off a curve between knots, as the simulator does."""
-    predicted = []
-    curves: dict[tuple[str, int], list[float]] = {}
+    formula, read_off = [], []
     for row in rows:
-        key = row.model.name, row.tensor_parallel
-        if key not in curves:
-            args = row.model, fit.measured_on, row.tensor_parallel
-            curves[key] = [layer_linear_s(*args, n, fit) for n in KNOTS]
-        predicted.append(kernels.interpolate(KNOTS, curves[key], row.tokens) / row.layer_s - 1)
-    return np.array(predicted)
+        args = row.model, fit.measured_on, row.tensor_parallel, row.tokens, fit
+        formula.append(step_time.layer_linear_s(*args) / row.layer_s - 1)
+        curve_s = curve(row.model, row.tensor_parallel)
+        read_off.append(kernels.interpolate(KNOTS, curve_s, row.tokens) / row.layer_s - 1)
+    return np.array(formula), np.array(read_off)
 
 
-def _line(label: str, error: Floats, curve: Floats) -> str:
-    cells = [100 * np.percentile(np.abs(e), q) for e in (error, curve) for q in (50, 95)]
-    return f"{label:<34}{len(error):>6}" + "".join(f"{cell:>9.1f}" for cell in cells)
+def _line(label: str, *errors: Floats) -> str:
+    cells = [100 * np.percentile(np.abs(error), q) for error in errors for q in (50, 95)]
+    return f"{label:<34}{len(errors[0]):>6}" + "".join(f"{cell:>9.1f}" for cell in cells)
 
 
-def _by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    models: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        models[row.model.name].append(row)
-    return dict(sorted(models.items()))
+def _head(title: str, *names: str) -> str:
+    return f"\n{title}\n{'GPU':<34}{'rows':>6}" + "".join(f"{name:>9}" for name in names)
 
 
-def print_table(title: str, judged: Iterable[tuple[str, str, list[Row], KernelFit]]) -> None:
+def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    names = sorted({row.model.name for row in rows})
+    return {name: [row for row in rows if row.model.name == name] for name in names}
+
+
+def print_table(title: str, judged: Iterable[Judged]) -> None:
     """Print median and P95 absolute percentage errors of total layer time."""
-    print(f"\n{title}\n{'GPU, model':<34}{'rows':>6}{'median':>9}{'P95':>9}", end="")
-    print(f"{'curve':>9}{'P95':>9}")
+    print(_head(title, "median", "P95", "curve", "P95"))
     for gpu, model, rows, fit in judged:
         near = [row for row in rows if row.tokens <= KNOTS[-1]]
-        print(_line(f"{gpu} {model}", errors(near, fit), curve_errors(near, fit)))
+        print(_line(f"{gpu} {model}", *errors(near, fit)))
 
 
 def print_operators(gpu: str, rows: Sequence[Row], fit: KernelFit) -> None:
@@ -373,15 +342,11 @@ def print_operators(gpu: str, rows: Sequence[Row], fit: KernelFit) -> None:
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         args = row.model, fit.measured_on, row.tensor_parallel, row.tokens, fit
-        for name, seconds in operators_s(*args).items():
+        for name, seconds in step_time.operators_s(*args).items():
             if name in row.seconds:
                 found[name].append(seconds / row.seconds[name] - 1)
-        width = row.model.hidden
-        seconds = fit.elementwise_s("embedding", row.tokens, width, fit.measured_on)
-        found["embedding"].append(seconds / row.seconds["embedding"] - 1)
     for name, error in found.items():
-        q50, q95 = np.percentile(np.abs(error), (50, 95))
-        print(f"{gpu + ' ' + name:<34}{len(error):>6}{100 * q50:>9.1f}{100 * q95:>9.1f}")
+        print(_line(f"{gpu} {name}", np.array(error)))
 
 
 def report(rows: Sequence[Row]) -> None:
@@ -394,19 +359,17 @@ def report(rows: Sequence[Row]) -> None:
         ((g, m, rs, kept[g]) for g in held for m, rs in _by_model(held[g]).items()),
     )
     print_table("Leave one model out, error of layer time in %", leave_one_out(by_gpu))
-    print(f"\nHeld-back token counts, error by operator in %\n{'GPU, operator':<34}", end="")
-    print(f"{'rows':>6}{'median':>9}{'P95':>9}")
+    print(_head("Held-back token counts, error by operator in %", "median", "P95"))
     for gpu, rs in held.items():
         print_operators(gpu, [row for row in rs if row.tokens <= KNOTS[-1]], kept[gpu])
 
 
-def leave_one_out(
-    by_gpu: Mapping[str, Sequence[Row]],
-) -> Iterable[tuple[str, str, list[Row], KernelFit]]:
-    """Fit to all models but one and judge on that one, for each in turn."""
+def leave_one_out(by_gpu: Mapping[str, Sequence[Row]]) -> Iterable[Judged]:
+    """Fit to all models but one, and those of the same shapes, and judge on that one."""
     for gpu, rows in by_gpu.items():
         for model, judged in _by_model(rows).items():
-            others = [row for row in rows if row.model.name != model]
+            shapes = step_time.gemm_shapes(judged[0].model, 1)
+            others = [row for row in rows if step_time.gemm_shapes(row.model, 1) != shapes]
             yield gpu, model, judged, load(gpu, fit_gpu(others, gpu))
 
 
@@ -419,27 +382,16 @@ def write(path: Path, rows: Sequence[Row], folder: Path) -> None:
         "gpus": {gpu: fit_gpu([r for r in rows if r.gpu == gpu], gpu) for gpu in MEASURED},
     }
     text = json.dumps(table, indent=1)
-    for numbers in {text[a:b] for a, b in _number_lists(text)}:
-        text = text.replace(numbers, "".join(numbers.split()))
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _number_lists(text: str) -> Iterable[tuple[int, int]]:
-    start = text.find("[")
-    while start >= 0:
-        end = text.index("]", start) + 1
-        yield start, end
-        start = text.find("[", end)
+    one_line = re.sub(r"\[[^]]*\]", lambda found: "".join(found[0].split()), text)
+    path.write_text(one_line + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Read, write, report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = ROOT.parent / "shared" / "data" / "gpu_profiles"
-    parser.add_argument("folder", nargs="?", type=Path, default=default)
+    parser.add_argument("folder", nargs="?", type=Path, default=DATA)
     folder = parser.parse_args().folder
-    rows = read_rows(folder)
-    write(SHIPPED, rows, folder)
+    write(SHIPPED, rows := read_rows(folder), folder)
     report(rows)
 
 

@@ -312,6 +312,26 @@ def test_the_worst_priority_goes_first_when_blocks_run_out(engine_type: EngineTy
 
 
 @both
+def test_nobody_is_admitted_in_a_step_that_preempts_but_in_the_next(
+    engine_type: EngineType,
+) -> None:
+    engine = engine_type(CURVE, EngineSettings(kv_blocks=6, scheduling="priority"))
+    engine.submit(0.0, a_call("bad", 32, 60, priority=5))
+    engine.submit(0.0, a_call("good", 32, 60, priority=-5))
+    drain(engine, 0.02)
+    engine.submit(0.02, a_call("small", 1, 60))
+    now_s = 0.02
+    while not engine.preemptions:
+        now_s = engine.next_milestone_s() or now_s
+        engine.advance(now_s)
+    assert (engine.running_requests, engine.waiting_requests) == (1, 2)
+    good_tokens = dict(engine.progress(now_s))[RequestId("good")]
+    small_starts_s = starts_s(drain(engine, now_s + 0.02))["small"]
+    two_steps_s = CURVE.step_s(1, 32 + good_tokens) + CURVE.step_s(1, 33 + good_tokens, 1, 1)
+    assert small_starts_s == pytest.approx(now_s + two_steps_s)
+
+
+@both
 def test_priority_orders_the_line_and_its_absence_does_not(engine_type: EngineType) -> None:
     def order(scheduling: Scheduling) -> list[str]:
         engine = engine_type(

@@ -39,8 +39,8 @@ class ModelCard:
     gated_mlp: bool
     tied_embeddings: bool
     context_tokens: int
-    experts: int
-    active_experts: int
+    experts: int = 1
+    active_experts: int = 1
     source: str
     parallel_block: bool = False
 

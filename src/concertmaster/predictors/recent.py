@@ -72,7 +72,7 @@ class RecentLengths:
 
 
 def _steps(request: Request) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Groups of a call from fine to coarse, with the name of the step."""
+    """Return the groups of a call from fine to coarse, with the name of the step."""
     return (
         ("role", (request.app, request.role)),
         ("app", (request.app,)),

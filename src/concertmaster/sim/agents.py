@@ -2,7 +2,7 @@
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.observe.records import CallOutcome, CallRecord, WorkflowRecord
-from concertmaster.workload.plan import Call, Workload, WorkflowPlan
+from concertmaster.workload.plan import Call, WorkflowPlan, Workload
 from concertmaster.workload.progress import WorkflowProgress
 
 

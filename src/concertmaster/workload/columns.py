@@ -146,7 +146,7 @@ def _parents(table: Table) -> list[tuple[int, ...]]:
     for row, waits in enumerate(table.lists("parents")):
         if waits is None:
             raise table.error(row, "parents", "a list of stages", "[] if it waits for none")
-        parents.append(waits)
+        parents.append(tuple(dict.fromkeys(waits)))
     return parents
 
 
@@ -179,7 +179,9 @@ def _outcome(table: Table, row: int, model: str, entry: object) -> ModelOutcome:
     values = entry if isinstance(entry, dict) else {}
     correct, output_tokens = values.get("correct"), values.get("output_tokens")
     if type(output_tokens) is not int or output_tokens < 1:
-        raise table.error(row, f"outcomes.{model}.output_tokens", "a whole number >= 1")
+        raise table.error(
+            row, f"outcomes.{model}.output_tokens", "a whole number >= 1", part=output_tokens
+        )
     if not isinstance(correct, int | float) or not 0 <= correct <= 1:
-        raise table.error(row, f"outcomes.{model}.correct", "a number in 0…1")
+        raise table.error(row, f"outcomes.{model}.correct", "a number in 0…1", part=correct)
     return ModelOutcome(correct=float(correct), output_tokens=output_tokens)

@@ -56,7 +56,8 @@ def _is_parquet(path: Path) -> bool:
         return False
     if ".parquet" in names:
         return True
-    head = path.open("rb").read(4)
+    with path.open("rb") as file:
+        head = file.read(4)
     if head == _PARQUET_MAGIC:
         return True
     if head[:1] == b"{":
@@ -69,9 +70,9 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Table:
     parquet = extra("pyarrow.parquet", path)
     arrow = extra("pyarrow", path)
     try:
-        file = parquet.ParquetFile(_parquet_source(path, arrow))
-        names = [name for name in file.schema_arrow.names if name in columns]
-        found: Any = file.read(columns=names)
+        with parquet.ParquetFile(_parquet_source(path, arrow)) as file:
+            names = [name for name in file.schema_arrow.names if name in columns]
+            found: Any = file.read(columns=names)
     except (arrow.ArrowException, OSError) as error:
         problem = f"expected a whole Parquet file, found: {str(error).splitlines()[0]}"
         remedy = "Parquet cannot be read up to a break: write the file again, or as .jsonl"

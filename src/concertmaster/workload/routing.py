@@ -99,7 +99,7 @@ def _outcomes(
             for answer in own
         }
     if unknown := sum(answer.output_tokens is None for answer in answers):
-        rule = f"that of other models, else as {typical_tokens} tokens"
+        rule = f"the median of that question, else of all ({typical_tokens})"
         notes += (f"{source}: {unknown:,} answers of unknown length: taken as {rule}",)
     return by_question, notes
 

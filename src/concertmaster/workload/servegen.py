@@ -93,9 +93,14 @@ def read_servegen(table: Table, name: str, text: str | None, *, seed: int) -> So
     lengths = _lengths(Path(table.file).with_name(LENGTHS_FILE), {w.workload for w in windows})
     factor, notes = _factor(table.file, windows, part)
     plans: list[WorkflowPlan] = []
-    for window in windows:
-        clients = lengths[window.workload]
-        plans += _window_plans(window, clients, part.start_s, factor, seed)
+    for workload, by_client in sorted(lengths.items()):
+        own = [window for window in windows if window.workload == workload]
+        shared, without_ratio = _shared_lengths(by_client, own)
+        for window in own:
+            plans += _window_plans(window, shared, part.start_s, factor, seed)
+        if without_ratio:
+            note = f"{workload}: {without_ratio:.0%} of the rate is of clients without lengths"
+            notes += (f"{note}: they borrow those of the others, drawn by rate",)
     if not plans:
         problem = f"expected arrivals, found none at a factor of {factor:g}"
         raise InputError(table.file, f"#{text}", problem, "take a larger factor or more hours")
@@ -149,20 +154,50 @@ def _lengths(path: Path, workloads: set[str]) -> dict[str, dict[int, ClientLengt
     return {name: dict(by_client) for name, by_client in lengths.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """The length quantiles of one workload, and whose to borrow where a client has none."""
+
+    by_client: Mapping[int, ClientLengths]
+    lenders: Sequence[int]
+    weights: Sequence[float]
+
+    def of(self, client_id: int, start_s: int, rng: random.Random) -> Mapping[str, Quantiles]:
+        """Return quantiles near ``start_s``, of the client or of one drawn by its rate."""
+        if client_id not in self.by_client:
+            (client_id,) = rng.choices(self.lenders, self.weights)
+        by_window = self.by_client[client_id]
+        own_s = start_s // LENGTH_WINDOW_S * LENGTH_WINDOW_S
+        return by_window[min(by_window, key=lambda known_s: (abs(known_s - own_s), known_s))]
+
+
+def _shared_lengths(
+    by_client: Mapping[int, ClientLengths], windows: Sequence[_Window]
+) -> tuple[_Lengths, float]:
+    """Weigh the clients with lengths by their rate; tell the share of the rate without any."""
+    rates_rps: dict[int, float] = {}
+    for window in windows:
+        rates_rps[window.client_id] = rates_rps.get(window.client_id, 0.0) + window.rate_rps
+    lenders = sorted(rates_rps.keys() & by_client.keys())
+    known_rps = sum(rates_rps[client_id] for client_id in lenders)
+    without_ratio = 1.0 - known_rps / sum(rates_rps.values())
+    if not lenders:
+        everyone = sorted(by_client)
+        return _Lengths(by_client, everyone, [1.0] * len(everyone)), without_ratio
+    weights = [rates_rps[client_id] for client_id in lenders]
+    return _Lengths(by_client, lenders, weights), without_ratio
+
+
 def _window_plans(
-    window: _Window,
-    lengths: Mapping[int, ClientLengths],
-    start_s: int,
-    factor: float,
-    seed: int,
+    window: _Window, lengths: _Lengths, start_s: int, factor: float, seed: int
 ) -> Iterator[WorkflowPlan]:
     key = f"{window.workload} {window.client_id} {window.start_s}"
     rng = random.Random(f"{seed} {key}")  # noqa: S311  seeded on purpose
-    fields = _nearest(lengths, window)
     instants_s = window_arrivals_s(
         window.start_s - start_s, WINDOW_S, window.rate_rps * factor, window.cv, rng
     )
     for count, arrival_s in enumerate(instants_s):
+        fields = lengths.of(window.client_id, window.start_s, rng)
         yield WorkflowPlan(
             workflow_id=WorkflowId(
                 f"{window.workload}:{window.client_id}:{window.start_s}:{count:05d}"
@@ -171,14 +206,6 @@ def _window_plans(
             arrival_s=arrival_s,
             calls=(_call(fields, rng),),
         )
-
-
-def _nearest(lengths: Mapping[int, ClientLengths], window: _Window) -> Mapping[str, Quantiles]:
-    """Take the client's quantiles nearest in time; a client without any borrows a neighbour's."""
-    client_id = min(lengths, key=lambda known: (abs(known - window.client_id), known))
-    by_window = lengths[client_id]
-    own_s = window.start_s // LENGTH_WINDOW_S * LENGTH_WINDOW_S
-    return by_window[min(by_window, key=lambda start_s: (abs(start_s - own_s), start_s))]
 
 
 def _call(fields: Mapping[str, Quantiles], rng: random.Random) -> Call:

@@ -1,5 +1,6 @@
 """Columns of a file, checked as they are asked for: every complaint names its row."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -7,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from concertmaster.core.errors import InputError, unknown_name
+
+_MOST_CHARS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +42,14 @@ class Table:
         """Say where a value stands, for an error."""
         return f"{self.unit} {self.numbers[row]}" + (f", {column}" if column else "")
 
-    def error(self, row: int, column: str, expected: str, remedy: str = "") -> InputError:
-        """Build the complaint about one value."""
-        found = self.columns[column][row] if column in self.columns else None
-        text = "nothing" if found is None else f'"{found}"' if isinstance(found, str) else found
+    def error(
+        self, row: int, column: str, expected: str, remedy: str = "", *, part: object = None
+    ) -> InputError:
+        """Build the complaint about one value, or about a ``part`` of one."""
+        found = self.columns[column][row] if column in self.columns else part
         remedy = remedy or f"mend or remove this {self.unit}"
-        return InputError(
-            self.file, self.where(row, column), f"expected {expected}, found {text}", remedy
-        )
+        problem = f"expected {expected}, found {_shown(found)}"
+        return InputError(self.file, self.where(row, column), problem, remedy)
 
     def require(self, names: Sequence[str], kind: str) -> None:
         """Raise unless all columns are there."""
@@ -137,6 +140,18 @@ class Table:
                 bound = "" if least is None else f" >= {least}"
                 raise self.error(row, name, f"a list of whole numbers{bound}")
         return tuple(value)
+
+
+def _shown(found: object) -> str:
+    """Show a value on one line, cut if it is long.
+
+    >>> _shown(None), _shown("64"), _shown(list(range(99)))[-9:]
+    ('nothing', '"64"', ', 13, 1 …')
+    """
+    if found is None:
+        return "nothing"
+    text = json.dumps(found, ensure_ascii=False) if isinstance(found, str) else str(found)
+    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]} …"
 
 
 def _within(value: float, least: float, most: float) -> bool:

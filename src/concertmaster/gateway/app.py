@@ -1,0 +1,157 @@
+"""Everything of the gateway that is no call to a model: health, models, metrics, the page."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from concertmaster import __version__
+from concertmaster.core.fleet import Replica
+from concertmaster.gateway.metrics import exposition
+from concertmaster.gateway.openai_api import AUTO, error_body
+
+if TYPE_CHECKING:
+    from concertmaster.gateway.driver import Gateway
+
+PAGE_PERIOD_S = 0.5
+_JSON = "application/json"
+
+
+class SideRoutes:
+    """Handlers over one gateway; it is attached once it exists."""
+
+    def __init__(self) -> None:
+        self.gateway: Gateway | None = None
+
+    @property
+    def _gateway(self) -> "Gateway":
+        assert self.gateway is not None, "the side door opened before the gateway"
+        return self.gateway
+
+    def app(self) -> Starlette:
+        """Build the app."""
+        live = ("/livez", "/health/live", "/liveness", "/healthz", "/health")
+        ready = ("/readyz", "/health/ready", "/readiness")
+        return Starlette(
+            routes=[
+                *(Route(path, self.live) for path in live),
+                *(Route(path, self.ready) for path in ready),
+                Route("/version", self.version),
+                Route("/v1/models", self.models),
+                Route("/metrics", self.metrics),
+                Route("/state", self.state),
+                Route("/events", self.events),
+                Route("/", self.page),
+            ],
+            exception_handlers={HTTPException: _http_error},
+        )
+
+    async def live(self, _: Request) -> Response:
+        """Answer that the process runs."""
+        return Response()
+
+    async def ready(self, _: Request) -> Response:
+        """Answer whether calls are taken: not while draining, not without a replica."""
+        replicas = self._gateway.scheduler.replicas.values()
+        if self._gateway.draining:
+            return _problem(503, "the gateway is shutting down", "draining")
+        if not any(replica.alive for replica in replicas):
+            return _problem(503, "no replica is alive", "no_replica")
+        return Response()
+
+    async def version(self, _: Request) -> Response:
+        """Answer the version."""
+        return _json({"version": __version__})
+
+    async def models(self, _: Request) -> Response:
+        """List the models, and ``auto`` for any of them."""
+        pools = self._gateway.scheduler.pools.values()
+        contexts: dict[str, int] = {p.model.name: p.model.context_tokens for p in pools}
+        listed = {AUTO: max(contexts.values()), **contexts}
+        return _json(
+            {
+                "object": "list",
+                "data": [
+                    {
+                        "id": name,
+                        "object": "model",
+                        "created": 0,
+                        "owned_by": "concertmaster",
+                        "max_model_len": context_tokens,
+                    }
+                    for name, context_tokens in listed.items()
+                ],
+            }
+        )
+
+    async def metrics(self, _: Request) -> Response:
+        """Answer a scrape."""
+        body = exposition(self._gateway.metrics, self._gateway.scheduler)
+        return Response(body, media_type="text/plain; version=0.0.4")
+
+    async def state(self, _: Request) -> Response:
+        """Answer what every replica has in flight."""
+        return _json(self._snapshot())
+
+    async def events(self, _: Request) -> Response:
+        """Stream the state to the page."""
+        return StreamingResponse(self._snapshots(), media_type="text/event-stream")
+
+    async def page(self, _: Request) -> Response:
+        """Show the fleet at work."""
+        page = files("concertmaster.gateway").joinpath("page.html").read_bytes()
+        return Response(page, media_type="text/html")
+
+    async def _snapshots(self) -> AsyncIterator[bytes]:
+        while True:
+            yield b"data: " + msgspec.json.encode(self._snapshot()) + b"\n\n"
+            await asyncio.sleep(PAGE_PERIOD_S)
+
+    def _snapshot(self) -> dict[str, Any]:
+        gateway = self._gateway
+        return {
+            "policy": gateway.scheduler.policy.name,
+            "waiting": len(gateway.scheduler.line),
+            "workflows": len(gateway.scheduler.workflows),
+            "answered": sum(gateway.metrics.by_status.values()),
+            "output_tokens": gateway.metrics.output_tokens,
+            "replicas": [_view(replica) for replica in gateway.scheduler.replicas.values()],
+        }
+
+
+def _view(replica: Replica) -> dict[str, Any]:
+    ledger = replica.kv
+    return {
+        "replica": replica.replica_id,
+        "model": replica.pool.model.name,
+        "gpu": replica.pool.gpu,
+        "state": replica.readiness.value if replica.alive else "dead",
+        "running": len(replica.in_flight),
+        "decode_tokens": replica.decode_tokens,
+        "kv_reserved_ratio": ledger.reserved_blocks / ledger.capacity_blocks,
+    }
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type=_JSON)
+
+
+def _problem(status: int, message: str, code: str) -> Response:
+    kind = "not_found_error" if status == 404 else "invalid_request_error"
+    kind = "overloaded_error" if status == 503 else kind
+    return Response(error_body(message, kind, code=code), status_code=status, media_type=_JSON)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        return _problem(405, f"{path}: this address takes another method", "method_not_allowed")
+    return _problem(error.status_code, f"{path}: no such address", "not_found")

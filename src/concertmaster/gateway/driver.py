@@ -1,0 +1,397 @@
+"""Driver two: real time. The same core as the simulator's, between two sets of sockets."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.errors import CallerError
+from concertmaster.core.events import (
+    Event,
+    FailReason,
+    RejectReason,
+    ReplicaDied,
+    RequestArrived,
+    RequestCancelled,
+    RequestFailed,
+    RequestFinished,
+    TimerFired,
+    TokensStreamed,
+)
+from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.request import Request, RequestId
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.gateway import openai_api
+from concertmaster.gateway.agent import AgentConnection, Message
+from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.health import HealthWatch
+from concertmaster.gateway.identity import Identity, Normalizer, with_hints
+from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway.metrics import GatewayMetrics
+from concertmaster.gateway.upstream import EngineLink
+from concertmaster.predictors.interface import Predictor
+
+PROGRESS_S = 1.0
+"""How often the core is told how far every stream has come; the simulator does the same."""
+
+_CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
+_DROPPED_HEADERS = frozenset(
+    {
+        b"accept-encoding",
+        b"connection",
+        b"content-length",
+        b"expect",
+        b"host",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    }
+)
+
+Clock = Callable[[], float]
+Observer = Callable[[float, Event, list[Action]], None]
+SideDoor = Callable[[AgentConnection, Message], None]
+
+
+class Gateway:
+    """Takes calls from agents, asks the core, and moves bytes.
+
+    Args:
+        scheduler: The core.
+        predictor: Makes the forecast that travels with each arrival.
+        urls: Address of every replica.
+        clock: Seconds that never go back.
+        side_door: Answers everything that is not a call to a model.
+        observe: Told of every event and the actions it led to.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        predictor: Predictor,
+        urls: Mapping[ReplicaId, str],
+        *,
+        clock: Clock,
+        side_door: SideDoor,
+        observe: Observer | None = None,
+        max_body_bytes: int = 20_000_000,
+        connect_timeout_s: float = 5.0,
+        health_interval_s: float = 2.0,
+    ) -> None:
+        self.scheduler = scheduler
+        self.metrics = GatewayMetrics()
+        self.max_body_bytes = max_body_bytes
+        self.draining = False
+        self._predictor = predictor
+        self._clock = clock
+        self._side_door = side_door
+        self._observe = observe
+        self._normalizer = Normalizer()
+        self._inference = WorkflowInference()
+        self._links = {
+            replica_id: EngineLink(url, self, _error_frame, connect_timeout_s=connect_timeout_s)
+            for replica_id, url in urls.items()
+        }
+        self._health = HealthWatch(urls, self.feed, self._is_alive, interval_s=health_interval_s)
+        self._exchanges: dict[RequestId, Exchange] = {}
+        self._agents: dict[AgentConnection, None] = {}
+        self._numbers = itertools.count(1)
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # Life
+
+    def start(self) -> None:
+        """Begin to watch engines and to tell the core of progress."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._tick()), loop.create_task(self._health.watch())]
+
+    async def stop(self, *, drain_s: float) -> None:
+        """Take nothing new, let calls in flight end for a while, then close everything."""
+        self.draining = True
+        deadline_s = self._clock() + drain_s
+        while self._exchanges and self._clock() < deadline_s:  # noqa: ASYNC110  # polled once a life
+            await asyncio.sleep(0.02)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._timer is not None:
+            self._timer.cancel()
+        for agent in list(self._agents):
+            agent.abort()
+        for link in self._links.values():
+            link.close()
+
+    @property
+    def open_exchanges(self) -> int:
+        """Calls without an outcome."""
+        return len(self._exchanges)
+
+    # Desk: messages of agents
+
+    def opened(self, agent: AgentConnection) -> None:
+        """Note a connection."""
+        self._agents[agent] = None
+
+    def lost(self, agent: AgentConnection) -> None:
+        """Cancel what a vanished agent was waiting for."""
+        self._agents.pop(agent, None)
+        exchange = agent.exchange
+        if exchange is not None and not exchange.over:
+            self._end(exchange, 499)
+            self.feed(RequestCancelled(exchange.request.request_id))
+
+    def take(self, agent: AgentConnection, message: Message) -> None:
+        """Answer a message: a call goes to the core, all else through the side door."""
+        chat = _CALL_PATHS.get(message.target.partition(b"?")[0])
+        if chat is None or message.method != b"POST":
+            self._side_door(agent, message)
+            return
+        if self.draining:
+            status, body, headers = openai_api.refusal(
+                "no_replica", detail=": the gateway is shutting down", retry_after_s=1.0
+            )
+            agent.answer(openai_api.response(status, body, headers))
+            return
+        now_s = self._clock()
+        try:
+            exchange = self._open(now_s, agent, message, chat=chat)
+        except CallerError as error:
+            status, body = openai_api.caller_error(error)
+            self.metrics.answered(status, 0.0)
+            agent.answer(openai_api.response(status, body))
+            return
+        agent.exchange = exchange
+        self._exchanges[exchange.request.request_id] = exchange
+        forecast = self._predictor.predict(exchange.request)
+        self._feed(now_s, RequestArrived(exchange.request, forecast))
+
+    def _open(
+        self, now_s: float, agent: AgentConnection, message: Message, *, chat: bool
+    ) -> Exchange:
+        headers = message.headers
+        call = openai_api.parse_call(message.body, chat=chat)
+        text = call.text()
+        hashes = openai_api.prefix_hashes(text)
+        identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
+        identity = with_hints(headers, call, identity)
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not request_id or request_id in self._exchanges:
+            request_id = f"cm-{next(self._numbers)}"
+        models = call.models()
+        request = Request(
+            request_id=RequestId(request_id),
+            workflow_id=identity.workflow_id,
+            arrival_s=now_s,
+            prompt_tokens=openai_api.prompt_tokens(text),
+            max_output_tokens=call.max_output_tokens(),
+            models=models,
+            role=identity.role,
+            app=identity.app,
+            stage=identity.stage,
+            parents=identity.parents,
+            service_class=identity.service_class,
+            prefix_hashes=hashes,
+            deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
+        )
+        exchange = Exchange(
+            request,
+            agent,
+            _engine_head(message, request_id),
+            message.body,
+            model_named=models[0] if len(models) == 1 else "",
+            streams=bool(call.stream),
+        )
+        exchange.response_headers = _identity_headers(request_id, identity)
+        return exchange
+
+    # The core
+
+    def feed(self, event: Event) -> None:
+        """Give the core an event that happens now."""
+        self._feed(self._clock(), event)
+
+    def _feed(self, now_s: float, event: Event) -> None:
+        actions = self.scheduler.handle(now_s, event)
+        if self._observe is not None:
+            self._observe(now_s, event, actions)
+        for action in actions:
+            self._perform(now_s, action)
+        wakeup_s = self.scheduler.next_wakeup_s()
+        if wakeup_s is not None:
+            self._set_timer(now_s, wakeup_s)
+
+    def _set_timer(self, now_s: float, wakeup_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + max(0.0, wakeup_s - now_s)
+        if self._timer is not None and not self._timer.cancelled():
+            if self._timer.when() <= due_s:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(due_s, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        self.feed(TimerFired())
+
+    def _perform(self, now_s: float, action: Action) -> None:
+        match action:
+            case Dispatch():
+                self._dispatch(now_s, action)
+            case Reject(request_id, reason, retry_after_s):
+                self._refuse(self._exchanges[request_id], reason, retry_after_s)
+            case Fail(request_id, reason):
+                self._refuse(self._exchanges[request_id], reason, None)
+            case Cancel():
+                pass  # the exchange dropped its engine connection when its caller went
+            case Wake(replica_id):
+                self._health.wake(replica_id)
+            case _:
+                assert_never(action)
+
+    def _dispatch(self, now_s: float, action: Dispatch) -> None:
+        exchange = self._exchanges[action.request_id]
+        replica = self.scheduler.replicas[action.replica_id]
+        link = self._links[action.replica_id]
+        model = replica.pool.model.name
+        if exchange.dispatched_s is None:
+            exchange.dispatched_s = now_s
+        if exchange.attempt == 0:
+            exchange.response_headers += _decision_headers(
+                self.scheduler.policy.name, model, action
+            )
+        exchange.attempt, exchange.replica_id = action.attempt, action.replica_id
+        exchange.tokens = exchange.told_tokens = 0
+        body = exchange.body
+        if exchange.model_named != model:
+            body = openai_api.with_model(body, model)
+        head = exchange.head + b"host: %b\r\ncontent-length: %d\r\n" % (link.authority, len(body))
+        if replica.pool.priority_scheduling and action.priority:
+            head += b"x-vllm-priority: %d\r\n" % action.priority
+        link.send(exchange, head + b"\r\n" + body)
+        self.metrics.dispatched(now_s - exchange.arrived_s, self._clock() - now_s)
+
+    def _refuse(
+        self, exchange: Exchange, reason: RejectReason | FailReason, retry_after_s: float | None
+    ) -> None:
+        """Answer with an error, or cut an answer that had begun."""
+        self.metrics.refused(reason)
+        if exchange.started:
+            self._end(exchange, 502)
+            exchange.caller.abort()
+            return
+        detail = f": {exchange.error_text}" if exchange.error_text else ""
+        if reason == "model_not_found":
+            known = sorted({pool.model.name for pool in self.scheduler.pools.values()})
+            asked = ", ".join(exchange.request.models)
+            detail = f': expected one of {", ".join(known)} or "auto", found "{asked}"'
+        status, body, headers = openai_api.refusal(
+            reason, detail=detail, retry_after_s=retry_after_s
+        )
+        headers.append((b"x-request-id", exchange.request.request_id.encode("latin-1")))
+        self._end(exchange, status)
+        exchange.caller.write(openai_api.response(status, body, headers))
+        exchange.caller.finished(keep_alive=True)
+
+    # Outcomes: news from engines
+
+    def first_token(self, exchange: Exchange) -> None:
+        """Tell the core that an answer has begun."""
+        now_s = self._clock()
+        exchange.first_token_s = now_s
+        exchange.told_tokens = 1
+        self._feed(now_s, TokensStreamed(((exchange.request.request_id, exchange.attempt, 1),)))
+
+    def finished(self, exchange: Exchange, output_tokens: int) -> None:
+        """Tell the core and the predictor that an answer is complete."""
+        now_s = self._clock()
+        request = exchange.request
+        self._end(exchange, exchange.status)
+        self.metrics.finished(now_s, exchange, output_tokens)
+        if exchange.status == 200:
+            model = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool.model.name
+            self._predictor.learn(request, model, output_tokens)
+        self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
+
+    def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
+        """Tell the core that an attempt failed, and that its replica is gone if it is."""
+        exchange.error_text = problem
+        if not alive:
+            self.feed(ReplicaDied(ReplicaId(exchange.replica_id)))
+        if not exchange.over:
+            self.feed(
+                RequestFailed(
+                    exchange.request.request_id, exchange.attempt, retriable=not exchange.started
+                )
+            )
+
+    def _end(self, exchange: Exchange, status: int) -> None:
+        exchange.over = True
+        exchange.status = status
+        self._exchanges.pop(exchange.request.request_id, None)
+        self.metrics.answered(status, self._clock() - exchange.arrived_s)
+        if exchange.engine is not None:
+            exchange.engine.cancel()
+
+    def _is_alive(self, replica_id: ReplicaId) -> bool:
+        return self.scheduler.replicas[replica_id].alive
+
+    async def _tick(self) -> None:
+        """Tell the core how far every stream has come."""
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            progress = []
+            for request_id, exchange in self._exchanges.items():
+                if exchange.tokens > exchange.told_tokens:
+                    exchange.told_tokens = exchange.tokens
+                    progress.append((request_id, exchange.attempt, exchange.tokens))
+            if progress:
+                self.feed(TokensStreamed(tuple(progress)))
+
+
+def _engine_head(message: Message, request_id: str) -> bytes:
+    """Request line and the headers that go on to the engine."""
+    kept = b"".join(
+        b"%b: %b\r\n" % (name, value)
+        for name, value in message.headers.items()
+        if name not in _DROPPED_HEADERS
+    )
+    return b"POST %b HTTP/1.1\r\n%bx-request-id: %b\r\n" % (
+        message.target,
+        kept,
+        request_id.encode("latin-1"),
+    )
+
+
+def _identity_headers(request_id: str, identity: Identity) -> bytes:
+    return b"x-request-id: %b\r\nx-concertmaster-workflow-id: %b\r\n%b" % (
+        request_id.encode("latin-1"),
+        identity.workflow_id.encode("latin-1", "replace"),
+        b""
+        if identity.confidence >= 1.0
+        else b"x-concertmaster-workflow-confidence: %.2f\r\n" % identity.confidence,
+    )
+
+
+def _decision_headers(policy: str, model: str, action: Dispatch) -> bytes:
+    """Which model, which replica, and why: seconds by scorer."""
+    costs_s = action.costs_s[action.replica_id]
+    why = "; ".join(f"{name} {cost_s:.3f} s" for name, cost_s in costs_s.items())
+    return (
+        f"x-concertmaster-model: {model}\r\n"
+        f"x-concertmaster-replica: {action.replica_id}\r\n"
+        f"x-concertmaster-queue-wait-ms: {1000 * action.waited_s:.1f}\r\n"
+        f"x-concertmaster-why: {policy}{'; ' if why else ''}{why}\r\n"
+    ).encode("latin-1", "replace")
+
+
+def _error_frame(problem: str) -> bytes:
+    """Frame an error for a stream that broke after it began."""
+    return b"data: " + openai_api.error_body(problem, "server_error", code="engine_error") + b"\n\n"

@@ -1,0 +1,95 @@
+"""One call on its way through the gateway."""
+
+from typing import Protocol
+
+from concertmaster.core.request import Request
+
+
+class Caller(Protocol):
+    """The side of an exchange that asked."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes on, as they are."""
+
+    def finished(self, *, keep_alive: bool) -> None:
+        """Note that the answer is complete."""
+
+    def abort(self) -> None:
+        """Cut the connection: the answer broke and must not look finished."""
+
+
+class Exchange:
+    """A call, who asked, what to send, and how far its answer has come.
+
+    Attributes:
+        head: Request head for the engine, without content-length and model.
+        attempt: Current attempt, as the core counts; 0 before the first dispatch.
+        tokens: Output tokens seen in the stream of this attempt.
+        started: True once the caller has been sent any byte of an answer.
+        error_text: What the last engine that refused it said.
+    """
+
+    __slots__ = (
+        "arrived_s",
+        "attempt",
+        "body",
+        "caller",
+        "dispatched_s",
+        "engine",
+        "error_text",
+        "first_token_s",
+        "head",
+        "model_named",
+        "over",
+        "replica_id",
+        "request",
+        "response_headers",
+        "started",
+        "status",
+        "streams",
+        "tokens",
+        "told_tokens",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        caller: Caller,
+        head: bytes,
+        body: bytes,
+        *,
+        model_named: str,
+        streams: bool,
+    ) -> None:
+        self.request = request
+        self.caller = caller
+        self.head = head
+        self.body = body
+        self.model_named = model_named
+        self.streams = streams
+        self.arrived_s = request.arrival_s
+        self.dispatched_s: float | None = None
+        self.first_token_s: float | None = None
+        self.attempt = 0
+        self.replica_id = ""
+        self.engine: EngineSide | None = None
+        self.response_headers = b""
+        self.tokens = 0
+        self.told_tokens = 0
+        self.started = False
+        self.over = False
+        self.status = 0
+        self.error_text = ""
+
+
+class EngineSide(Protocol):
+    """The connection that an exchange is on."""
+
+    def cancel(self) -> None:
+        """Drop the connection, so that the engine stops working for nobody."""
+
+    def pause(self) -> None:
+        """Stop reading: the caller is slow."""
+
+    def resume(self) -> None:
+        """Read on."""

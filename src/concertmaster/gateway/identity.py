@@ -1,0 +1,336 @@
+"""Who is calling: one normaliser for the identity dialects of agents and gateways.
+
+Each dialect has its own word for the workflow, the agent in it and the agent's parent. A
+sub-agent belongs to the workflow of whoever started it. docs/identity.md lists what is read.
+"""
+
+import base64
+import binascii
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import msgspec
+
+from concertmaster.core.errors import InvalidRequestError
+from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
+from concertmaster.gateway.openai_api import CallBody
+
+MAX_DEADLINE_S = 86_400.0
+_MAX_ID_CHARS = 256
+_MAX_ROOTS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What is known of a call's place in its workflow.
+
+    Attributes:
+        agent: The agent within the workflow; "" for the root or if unknown.
+        parent_agent: Who started that agent; "" if nobody did.
+        deadline_s: Time granted from arrival on; ``None`` if none was given.
+        confidence: 1.0 if the client said so, less if it was inferred.
+        dialect: Which client's or gateway's words were understood.
+    """
+
+    workflow_id: WorkflowId
+    agent: str = ""
+    parent_agent: str = ""
+    role: str = ""
+    app: str = ""
+    stage: int | None = None
+    parents: tuple[RequestId, ...] = ()
+    service_class: ServiceClass = ServiceClass.INTERACTIVE
+    deadline_s: float | None = None
+    confidence: float = 1.0
+    dialect: str = ""
+
+
+class Dialect(NamedTuple):
+    """Header names of one client or gateway, lower case.
+
+    ``parent_is_workflow`` tells dialects where a sub-agent names only its parent's session.
+    """
+
+    name: str
+    workflow: bytes
+    agent: bytes = b""
+    parent: bytes = b""
+    role: bytes = b""
+    parent_is_workflow: bool = False
+
+
+DIALECTS = (
+    Dialect(
+        "concertmaster",
+        b"x-concertmaster-workflow-id",
+        agent=b"x-concertmaster-agent",
+        role=b"x-concertmaster-role",
+    ),
+    Dialect(
+        "codex",
+        b"session-id",
+        agent=b"thread-id",
+        parent=b"x-codex-parent-thread-id",
+        role=b"x-openai-subagent",
+    ),
+    Dialect(
+        "claude-code",
+        b"x-claude-code-session-id",
+        agent=b"x-claude-code-agent-id",
+        parent=b"x-claude-code-parent-agent-id",
+    ),
+    Dialect(
+        "dynamo",
+        b"x-dynamo-session-id",
+        agent=b"x-dynamo-session-id",
+        parent=b"x-dynamo-parent-session-id",
+        parent_is_workflow=True,
+    ),
+    Dialect("litellm", b"x-litellm-session-id"),
+    Dialect("litellm", b"x-litellm-trace-id"),
+    Dialect("semantic-router", b"x-conversation-id"),
+    Dialect(
+        "session",
+        b"x-session-id",
+        agent=b"x-session-id",
+        parent=b"x-parent-session-id",
+        parent_is_workflow=True,
+    ),
+)
+"""Asked in this order; the first whose workflow header is there wins."""
+
+_WORKFLOW_HEADERS = frozenset(dialect.workflow for dialect in DIALECTS)
+_HINT_HEADERS = frozenset(
+    {b"x-concertmaster-deadline-ms", b"x-concertmaster-class", b"x-smg-priority"}
+)
+_SESSION_KEYS = (
+    "workflow_id",
+    "session_id",
+    "conversation_id",
+    "thread_id",
+    "trace_id",
+    "group_id",
+)
+
+
+class Normalizer:
+    """Turns headers and body fields into an ``Identity``.
+
+    It remembers which workflow a session belongs to, so that the sub-agent of a sub-agent
+    is counted to the root.
+    """
+
+    def __init__(self, max_roots: int = _MAX_ROOTS) -> None:
+        self._max_roots = max_roots
+        self._roots: OrderedDict[str, str] = OrderedDict()
+
+    def identify(self, headers: Mapping[bytes, bytes], call: CallBody) -> Identity | None:
+        """Return what the caller says of itself; ``None`` if it names no workflow.
+
+        Raises:
+            InvalidRequestError: A header of ours holds a value that is not allowed.
+        """
+        identity = None
+        if not _WORKFLOW_HEADERS.isdisjoint(headers):
+            identity = self._by_headers(headers)
+        if identity is None:
+            identity = _by_body(call)
+        return identity
+
+    def _by_headers(self, headers: Mapping[bytes, bytes]) -> Identity | None:
+        for dialect in DIALECTS:
+            session = _text(headers, dialect.workflow)
+            if session and not _is_address(session):
+                return self._read(headers, dialect, session)
+        return None
+
+    def _read(self, headers: Mapping[bytes, bytes], dialect: Dialect, session: str) -> Identity:
+        parent = _text(headers, dialect.parent)
+        agent = _text(headers, dialect.agent)
+        workflow_id = session
+        if dialect.parent_is_workflow:
+            workflow_id = self._root(session, parent)
+            agent = session if parent else ""
+        elif agent == session:
+            agent = ""
+        identity = Identity(
+            workflow_id=WorkflowId(workflow_id),
+            agent=agent,
+            parent_agent="" if parent == workflow_id else parent,
+            role=_text(headers, dialect.role),
+            dialect=dialect.name,
+        )
+        return identity if dialect.name != "concertmaster" else _with_own_headers(headers, identity)
+
+    def _root(self, session: str, parent: str) -> str:
+        root = self._roots.get(session)
+        if root is None:
+            root = self._roots.get(parent, parent) if parent else session
+            self._roots[session] = root
+            if len(self._roots) > self._max_roots:
+                self._roots.popitem(last=False)
+        else:
+            self._roots.move_to_end(session)
+        return root
+
+
+def with_hints(headers: Mapping[bytes, bytes], call: CallBody, identity: Identity) -> Identity:
+    """Add the deadline and the class, which any client may send whatever its dialect.
+
+    Raises:
+        InvalidRequestError: A header of ours holds a value that is not allowed.
+    """
+    if call.service_tier is None and _HINT_HEADERS.isdisjoint(headers):
+        return identity
+    return replace(
+        identity,
+        deadline_s=_deadline_s(headers) or identity.deadline_s,
+        service_class=_service_class(headers, call.service_tier),
+    )
+
+
+def _with_own_headers(headers: Mapping[bytes, bytes], identity: Identity) -> Identity:
+    stage = _text(headers, b"x-concertmaster-stage")
+    if stage and not stage.isdecimal():
+        raise InvalidRequestError(
+            f"x-concertmaster-stage: expected a number from 0 on, found {stage!r}"
+        )
+    parents = _text(headers, b"x-concertmaster-parent")
+    return replace(
+        identity,
+        app=_text(headers, b"x-concertmaster-app"),
+        stage=int(stage) if stage else None,
+        parents=tuple(RequestId(one.strip()) for one in parents.split(",") if one.strip()),
+    )
+
+
+def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
+    text = _text(headers, b"x-concertmaster-deadline-ms")
+    if not text:
+        return None
+    if not text.isdecimal() or not 0 < int(text) <= 1000 * MAX_DEADLINE_S:
+        raise InvalidRequestError(
+            "x-concertmaster-deadline-ms: expected milliseconds from 1 to "
+            f"{1000 * MAX_DEADLINE_S:.0f}, found {text!r}"
+        )
+    return int(text) / 1000
+
+
+def _service_class(headers: Mapping[bytes, bytes], tier: str | None) -> ServiceClass:
+    named = _text(headers, b"x-concertmaster-class")
+    if named:
+        try:
+            return ServiceClass(named)
+        except ValueError:
+            raise InvalidRequestError(
+                f'x-concertmaster-class: expected "interactive" or "batch", found {named!r}'
+            ) from None
+    if tier == "flex" or _text(headers, b"x-smg-priority") == "bulk":
+        return ServiceClass.BATCH
+    return ServiceClass.INTERACTIVE
+
+
+def _by_body(call: CallBody) -> Identity | None:
+    """Read the body's own dialects: vLLM and SGLang, ThunderAgent, vLLM router, Dynamo, OpenAI."""
+    for name, session in (("session", call.session_id), ("thunderagent", call.program_id)):
+        if session:
+            return _identity(session, name)
+    for raw, read in (
+        (call.vllm_xargs, _by_xargs),
+        (call.nvext, _by_nvext),
+        (call.metadata, _by_metadata),
+    ):
+        found = read(_fields(raw)) if raw is not None else None
+        if found is not None:
+            return found
+    if call.prompt_cache_key:
+        return _identity(call.prompt_cache_key, "prompt-cache-key", confidence=0.6)
+    return None
+
+
+def _by_xargs(xargs: Mapping[str, Any]) -> Identity | None:
+    context = _nested(xargs, "agentic_context")
+    program = _string(context, "root_program_id") or _string(context, "program_id")
+    if not program:
+        return None
+    deadline_s = context.get("deadline_seconds")
+    if not isinstance(deadline_s, int | float) or not 0 < deadline_s <= MAX_DEADLINE_S:
+        deadline_s = None
+    return _identity(
+        program,
+        "vllm-router",
+        agent=_string(context, "agent_id"),
+        parent_agent=_string(context, "parent_program_id"),
+        role=_string(context, "agent_role"),
+        deadline_s=deadline_s,
+    )
+
+
+def _by_nvext(nvext: Mapping[str, Any]) -> Identity | None:
+    context = _nested(nvext, "agent_context")
+    session = _string(context, "session_id")
+    if not session:
+        return None
+    return _identity(
+        session,
+        "dynamo",
+        agent=_string(context, "trajectory_id"),
+        parent_agent=_string(context, "parent_trajectory_id"),
+    )
+
+
+def _by_metadata(metadata: Mapping[str, Any]) -> Identity | None:
+    """OpenAI metadata with a session key, or Anthropic's ``user_id`` that wraps a JSON object."""
+    user = _string(metadata, "user_id")
+    if user.startswith("{"):
+        session = _string(_fields(msgspec.Raw(user.encode())), "session_id")
+        if session:
+            return _identity(session, "claude-code")
+    for key in _SESSION_KEYS:
+        session = _string(metadata, key)
+        if session:
+            return _identity(session, "metadata", role=_string(metadata, "role"))
+    return None
+
+
+def _identity(session: str, dialect: str, **facts: Any) -> Identity:  # noqa: ANN401
+    return Identity(workflow_id=WorkflowId(session[:_MAX_ID_CHARS]), dialect=dialect, **facts)
+
+
+def _fields(raw: msgspec.Raw) -> Mapping[str, Any]:
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        return {}
+
+
+def _nested(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = fields.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _string(fields: Mapping[str, Any], key: str) -> str:
+    value = fields.get(key)
+    return value[:_MAX_ID_CHARS] if isinstance(value, str) else ""
+
+
+def _text(headers: Mapping[bytes, bytes], name: bytes) -> str:
+    return headers.get(name, b"")[:_MAX_ID_CHARS].decode("latin-1").strip()
+
+
+_ADDRESS = re.compile(rb"\d{1,3}(\.\d{1,3}){3}:\d{1,5}")
+
+
+def _is_address(session: str) -> bool:
+    """Tell AIBrix's ``x-session-id``, an encoded ``ip:port``, from a session.
+
+    >>> _is_address(base64.b64encode(b"10.0.0.7:8000").decode()), _is_address("ses_1")
+    (True, False)
+    """
+    try:
+        return bool(_ADDRESS.fullmatch(base64.b64decode(session, validate=True)))
+    except (binascii.Error, ValueError):
+        return False

@@ -1,0 +1,164 @@
+"""What the gateway counts: plain numbers on the hot path, Prometheus only when it is scraped."""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.gateway.exchange import Exchange
+
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+_MICRO = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.1)
+
+
+class Histogram:
+    """Counts by bucket; observing costs a bisection."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Iterable[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts as Prometheus wants them."""
+        running, out = 0, []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            running += count
+            out.append((bound, float(running)))
+        return out
+
+
+class GatewayMetrics:
+    """Counters and histograms of one gateway; docs/metrics.md describes each."""
+
+    def __init__(self) -> None:
+        self.by_status: Counter[int] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.output_tokens = 0
+        self.duration_s = Histogram(_SECONDS)
+        self.ttft_s = Histogram(_SECONDS)
+        self.queue_wait_s = Histogram(_SECONDS)
+        self.overhead_s = Histogram(_MICRO)
+
+    def answered(self, status: int, duration_s: float) -> None:
+        """Count an answer of any kind."""
+        self.by_status[status] += 1
+        self.duration_s.observe(duration_s)
+
+    def refused(self, reason: str) -> None:
+        """Count a call that was rejected or failed."""
+        self.refusals[reason] += 1
+
+    def dispatched(self, queue_wait_s: float, overhead_s: float) -> None:
+        """Count a dispatch: its wait in line, and the time spent deciding and writing."""
+        self.queue_wait_s.observe(queue_wait_s)
+        self.overhead_s.observe(overhead_s)
+
+    def finished(self, now_s: float, exchange: Exchange, output_tokens: int) -> None:
+        """Count a complete answer."""
+        self.output_tokens += output_tokens
+        if exchange.first_token_s is not None:
+            self.ttft_s.observe(exchange.first_token_s - exchange.arrived_s)
+
+
+class _Exposition(Collector):
+    """Reads the plain numbers when a scrape comes."""
+
+    def __init__(self, metrics: GatewayMetrics, scheduler: Scheduler) -> None:
+        self._metrics = metrics
+        self._scheduler = scheduler
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family."""
+        metrics = self._metrics
+        requests = CounterMetricFamily(
+            "concertmaster_requests", "Answers by HTTP status.", labels=["code"]
+        )
+        for status, count in sorted(metrics.by_status.items()):
+            requests.add_metric([str(status)], count)
+        yield requests
+        refusals = CounterMetricFamily(
+            "concertmaster_refusals", "Calls rejected or failed, by reason.", labels=["reason"]
+        )
+        for reason, count in sorted(metrics.refusals.items()):
+            refusals.add_metric([reason], count)
+        yield refusals
+        yield CounterMetricFamily(
+            "concertmaster_output_tokens", "Output tokens served.", value=metrics.output_tokens
+        )
+        for name, text, histogram in (
+            ("request_duration_seconds", "Acceptance to last byte.", metrics.duration_s),
+            ("time_to_first_token_seconds", "Acceptance to first token.", metrics.ttft_s),
+            ("queue_wait_seconds", "Acceptance to dispatch.", metrics.queue_wait_s),
+            ("gateway_overhead_seconds", "Deciding and writing, per call.", metrics.overhead_s),
+        ):
+            yield HistogramMetricFamily(
+                f"concertmaster_{name}", text, histogram.buckets(), histogram.total
+            )
+        yield from self._fleet()
+
+    def _fleet(self) -> Iterator[Metric]:
+        scheduler = self._scheduler
+        yield GaugeMetricFamily(
+            "concertmaster_queue_size", "Calls in the line.", value=len(scheduler.line)
+        )
+        gauges = {
+            name: GaugeMetricFamily(f"concertmaster_{name}", text, labels=["pool", "replica"])
+            for name, text in (
+                ("inflight_requests", "Calls on the replica."),
+                ("inflight_decode_tokens", "Output tokens still predicted."),
+                ("kv_reserved_ratio", "KV promised to calls, of all."),
+                ("replica_alive", "1 if the replica serves."),
+            )
+        }
+        for replica in scheduler.replicas.values():
+            labels = [replica.pool.pool_id, replica.replica_id]
+            ledger = replica.kv
+            values = (
+                len(replica.in_flight),
+                replica.decode_tokens,
+                ledger.reserved_blocks / ledger.capacity_blocks,
+                int(replica.alive),
+            )
+            for gauge, value in zip(gauges.values(), values, strict=True):
+                gauge.add_metric(labels, value)
+        yield from gauges.values()
+
+
+def exposition(metrics: GatewayMetrics, scheduler: Scheduler) -> bytes:
+    """Return everything in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Exposition(metrics, scheduler))
+    return generate_latest(registry)

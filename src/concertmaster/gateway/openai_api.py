@@ -1,0 +1,224 @@
+"""The OpenAI protocol as far as the gateway looks into it: a few fields, error bodies, headers.
+
+Everything else in a body is passed on as it came, byte for byte.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from concertmaster.core.errors import CallerError, InvalidRequestError
+from concertmaster.core.events import FailReason, RejectReason
+from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName
+
+BYTES_PER_TOKEN = 4
+"""English text and JSON in common tokenizers; good enough to plan with."""
+
+DEFAULT_MAX_OUTPUT_TOKENS = 4096
+"""Cap that is planned with when a caller gives none."""
+
+MAX_PREFIX_CHUNKS = 512
+AUTO = "auto"
+
+
+class CallBody(msgspec.Struct):
+    """The fields of a chat or completion body that the gateway needs to decide."""
+
+    model: str | list[str] | None = None
+    messages: msgspec.Raw | None = None
+    prompt: msgspec.Raw | None = None
+    stream: bool | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    user: str | None = None
+    session_id: str | None = None
+    program_id: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+    metadata: msgspec.Raw | None = None
+    vllm_xargs: msgspec.Raw | None = None
+    nvext: msgspec.Raw | None = None
+
+    def models(self) -> tuple[ModelName, ...]:
+        """Models that may serve it; empty for ``auto``."""
+        if not self.model:
+            raise InvalidRequestError(
+                'model: expected a model name, a list of names or "auto", found nothing',
+                param="model",
+            )
+        names = [self.model] if isinstance(self.model, str) else self.model
+        return () if AUTO in names else tuple(ModelName(name) for name in names)
+
+    def text(self) -> memoryview:
+        """Return the raw JSON of the prompt, at least its brackets."""
+        raw = self.messages if self.messages is not None else self.prompt
+        return memoryview(b"" if raw is None else raw)
+
+    def max_output_tokens(self) -> int:
+        """Return the caller's cap, or the default."""
+        for field in ("max_completion_tokens", "max_tokens"):
+            cap: int | None = getattr(self, field)
+            if cap is not None:
+                if cap < 1:
+                    raise InvalidRequestError(
+                        f"{field}: expected at least 1, found {cap}", param=field
+                    )
+                return cap
+        return DEFAULT_MAX_OUTPUT_TOKENS
+
+
+_decode_call = msgspec.json.Decoder(CallBody).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def parse_call(body: bytes, *, chat: bool) -> CallBody:
+    """Read what is needed of a body.
+
+    Raises:
+        InvalidRequestError: It is not JSON, or a field that matters here is missing or of
+            the wrong type; the message says which.
+    """
+    try:
+        call = _decode_call(body)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `")
+        param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
+        place = f"{param}: " if param else "body: "
+        raise InvalidRequestError(
+            place + problem[:1].lower() + problem[1:].replace("`", ""), param=param
+        ) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(f"body: expected a JSON object, found {error}") from None
+    field = "messages" if chat else "prompt"
+    raw = call.messages if chat else call.prompt
+    if raw is None or len(raw) < 3 or bytes(raw) == b"null":
+        raise InvalidRequestError(
+            f"{field}: expected {'a list of messages' if chat else 'a prompt'}, found "
+            f"{'nothing' if raw is None else bytes(raw).decode()}",
+            param=field,
+        )
+    return call
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """Return the body with its model replaced and every other value as it was, byte for byte.
+
+    >>> with_model(b'{"model": "auto", "n":  1}', "small")
+    b'{"model":"small","n":1}'
+    """
+    fields: dict[str, bytes | msgspec.Raw] = dict(_decode_fields(body))
+    fields["model"] = msgspec.json.encode(model)
+    return (
+        b"{"
+        + b",".join(msgspec.json.encode(key) + b":" + bytes(value) for key, value in fields.items())
+        + b"}"
+    )
+
+
+def prompt_tokens(text: memoryview) -> int:
+    """Estimate the tokens of a prompt from its bytes."""
+    return max(1, len(text) // BYTES_PER_TOKEN)
+
+
+def prefix_hashes(text: memoryview) -> tuple[int, ...]:
+    """Chained checksums of the prompt's leading chunks; equal ones mean an equal start.
+
+    >>> a, b = prefix_hashes(memoryview(b"x" * 2100)), prefix_hashes(memoryview(b"x" * 1100))
+    >>> len(a), len(b), a[0] == b[0]
+    (2, 1, True)
+    """
+    size = PREFIX_CHUNK_TOKENS * BYTES_PER_TOKEN
+    hashes: list[int] = []
+    checksum = 0
+    for start in range(0, min(len(text) - size + 1, MAX_PREFIX_CHUNKS * size), size):
+        checksum = zlib.crc32(text[start : start + size], checksum)
+        hashes.append(checksum)
+    return tuple(hashes)
+
+
+_USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+
+
+def completion_tokens(tail: bytes) -> int | None:
+    """Read the token count out of a response or the last frames of a stream, if it is there.
+
+    >>> completion_tokens(b'{"usage":{"completion_tokens": 7}}')
+    7
+    """
+    found = _USAGE.findall(tail)
+    return int(found[-1]) if found else None
+
+
+# Answers of our own
+
+_REJECTIONS: Mapping[RejectReason | FailReason, tuple[int, str, str, str]] = {
+    "model_not_found": (404, "not_found_error", "model_not_found", "no pool serves this model"),
+    "too_long": (
+        400,
+        "invalid_request_error",
+        "context_length_exceeded",
+        "the prompt is longer than the context of any model that may serve it",
+    ),
+    "queue_full": (429, "rate_limit_error", "rate_limit_exceeded", "the waiting line is full"),
+    "waited_too_long": (
+        503,
+        "overloaded_error",
+        "waited_too_long",
+        "no replica had room within the longest allowed wait",
+    ),
+    "no_replica": (503, "overloaded_error", "no_replica", "no replica of this model is alive"),
+    "replica_died": (502, "server_error", "replica_died", "the replica died while it answered"),
+    "engine_error": (502, "server_error", "engine_error", "the engine failed to answer"),
+}
+
+
+def refusal(
+    reason: RejectReason | FailReason, *, detail: str, retry_after_s: float | None
+) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    """Status, body and headers of a call that was refused or broke."""
+    status, kind, code, text = _REJECTIONS[reason]
+    message = f"{text}{detail}"
+    headers = []
+    if retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % max(1, round(retry_after_s))))
+        headers.append((b"retry-after-ms", b"%d" % max(1, round(retry_after_s * 1000))))
+    return status, error_body(message, kind, code=code), headers
+
+
+def caller_error(error: CallerError) -> tuple[int, bytes]:
+    """Status and body of a mistake of the caller's."""
+    return error.status, error_body(
+        str(error), error.error_type, code=error.code, param=error.param
+    )
+
+
+def error_body(
+    message: str, kind: str, *, code: str | None = None, param: str | None = None
+) -> bytes:
+    """OpenAI's error object."""
+    error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
+    return msgspec.json.encode({"error": error})
+
+
+def response(
+    status: int,
+    body: bytes,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+    *,
+    content_type: bytes = b"application/json",
+    close: bool = False,
+) -> bytes:
+    """Serialise a whole HTTP/1.1 response."""
+    lines = [
+        b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode()),
+        b"content-type: " + content_type,
+        b"content-length: %d" % len(body),
+        *(name + b": " + value for name, value in headers),
+    ]
+    if close:
+        lines.append(b"connection: close")
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body

@@ -1,0 +1,73 @@
+"""Starts and stops a gateway on a port."""
+
+import asyncio
+import errno
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from concertmaster.config import GatewaySection
+from concertmaster.core.errors import InputError
+from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.gateway.agent import AgentConnection
+from concertmaster.gateway.app import SideRoutes
+from concertmaster.gateway.asgi import SideDoor
+from concertmaster.gateway.driver import Gateway, Observer
+from concertmaster.predictors.interface import Predictor
+
+_BACKLOG = 1024
+
+
+@asynccontextmanager
+async def running_gateway(
+    scheduler: Scheduler,
+    predictor: Predictor,
+    urls: Mapping[ReplicaId, str],
+    settings: GatewaySection,
+    *,
+    observe: Observer | None = None,
+    drain_s: float = 30.0,
+) -> AsyncIterator[tuple[Gateway, int]]:
+    """Serve until the block ends; yields the gateway and the port it listens on.
+
+    Raises:
+        InputError: The port is taken or the host is not ours.
+    """
+    routes = SideRoutes()
+    side_door = SideDoor(routes.app())
+    gateway = Gateway(
+        scheduler,
+        predictor,
+        urls,
+        clock=time.monotonic,
+        side_door=side_door,
+        observe=observe,
+        max_body_bytes=int(settings.max_body_mb * 1_000_000),
+        connect_timeout_s=settings.connect_timeout_s,
+        health_interval_s=settings.health_interval_s,
+    )
+    routes.gateway = gateway
+    server = await _listen(gateway, settings.host, settings.port)
+    gateway.start()
+    try:
+        yield gateway, server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await gateway.stop(drain_s=drain_s)
+        await side_door.close()
+        await server.wait_closed()
+
+
+async def _listen(gateway: Gateway, host: str, port: int) -> asyncio.Server:
+    loop = asyncio.get_running_loop()
+    try:
+        return await loop.create_server(
+            lambda: AgentConnection(gateway), host, port, backlog=_BACKLOG
+        )
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            problem, hint = f"port {port} on {host} is in use", "choose another with --port"
+        else:
+            problem, hint = f"cannot listen on {host}:{port}: {error.strerror}", ""
+        raise InputError("gateway", "port", problem, hint) from None

@@ -1,0 +1,263 @@
+"""Connections to engines: kept alive, bytes passed through, the parser only finds the ends."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import httptools
+
+from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.openai_api import completion_tokens
+
+_MAX_ERROR_BYTES = 65_536
+_RETRIED_STATUS = 429
+_TAIL_BYTES = 2048
+
+
+class Outcomes(Protocol):
+    """Who wants to know how exchanges fare."""
+
+    def first_token(self, exchange: Exchange) -> None:
+        """Note that the first bytes of an answer are out."""
+
+    def finished(self, exchange: Exchange, output_tokens: int) -> None:
+        """Note that the answer is complete."""
+
+    def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
+        """Note a failed attempt; ``alive`` says whether the engine still takes connections."""
+
+
+class EngineConnection(asyncio.Protocol):
+    """One HTTP/1.1 connection to an engine, used by one exchange at a time."""
+
+    def __init__(self, link: "EngineLink") -> None:
+        self._link = link
+        self._exchange: Exchange | None = None
+        self._transport: asyncio.Transport | None = None
+        self._reused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request can be written."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, exchange: Exchange, data: bytes, *, reused: bool) -> None:
+        """Write a request and pass its answer on."""
+        assert self._transport is not None
+        self._exchange = exchange
+        self._reused = reused
+        self._sent = data
+        self._parser = httptools.HttpResponseParser(self)
+        self._head = b""
+        self._tail = b""
+        self._headers_done = self._done = self._refused = False
+        self._at_boundary = True
+        exchange.engine = self
+        self._transport.write(data)
+
+    # httptools callbacks
+
+    def on_headers_complete(self) -> None:
+        """Note that the head is whole."""
+        self._headers_done = True
+
+    def on_chunk_header(self) -> None:
+        """Note that a chunk has begun."""
+        self._at_boundary = False
+
+    def on_chunk_complete(self) -> None:
+        """Note that a chunk is whole: a frame of our own could follow."""
+        self._at_boundary = True
+
+    def on_message_complete(self) -> None:
+        """Note that the answer is whole."""
+        self._done = True
+
+    # asyncio callbacks
+
+    def data_received(self, data: bytes) -> None:
+        """Pass an engine's bytes on."""
+        exchange = self._exchange
+        if exchange is None:
+            self._close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"the engine sent no HTTP: {error}", alive=True)
+            return
+        if exchange.started:
+            exchange.caller.write(data)
+        elif not self._begin_answer(exchange, data):
+            return
+        if exchange.streams:
+            exchange.tokens += data.count(b"data: ")
+        if self._done:
+            self._finish(exchange, data)
+        elif len(data) < _TAIL_BYTES:
+            self._tail = data
+
+    def _begin_answer(self, exchange: Exchange, data: bytes) -> bool:
+        """Hold the head back until it is whole and known to be no retriable error."""
+        self._head += data
+        if not self._headers_done:
+            return False
+        if not self._refused:
+            exchange.status = self._parser.get_status_code()
+            self._refused = exchange.status >= 500 or exchange.status == _RETRIED_STATUS
+        if self._refused:
+            if self._done:
+                self._refuse(exchange)
+            return False
+        end = self._head.find(b"\r\n\r\n") + 2
+        exchange.caller.write(self._head[:end] + exchange.response_headers + self._head[end:])
+        exchange.started = True
+        if exchange.streams and exchange.status == 200:
+            self._link.outcomes.first_token(exchange)
+        return True
+
+    def _finish(self, exchange: Exchange, last: bytes) -> None:
+        keep_alive = self._parser.should_keep_alive()
+        self._exchange = exchange.engine = None
+        tokens = completion_tokens(self._tail + last if len(last) < _TAIL_BYTES else last)
+        if tokens is None:
+            tokens = max(1, exchange.tokens - 2) if exchange.streams else 1
+        if keep_alive:
+            self._link.give_back(self)
+        else:
+            self._close()
+        self._link.outcomes.finished(exchange, tokens)
+        exchange.caller.finished(keep_alive=keep_alive)
+
+    def _refuse(self, exchange: Exchange) -> None:
+        body = self._head.partition(b"\r\n\r\n")[2][:_MAX_ERROR_BYTES]
+        self._exchange = exchange.engine = None
+        if self._parser.should_keep_alive():
+            self._link.give_back(self)
+        else:
+            self._close()
+        problem = f"HTTP {exchange.status}: {body[:300].decode(errors='replace')}"
+        self._link.outcomes.broke(exchange, problem, alive=True)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Report a cut answer; a kept connection that was already dead is replaced in silence."""
+        self._link.forget(self)
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if self._reused and not self._head and not exchange.started:
+            self._exchange = exchange.engine = None
+            self._link.send_fresh(exchange, self._sent)
+            return
+        self._fail("the engine closed the connection", alive=True)
+
+    def _fail(self, problem: str, *, alive: bool) -> None:
+        exchange = self._exchange
+        self._exchange = None
+        self._close()
+        if exchange is not None:
+            exchange.engine = None
+            if exchange.started and exchange.streams and self._at_boundary:
+                frame = self._link.error_frame(problem)
+                exchange.caller.write(b"%x\r\n" % len(frame) + frame + b"\r\n")
+            self._link.outcomes.broke(exchange, problem, alive=alive)
+
+    # EngineSide
+
+    def cancel(self) -> None:
+        """Drop the connection, so that the engine stops working for nobody."""
+        if self._exchange is not None:
+            self._exchange.engine = None
+            self._exchange = None
+        self._close()
+
+    def pause(self) -> None:
+        """Stop reading: the caller is slow."""
+        if self._transport is not None and self.is_open:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._transport is not None and self.is_open:
+            self._transport.resume_reading()
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class EngineLink:
+    """All connections to one replica."""
+
+    def __init__(
+        self,
+        url: str,
+        outcomes: Outcomes,
+        error_frame: Callable[[str], bytes],
+        *,
+        connect_timeout_s: float,
+    ) -> None:
+        parts = urlsplit(url)
+        self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
+        self.authority = f"{self.host}:{self.port}".encode()
+        self.outcomes = outcomes
+        self.error_frame = error_frame
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: deque[EngineConnection] = deque()
+        self._all: dict[EngineConnection, None] = {}
+        self._connecting: dict[asyncio.Task[None], None] = {}
+
+    def send(self, exchange: Exchange, data: bytes) -> None:
+        """Write a request on a kept connection, or on a fresh one."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                connection.send(exchange, data, reused=True)
+                return
+        self.send_fresh(exchange, data)
+
+    def send_fresh(self, exchange: Exchange, data: bytes) -> None:
+        """Connect, then write."""
+        task = asyncio.get_running_loop().create_task(self._connect(exchange, data))
+        self._connecting[task] = None
+        task.add_done_callback(lambda done: self._connecting.pop(done, None))
+
+    async def _connect(self, exchange: Exchange, data: bytes) -> None:
+        attempt = exchange.attempt
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: EngineConnection(self), self.host, self.port
+                )
+        except (OSError, TimeoutError) as error:
+            if not exchange.over and exchange.attempt == attempt:
+                self.outcomes.broke(exchange, f"cannot connect: {error}", alive=False)
+            return
+        self._all[connection] = None
+        if exchange.over or exchange.attempt != attempt:
+            self._idle.append(connection)
+        else:
+            connection.send(exchange, data, reused=False)
+
+    def give_back(self, connection: EngineConnection) -> None:
+        """Keep a connection for the next exchange."""
+        self._idle.append(connection)
+
+    def forget(self, connection: EngineConnection) -> None:
+        """Drop a connection that is gone."""
+        self._all.pop(connection, None)
+
+    def close(self) -> None:
+        """Drop everything."""
+        for task in list(self._connecting):
+            task.cancel()
+        for connection in list(self._all):
+            connection.cancel()
