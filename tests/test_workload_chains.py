@@ -135,6 +135,8 @@ def folder(tmp_path: Path) -> Path:
             ("m:1", "m", "small", "cot", 0, 100),
             ("m:1", "m", "big", "cot", 1, None),
             ("m:1", "m", "big", "agent:x", 1, 9999),
+            ("m:1", "m", "small", "agent:x", 1, 9999),
+            ("m:2", "m", "big", "agent:x", 1, 9999),
             ("m:2", "m", "big", "cot", 1, 40),
             ("n:1", "n", "big", "agent:a", 1, None),
             ("n:1", "n", "big", "agent:b", 0, 7),

@@ -19,7 +19,6 @@ from concertmaster.core.fleet import (
 )
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.observe.records import RunRecords
 from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.hardware import gpu, ready_s
 from concertmaster.physics.models import model_card
@@ -30,6 +29,7 @@ from concertmaster.predictors.recent import RecentLengths
 from concertmaster.sim.clairvoyant import Clairvoyant
 from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine_settings
 from concertmaster.workload.plan import Workload
+from concertmaster.workload.records import RunRecords
 
 HERE = "local"
 """Cluster of a fleet file that names none."""
@@ -108,7 +108,10 @@ def build_pool(section: PoolSection) -> Pool:
         max_batch_tokens=section.max_batch_tokens,
         priority_scheduling=section.scheduling == "priority",
         prefix_caching=section.prefix_caching,
-        ready_s={state: ready_s(state.value, card.weights_bytes, hardware) for state in Readiness},
+        ready_s={
+            state: ready_s(state.value, card.weights_bytes / section.tensor_parallel, hardware)
+            for state in Readiness
+        },
     )
 
 

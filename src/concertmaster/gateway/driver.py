@@ -68,6 +68,7 @@ class Gateway:
         predictor: Makes the forecast that travels with each arrival.
         urls: Address of every replica.
         clock: Seconds that never go back.
+        speedup: How much faster that clock runs than the wall's; 1.0 but for emulated fleets.
         side_door: Answers everything that is not a call to a model.
         observe: Told of every event and the actions it led to.
     """
@@ -79,6 +80,7 @@ class Gateway:
         urls: Mapping[ReplicaId, str],
         *,
         clock: Clock,
+        speedup: float = 1.0,
         side_door: SideDoor,
         observe: Observer | None = None,
         max_body_bytes: int = 20_000_000,
@@ -91,6 +93,7 @@ class Gateway:
         self.draining = False
         self._predictor = predictor
         self._clock = clock
+        self._speedup = speedup
         self._side_door = side_door
         self._observe = observe
         self._normalizer = Normalizer()
@@ -116,7 +119,7 @@ class Gateway:
     async def stop(self, *, drain_s: float) -> None:
         """Take nothing new, let calls in flight end for a while, then close everything."""
         self.draining = True
-        deadline_s = self._clock() + drain_s
+        deadline_s = self._clock() + drain_s * self._speedup
         while self._exchanges and self._clock() < deadline_s:  # noqa: ASYNC110  # polled once a life
             await asyncio.sleep(0.02)
         for task in self._tasks:
@@ -230,7 +233,7 @@ class Gateway:
 
     def _set_timer(self, now_s: float, wakeup_s: float) -> None:
         loop = asyncio.get_running_loop()
-        due_s = loop.time() + max(0.0, wakeup_s - now_s)
+        due_s = loop.time() + max(0.0, wakeup_s - now_s) / self._speedup
         if self._timer is not None and not self._timer.cancelled():
             if self._timer.when() <= due_s:
                 return
@@ -346,7 +349,7 @@ class Gateway:
     async def _tick(self) -> None:
         """Tell the core how far every stream has come."""
         while True:
-            await asyncio.sleep(PROGRESS_S)
+            await asyncio.sleep(PROGRESS_S / self._speedup)
             progress = []
             for request_id, exchange in self._exchanges.items():
                 if exchange.tokens > exchange.told_tokens:

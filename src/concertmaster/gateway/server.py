@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from concertmaster.config import GatewaySection
@@ -26,6 +26,7 @@ async def running_gateway(
     urls: Mapping[ReplicaId, str],
     settings: GatewaySection,
     *,
+    speedup: float = 1.0,
     observe: Observer | None = None,
     drain_s: float = 30.0,
 ) -> AsyncIterator[tuple[Gateway, int]]:
@@ -40,7 +41,8 @@ async def running_gateway(
         scheduler,
         predictor,
         urls,
-        clock=time.monotonic,
+        clock=scaled_clock(speedup),
+        speedup=speedup,
         side_door=side_door,
         observe=observe,
         max_body_bytes=int(settings.max_body_mb * 1_000_000),
@@ -57,6 +59,12 @@ async def running_gateway(
         await gateway.stop(drain_s=drain_s)
         await side_door.close()
         await server.wait_closed()
+
+
+def scaled_clock(speedup: float) -> Callable[[], float]:
+    """Return a clock that starts at 0 and runs ``speedup`` times as fast as the wall's."""
+    started_s = time.monotonic()
+    return lambda: (time.monotonic() - started_s) * speedup
 
 
 async def _listen(gateway: Gateway, host: str, port: int) -> asyncio.Server:

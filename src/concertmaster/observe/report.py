@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from concertmaster.core.request import ServiceClass
-from concertmaster.observe.records import CallRecord, Gauges, RunRecords, WorkflowRecord
+from concertmaster.workload.records import CallRecord, Gauges, RunRecords, WorkflowRecord
 
 Report = dict[str, Any]
 """JSON object; keys as in docs/metrics.md. A number that was not measured is null."""

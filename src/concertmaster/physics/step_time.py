@@ -259,7 +259,7 @@ def kv_capacity_tokens(
     >>> from concertmaster.physics.hardware import GPUS
     >>> from concertmaster.physics.models import MODELS
     >>> kv_capacity_tokens(MODELS["llama-3.1-8b-instruct"], GPUS["a100-80g"], 1)
-    442704
+    442715
     """
     available = gpu.hbm_bytes * memory_ratio
     needed = model.weights_bytes / tensor_parallel + reserve_bytes

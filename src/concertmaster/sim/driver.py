@@ -24,12 +24,12 @@ from concertmaster.core.events import (
 from concertmaster.core.fleet import Pool, ReplicaId
 from concertmaster.core.request import Request, RequestId
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.observe.records import CallRecord, RunRecords
 from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
 from concertmaster.predictors.interface import Predictor
-from concertmaster.sim.agents import Agents
 from concertmaster.sim.gauges import FleetGauges
+from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Call, Workload
+from concertmaster.workload.records import CallRecord, RunRecords
 
 PROGRESS_S = 1.0
 """How often engines tell how far their calls have come; the gateway does the same."""

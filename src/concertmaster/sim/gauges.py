@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 from concertmaster.core.fleet import Readiness, Replica, ReplicaId
-from concertmaster.observe.records import Gauges
 from concertmaster.physics.batching import BatchingEngine
+from concertmaster.workload.records import Gauges
 
 GB = 1e9
 

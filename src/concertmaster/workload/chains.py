@@ -138,7 +138,7 @@ def _call(
     seed: int,
 ) -> Call:
     answers = role in ANSWER_ROLES
-    rng = random.Random(f"{seed} {question.question_id} {stage}")  # noqa: S311  seeded on purpose
+    rng = random.Random(f"{seed} {question.question_id} {stage}")
     if answers:
         known_tokens = [outcome.output_tokens for outcome in question.outcomes.values()]
         output_tokens, longest_tokens = round(median(known_tokens)), max(known_tokens)

@@ -48,7 +48,7 @@ def load_workloads(
         problem = "expected at least one workload, found none"
         raise InputError("--workload", "", problem, "for example -w sample")
     sources = [load_source(spec, seed=seed) for spec in specs]
-    rng = random.Random(f"{seed} arrivals")  # noqa: S311  seeded on purpose
+    rng = random.Random(f"{seed} arrivals")
     return Workload(
         name=" + ".join(source.name for source in sources),
         workflows=tuple(merge(sources, timing, rng)),

@@ -179,12 +179,11 @@ def _given_hashes(
     origin, keep = columns.prefix_from[row], columns.prefix_keep[row] or 0
     if origin is None:
         return own
-    if keep > len(hashes_of.get(origin, ())):
-        expected = (
-            f"at most the {len(hashes_of.get(origin, ()))} hashes of stage {origin} before it"
-        )
+    shared = hashes_of.get(origin, ())
+    if keep > len(shared):
+        expected = f"at most the {len(shared)} hashes of stage {origin} before it"
         raise columns.table.error(row, "prefix_keep", expected)
-    return hashes_of[origin][:keep] + own
+    return shared[:keep] + own
 
 
 def _long_enough(hit_tokens: int, previous: Prompt | None, seen: Sequence[Prompt]) -> Prompt | None:

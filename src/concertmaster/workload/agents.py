@@ -1,9 +1,9 @@
 """The agents of a simulation: they make a call once all it waits for is answered."""
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
-from concertmaster.observe.records import CallOutcome, CallRecord, WorkflowRecord
 from concertmaster.workload.plan import Call, WorkflowPlan, Workload
 from concertmaster.workload.progress import WorkflowProgress
+from concertmaster.workload.records import CallOutcome, CallRecord, WorkflowRecord
 
 
 class Agents:

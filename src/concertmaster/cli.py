@@ -1,0 +1,195 @@
+"""The command line. Bad input: one line on standard error and exit code 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from concertmaster import __version__, commands
+from concertmaster.core.errors import InputError
+from concertmaster.observe.console import console
+
+app = typer.Typer(
+    name="concertmaster",
+    help="A scheduler for agent workflows on mixed LLM fleets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Fleet = Annotated[Path, typer.Option("-f", "--fleet", help="Fleet file (TOML).")]
+Workloads = Annotated[
+    list[str],
+    typer.Option("-w", "--workload", help="FILE, FILE#NAME, or sample; may be given again."),
+]
+Arrivals = Annotated[
+    str | None, typer.Option(help="trace, poisson, gamma or gamma:CV. Default: as recorded.")
+]
+Rate = Annotated[float | None, typer.Option(help="Mean workflows a second, with --arrivals.")]
+RateScale = Annotated[float, typer.Option(help="Divides every gap between arrivals.")]
+Limit = Annotated[int | None, typer.Option(help="Most workflows to keep.")]
+Seed = Annotated[int, typer.Option(help="Fixes all randomness.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report here.")]
+
+
+def _version(value: bool) -> None:  # noqa: FBT001  # typer's callback form
+    if value:
+        typer.echo(f"concertmaster {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """A scheduler for agent workflows on mixed LLM fleets."""
+
+
+@app.command()
+def demo(
+    *,
+    policy: Annotated[
+        list[str] | None, typer.Option("-p", "--policy", help="Policies to compare.")
+    ] = None,
+    workflows: Annotated[int, typer.Option(help="Workflows of the sample to play.")] = 120,
+    keep: Annotated[bool, typer.Option(help="Leave the gateway up until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the gateway; 0 takes a free one.")] = 0,
+    json: Json = Path("runs/demo.json"),
+) -> None:
+    """Play the sample workload through a live gateway over emulated engines, and compare.
+
+    Example: concertmaster demo --keep
+    """
+    commands.demo(policies=policy, workflows=workflows, keep=keep, port=port, json=json)
+
+
+@app.command()
+def serve(
+    *,
+    config: Annotated[Path, typer.Option("-c", "--config", help="Fleet file with endpoints.")],
+    host: Annotated[str | None, typer.Option(help="Overrides gateway.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Overrides gateway.port.")] = None,
+    policy: Annotated[str | None, typer.Option("-p", help="Overrides gateway.policy.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write every event and decision here.")] = None,
+) -> None:
+    """Stand between agents and engines: the gateway.
+
+    Example: concertmaster serve -c examples/fleets/local.toml --port 8000
+    """
+    commands.serve(config=config, host=host, port=port, policy=policy, trace=trace)
+
+
+@app.command()
+def engine(
+    *,
+    config: Annotated[Path, typer.Option("-c", "--config", help="Engine file (TOML).")],
+    host: Annotated[str | None, typer.Option(help="Overrides host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Overrides port.")] = None,
+) -> None:
+    """Run one emulated engine that speaks vLLM's API.
+
+    Example: concertmaster engine -c examples/engine.toml --port 8100
+    """
+    commands.engine(config=config, host=host, port=port)
+
+
+@app.command()
+def simulate(
+    *,
+    fleet: Fleet,
+    workload: Workloads,
+    policy: Annotated[str, typer.Option("-p", "--policy", help="NAME or PLACEMENT+ORDERING.")],
+    arrivals: Arrivals = None,
+    rate: Rate = None,
+    rate_scale: RateScale = 1.0,
+    limit: Limit = None,
+    seed: Seed = 0,
+    json: Json = None,
+    trace: Annotated[Path | None, typer.Option(help="Write every event and decision here.")] = None,
+    reference: Annotated[
+        bool, typer.Option(help="Use the plain per-iteration engine model (slow).")
+    ] = False,
+) -> None:
+    """Run a workload through one policy in virtual time.
+
+    Example: concertmaster simulate -f examples/fleets/small-big.toml -w sample -p least-tokens+las
+    """
+    what = commands.Ask(workload, arrivals, rate, rate_scale, limit)
+    commands.simulate(
+        fleet=fleet, ask=what, policy=policy, seed=seed, json=json, trace=trace, reference=reference
+    )
+
+
+@app.command()
+def compare(
+    *,
+    fleet: Fleet,
+    workload: Workloads,
+    policy: Annotated[list[str], typer.Option("-p", "--policy", help="Given once a policy.")],
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of each policy.")] = 5,
+    arrivals: Arrivals = None,
+    rate: Rate = None,
+    rate_scale: RateScale = 1.0,
+    limit: Limit = None,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw makespans to a .png or .svg.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+) -> None:
+    """Run a workload through several policies, with intervals over seeds.
+
+    Example: concertmaster compare -f examples/fleets/small-big.toml -w sample -p round-robin -p las
+    """
+    what = commands.Ask(workload, arrivals, rate, rate_scale, limit)
+    commands.compare(
+        fleet=fleet, ask=what, policies=policy, seeds=seeds, json=json, plot=plot, jobs=jobs
+    )
+
+
+@app.command()
+def replay(
+    *,
+    url: Annotated[str, typer.Option(help="Address of a live gateway.")],
+    workload: Workloads,
+    arrivals: Arrivals = None,
+    rate: Rate = None,
+    rate_scale: RateScale = 1.0,
+    limit: Limit = None,
+    seed: Seed = 0,
+    speedup: Annotated[float, typer.Option(help="As in the fleet file of emulated engines.")] = 1.0,
+    json: Json = None,
+) -> None:
+    """Play a workload against a live gateway, open loop; the report is simulate's.
+
+    Example: concertmaster replay --url http://127.0.0.1:8000 -w sample --speedup 10
+    """
+    what = commands.Ask(workload, arrivals, rate, rate_scale, limit)
+    commands.replay(url=url, ask=what, seed=seed, speedup=speedup, json=json)
+
+
+@app.command()
+def explain(
+    trace: Annotated[Path, typer.Argument(help="Trace file.")],
+    request: Annotated[str, typer.Argument(help="Id of a call in it.")],
+) -> None:
+    """Say why a call went where it went.
+
+    Example: concertmaster explain runs/one.trace.jsonl coding-0001/0
+    """
+    commands.explain(trace=trace, request=request)
+
+
+def main() -> None:
+    """Run the command line and turn errors of the user's into one line."""
+    try:
+        app()
+    except InputError as error:
+        console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console(stderr=True).print("stopped", markup=False)
+        sys.exit(130)

@@ -1,0 +1,289 @@
+"""What each command does; ``cli`` says how it is called."""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from concertmaster import compose
+from concertmaster import demo as demonstration
+from concertmaster.config import load_engine, load_fleet
+from concertmaster.core.errors import InputError
+from concertmaster.core.fleet import Fleet
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.engines.emulator_api import serve as serve_emulator
+from concertmaster.gateway.replay import Replay
+from concertmaster.gateway.server import running_gateway
+from concertmaster.observe import console as show
+from concertmaster.observe import plots
+from concertmaster.observe.compare import compare_reports
+from concertmaster.observe.report import Report, build_report
+from concertmaster.observe.trace import Header, TraceReader, TraceWriter
+from concertmaster.physics.reference import ReferenceEngine
+from concertmaster.policies.catalog import policy as policy_named
+from concertmaster.predictors.recent import RecentLengths
+from concertmaster.sim.driver import engine_settings
+from concertmaster.workload.arrivals import ArrivalSpec
+from concertmaster.workload.load import load_workloads
+from concertmaster.workload.plan import Workload
+
+
+class Ask(NamedTuple):
+    """Which workload, as the options of a command say."""
+
+    specs: list[str]
+    arrivals: str | None
+    rate_rps: float | None
+    rate_scale: float
+    limit: int | None
+
+    def load(self, seed: int) -> Workload:
+        """Read it; drawn arrivals depend on the seed."""
+        if self.rate_scale <= 0:
+            raise InputError("--rate-scale", "", f"expected above 0, found {self.rate_scale}")
+        return load_workloads(
+            self.specs,
+            seed=seed,
+            arrivals=None if self.arrivals is None else ArrivalSpec.parse(self.arrivals),
+            rate_rps=self.rate_rps,
+            rate_scale=self.rate_scale,
+            limit=self.limit,
+        )
+
+
+def demo(
+    *, policies: list[str] | None, workflows: int, keep: bool, port: int, json: Path | None
+) -> None:
+    """Play the sample through a live gateway under each policy, and compare."""
+    chosen = policies or list(demonstration.POLICIES)
+    for name in chosen:
+        _check_servable(name)
+    demonstration.run(chosen, workflows=workflows, keep=keep, port=port, json=json)
+
+
+def serve(
+    *, config: Path, host: str | None, port: int | None, policy: str | None, trace: Path | None
+) -> None:
+    """Run the gateway until it is told to stop."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    file = load_fleet(config)
+    settings = file.gateway
+    changes = {"host": host, "port": port, "policy": policy}
+    settings = compose.replace(settings, {k: v for k, v in changes.items() if v is not None})
+    _check_servable(settings.policy)
+    fleet = compose.build_fleet(file, name=config.stem)
+    urls = compose.endpoints(file)
+    with ExitStack() as stack:
+        writer = None
+        if trace is not None:
+            header = Header(trace=1, fleet=fleet.name, policy=settings.policy, seed=settings.seed)
+            writer = stack.enter_context(TraceWriter(trace, header))
+        scheduler = Scheduler(
+            fleet,
+            policy_named(settings.policy),
+            random.Random(settings.seed),
+            record_candidates=writer is not None,
+        )
+
+        async def run() -> None:
+            async with running_gateway(
+                scheduler,
+                RecentLengths(),
+                urls,
+                settings,
+                speedup=file.emulator.speedup,
+                observe=writer,
+            ) as (_, bound):
+                show.console().print(
+                    f"http://{settings.host}:{bound}/v1   policy {settings.policy}   "
+                    f"{len(urls)} replicas in {len(fleet.pools)} pools   "
+                    f"page http://{settings.host}:{bound}/   stop with Ctrl-C"
+                )
+                await until_stopped()
+
+        compose.run_loop(run())
+
+
+async def until_stopped() -> None:
+    """Wait for SIGINT or SIGTERM."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+
+def _check_servable(name: str) -> None:
+    if policy_named(name).clairvoyant:
+        raise InputError(
+            "policy", name, "an oracle reads the truth, so it cannot serve", "use it in simulate"
+        )
+
+
+def engine(*, config: Path, host: str | None, port: int | None) -> None:
+    """Run one emulated engine until it is told to stop."""
+    file = load_engine(config)
+    changes = {"host": host, "port": port}
+    file = compose.replace(file, {k: v for k, v in changes.items() if v is not None})
+    emulator = compose.build_emulator(file)
+
+    async def run() -> None:
+        server = await compose.listening(serve_emulator(emulator, file.host, file.port), file.port)
+        show.console().print(
+            f"http://{file.host}:{file.port}/v1   {file.model} on {file.gpu}, emulated, "
+            f"{file.speedup:g} x real time   stop with Ctrl-C"
+        )
+        await until_stopped()
+        server.close()
+
+    compose.run_loop(run())
+
+
+def simulate(
+    *,
+    fleet: Path,
+    ask: Ask,
+    policy: str,
+    seed: int,
+    json: Path | None,
+    trace: Path | None,
+    reference: bool,
+) -> None:
+    """Run one policy in virtual time and print the report."""
+    policy_named(policy)
+    built = compose.build_fleet(load_fleet(fleet), name=fleet.stem)
+    workload = ask.load(seed)
+    with ExitStack() as stack:
+        observe = None
+        if trace is not None:
+            header = Header(trace=1, fleet=built.name, policy=policy, seed=seed)
+            observe = stack.enter_context(TraceWriter(trace, header))
+        bar = stack.enter_context(show.progress_bar(len(workload)))
+        bar.begin("simulating")
+        run = compose.simulate(
+            built,
+            workload,
+            policy,
+            seed=seed,
+            observe=observe,
+            progress=_every(50, bar.update),
+            make_engine=(lambda p: ReferenceEngine(p.curve, engine_settings(p)))
+            if reference
+            else None,
+        )
+    report = build_report(run)
+    out = show.console()
+    show.show_report(out, f"{built.name}: {workload.name}", run, report)
+    _show_notes(workload)
+    if trace is not None:
+        out.print(f"trace             {trace}")
+        out.print(f"\nnext: concertmaster explain {trace} {run.calls[0].request_id}")
+    if json is not None:
+        show.write_json(report, json)
+
+
+def compare(
+    *,
+    fleet: Path,
+    ask: Ask,
+    policies: list[str],
+    seeds: int,
+    json: Path | None,
+    plot: Path | None,
+    jobs: int | None,
+) -> None:
+    """Run several policies over several seeds and print them side by side."""
+    for name in policies:
+        policy_named(name)
+    if len(set(policies)) < len(policies):
+        raise InputError("--policy", "", "a policy is named twice", "name each once")
+    if seeds < 1:
+        raise InputError("--seeds", "", f"expected at least 1, found {seeds}")
+    if plot is not None:
+        plots.check_plot_path(plot)
+    built = compose.build_fleet(load_fleet(fleet), name=fleet.stem)
+    _show_notes(ask.load(0))
+    results = _run_all(built, ask, policies, seeds, jobs or os.cpu_count() or 1)
+    reports = {name: [report for report, _ in results[name]] for name in policies}
+    comparison = compare_reports(reports)
+    title = f"{built.name}: {' + '.join(ask.specs)}"
+    show.show_comparison(show.console(), title, comparison, seeds)
+    if json is not None:
+        show.write_json(comparison, json)
+    if plot is not None:
+        makespans = {name: [s for _, one in results[name] for s in one] for name in policies}
+        plots.plot_makespans(makespans, plot, title=title)
+        show.console().print(f"plot              {plot}")
+
+
+Result = tuple[Report, list[float]]
+
+
+def _run_all(
+    fleet: Fleet, ask: Ask, policies: Sequence[str], seeds: int, jobs: int
+) -> dict[str, list[Result]]:
+    found: dict[tuple[str, int], Result] = {}
+    tasks = [(name, seed) for seed in range(seeds) for name in policies]
+    with show.progress_bar(len(tasks)) as bar:
+        bar.begin("simulating")
+        if jobs == 1 or len(tasks) == 1:
+            for name, seed in tasks:
+                found[name, seed] = _run_one(fleet, ask, name, seed)
+                bar.update(len(found))
+        else:
+            with ProcessPoolExecutor(min(jobs, len(tasks))) as pool:
+                futures = {pool.submit(_run_one, fleet, ask, *task): task for task in tasks}
+                for future in as_completed(futures):
+                    found[futures[future]] = future.result()
+                    bar.update(len(found))
+    return {name: [found[name, seed] for seed in range(seeds)] for name in policies}
+
+
+def _run_one(fleet: Fleet, ask: Ask, policy: str, seed: int) -> Result:
+    run = compose.simulate(fleet, ask.load(seed), policy, seed=seed)
+    makespans_s = [w.finished_s - w.arrival_s for w in run.workflows if w.finished_s is not None]
+    return build_report(run), makespans_s
+
+
+def replay(*, url: str, ask: Ask, seed: int, speedup: float, json: Path | None) -> None:
+    """Play a workload against a live gateway and print the report."""
+    if not url.startswith("http://"):
+        raise InputError("--url", url, "expected http://HOST:PORT")
+    if speedup <= 0:
+        raise InputError("--speedup", "", f"expected above 0, found {speedup}")
+    workload = ask.load(seed)
+    with show.progress_bar(len(workload)) as bar:
+        bar.begin("replaying")
+        one = Replay(url=url, workload=workload, speedup=speedup, progress=bar.update)
+        run = compose.run_loop(one.run(policy="live", seed=seed))
+    report = build_report(run)
+    show.show_report(show.console(), f"{url}: {workload.name}", run, report)
+    _show_notes(workload)
+    if json is not None:
+        show.write_json(report, json)
+
+
+def explain(*, trace: Path, request: str) -> None:
+    """Print why a call went where it went."""
+    show.explain(show.console(), TraceReader(trace), request)
+
+
+def _show_notes(workload: Workload) -> None:
+    for note in workload.notes:
+        show.console(stderr=True).print(f"note: {note}", markup=False, highlight=False)
+
+
+def _every(step: int, tell: Callable[[int], None]) -> Callable[[int], None]:
+    """Pass on every so many counts only: a bar need not be told more often."""
+
+    def told(count: int) -> None:
+        if count % step == 0:
+            tell(count)
+
+    return told
