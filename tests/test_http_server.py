@@ -67,6 +67,22 @@ def test_requests_in_one_packet_are_answered_in_order() -> None:
     assert answer.index(b"later") < answer.index(b"POST /b x=1;y= body")
 
 
+def test_a_client_that_sends_far_ahead_is_read_again_later() -> None:
+    async def main() -> bytes:
+        async with HttpServer(echo) as server:
+            await server.start("127.0.0.1", 0)
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(a_request("GET", "/later") + a_request("GET", "/next") * 20)
+            answer = await reader.readuntil(b"later")
+            writer.write(a_request("GET", "/last", headers="connection: close\r\n"))
+            async with asyncio.timeout(2):
+                answer += await reader.read()
+            writer.close()
+            return answer
+
+    assert asyncio.run(main()).count(OK) == 22
+
+
 def test_a_request_in_many_packets_is_one_request() -> None:
     async def main() -> bytes:
         async with HttpServer(echo) as server:

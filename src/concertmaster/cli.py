@@ -47,7 +47,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """A scheduler for agent workflows on mixed LLM fleets."""
+    """Schedule agent workflows on mixed LLM fleets."""
 
 
 @app.command()
@@ -188,7 +188,9 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(
+            str(error), style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         console(stderr=True).print("stopped", markup=False)

@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from concertmaster import compose
 from concertmaster import demo as demonstration
 from concertmaster.config import load_engine, load_fleet
@@ -75,7 +77,7 @@ def serve(
     file = load_fleet(config)
     settings = file.gateway
     changes = {"host": host, "port": port, "policy": policy}
-    settings = compose.replace(settings, {k: v for k, v in changes.items() if v is not None})
+    settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     _check_servable(settings.policy)
     fleet = compose.build_fleet(file, name=config.stem)
     urls = compose.endpoints(file)
@@ -92,20 +94,25 @@ def serve(
         )
 
         async def run() -> None:
-            async with running_gateway(
+            gateway = running_gateway(
                 scheduler,
                 RecentLengths(),
                 urls,
                 settings,
                 speedup=file.emulator.speedup,
                 observe=writer,
-            ) as (_, bound):
+            )
+            where = f"{settings.host}:{settings.port}"
+            _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
+            try:
                 show.console().print(
                     f"http://{settings.host}:{bound}/v1   policy {settings.policy}   "
                     f"{len(urls)} replicas in {len(fleet.pools)} pools   "
                     f"page http://{settings.host}:{bound}/   stop with Ctrl-C"
                 )
                 await until_stopped()
+            finally:
+                await gateway.__aexit__(None, None, None)
 
         compose.run_loop(run())
 
@@ -130,11 +137,13 @@ def engine(*, config: Path, host: str | None, port: int | None) -> None:
     """Run one emulated engine until it is told to stop."""
     file = load_engine(config)
     changes = {"host": host, "port": port}
-    file = compose.replace(file, {k: v for k, v in changes.items() if v is not None})
+    file = replace(file, **{k: v for k, v in changes.items() if v is not None})
     emulator = compose.build_emulator(file)
 
     async def run() -> None:
-        server = await compose.listening(serve_emulator(emulator, file.host, file.port), file.port)
+        where = f"{file.host}:{file.port}"
+        starting = serve_emulator(emulator, file.host, file.port)
+        server = await compose.listening(starting, where, file.port)
         show.console().print(
             f"http://{file.host}:{file.port}/v1   {file.model} on {file.gpu}, emulated, "
             f"{file.speedup:g} x real time   stop with Ctrl-C"

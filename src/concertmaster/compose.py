@@ -1,9 +1,13 @@
 """Puts the parts together: a fleet file becomes a fleet, a name a policy, both a run."""
 
+import errno
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
-from concertmaster.config import FleetFile, NodeSection, PoolSection
+import uvloop
+
+from concertmaster.config import EngineFile, FleetFile, NodeSection, PoolSection
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import (
     Cluster,
@@ -19,6 +23,8 @@ from concertmaster.core.fleet import (
 )
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.engines.emulator import Emulator
+from concertmaster.engines.faults import Faults
 from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.hardware import gpu, ready_s
 from concertmaster.physics.models import model_card
@@ -30,6 +36,8 @@ from concertmaster.sim.clairvoyant import Clairvoyant
 from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine_settings
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
+
+_T = TypeVar("_T")
 
 HERE = "local"
 """Cluster of a fleet file that names none."""
@@ -194,3 +202,63 @@ def endpoints(file: FleetFile) -> dict[ReplicaId, str]:
         for number, url in enumerate(section.endpoints):
             found[ReplicaId(f"{section.name}-{number}")] = url
     return found
+
+
+def build_emulator(file: EngineFile) -> Emulator:
+    """Build the emulated engine that an engine file describes.
+
+    Raises:
+        InputError: Its model or GPU is not known, or its weights do not fit.
+    """
+    section = PoolSection(
+        name="engine",
+        model=file.model,
+        gpu=file.gpu,
+        tensor_parallel=file.tensor_parallel,
+        memory_ratio=file.memory_ratio,
+        kv_blocks=file.kv_blocks,
+        block_tokens=file.block_tokens,
+        max_batch_tokens=file.max_batch_tokens,
+        max_sequences=file.max_sequences,
+        scheduling=file.scheduling,
+        prefix_caching=file.prefix_caching,
+    )
+    return emulator_of(
+        build_pool(section), speedup=file.speedup, seed=file.seed, faults=file.faults
+    )
+
+
+def emulator_of(
+    pool: Pool, *, speedup: float, seed: int = 0, faults: Faults | None = None
+) -> Emulator:
+    """Build an emulated engine that is one replica of a pool."""
+    return Emulator(
+        model_name=pool.model.name,
+        curve=pool.curve,
+        settings=engine_settings(pool),
+        speedup=speedup,
+        seed=seed,
+        wake_s=pool.ready_s[Readiness.SLEEPING],
+        max_model_tokens=min(pool.model.context_tokens, pool.kv_tokens),
+        faults=faults,
+    )
+
+
+async def listening(starting: Awaitable[_T], where: str, port: int) -> _T:
+    """Await the start of a server.
+
+    Raises:
+        InputError: Its port is taken.
+    """
+    try:
+        return await starting
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        problem = f"port {port} is in use" if taken else f"cannot listen: {error.strerror}"
+        hint = "choose another with --port" if taken else ""
+        raise InputError(where, "", problem, hint) from None
+
+
+def run_loop(main: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine on a fast event loop."""
+    return uvloop.run(main)

@@ -9,6 +9,7 @@ import msgspec
 
 from concertmaster.core.errors import InputError, unknown_name
 from concertmaster.core.fleet import Readiness
+from concertmaster.engines.faults import Faults
 
 
 class ClusterSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,17 +82,6 @@ class FleetFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     emulator: EmulatorSection = EmulatorSection()
 
 
-class FaultsSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[faults]``: what an emulated engine does wrong on purpose."""
-
-    error_ratio: float = 0.0
-    stall_ratio: float = 0.0
-    stall_s: float = 0.0
-    drip_s: float = 0.0
-    death_ratio: float = 0.0
-    rename_metrics: bool = False
-
-
 class EngineFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One emulated engine, as ``concertmaster engine`` starts it."""
 
@@ -109,7 +99,7 @@ class EngineFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_sequences: int = 256
     scheduling: Literal["fcfs", "priority"] = "fcfs"
     prefix_caching: bool = True
-    faults: FaultsSection = FaultsSection()
+    faults: Faults = Faults()
 
 
 _File = TypeVar("_File", FleetFile, EngineFile)
@@ -180,7 +170,6 @@ def _keys_at(where: str, kind: type[msgspec.Struct]) -> set[str]:
         "clusters": ClusterSection,
         "gateway": GatewaySection,
         "emulator": EmulatorSection,
-        "faults": FaultsSection,
     }
     section = sections.get(re.split(r"[\[.]", where)[0], kind)
     return set(section.__struct_fields__)

@@ -23,6 +23,7 @@ GRID: tuple[float, ...] = tuple(
     for part in range(_SPLIT)
 )
 """Levels of a composed distribution: even in the body, finer towards both tails."""
+_FINE_CELLS = tuple((level, _CELLS[i // _SPLIT][1] / _SPLIT) for i, level in enumerate(GRID))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +148,19 @@ class Quantiles:
             [
                 (value, mass * weight / total)
                 for weight, part in weighted
-                for value, mass in _atoms(part)
+                for value, mass in _atoms(part, _FINE_CELLS)
             ]
         )
 
 
-def _atoms(law: Quantiles) -> list[tuple[float, float]]:
-    """Return (middle value, mass) of each cell of the coarse grid."""
-    return [(law.at(level), mass) for level, mass in _CELLS]
+def _atoms(
+    law: Quantiles, cells: Iterable[tuple[float, float]] = _CELLS
+) -> list[tuple[float, float]]:
+    """Return (middle value, mass) of each cell.
+
+    A sum pairs all cells of two laws, so it takes the coarse ones; a mixture takes the fine.
+    """
+    return [(law.at(level), mass) for level, mass in cells]
 
 
 def _from_atoms(atoms: list[tuple[float, float]]) -> Quantiles:

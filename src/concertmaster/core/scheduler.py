@@ -152,7 +152,7 @@ class Scheduler:
         named = [
             p for p in self.pools.values() if not request.models or p.model.name in request.models
         ]
-        able = [pool for pool in named if _can_hold(pool, request)]
+        able = _able(named, request)
         if not able:
             reason = "too_long" if named else "model_not_found"
         elif not any(self._alive(pool.pool_id for pool in able)):
@@ -381,6 +381,16 @@ class Scheduler:
         assert all(self.workflows.get(workflow_id).open_calls > 0 for workflow_id in waiting)
 
 
-def _can_hold(pool: Pool, request: Request) -> bool:
-    """Say whether the prompt and one token of answer fit the context and the KV cache."""
-    return request.prompt_tokens < min(pool.model.context_tokens, pool.kv_tokens)
+def _able(pools: list[Pool], request: Request) -> list[Pool]:
+    """Return the pools that hold prompt and longest answer; if none does, those for the prompt.
+
+    Engines refuse a call whose cap does not fit their context, so the first kind is safer.
+    """
+    prompt_tokens = request.prompt_tokens
+    whole_tokens = prompt_tokens + request.max_output_tokens
+    roomy = [pool for pool in pools if whole_tokens <= _most_tokens(pool)]
+    return roomy or [pool for pool in pools if prompt_tokens < _most_tokens(pool)]
+
+
+def _most_tokens(pool: Pool) -> int:
+    return min(pool.model.context_tokens, pool.kv_tokens)

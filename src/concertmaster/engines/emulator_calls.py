@@ -216,12 +216,23 @@ def _natural_output_tokens(
     asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     if body.ignore_eos and asked is not None:
         return asked
-    named = _header_int(headers, "x-emulator-output-tokens")
+    named = _named_output_tokens(headers, emulator.model_name)
     if named is None:
         digest = blake2b(text.encode(), key=b"%d" % emulator.seed, digest_size=8).digest()
         drawn = random.Random(int.from_bytes(digest)).lognormvariate(0.0, emulator.output_sigma)
         named = max(1, round(emulator.median_output_tokens * drawn))
     return max(named, body.min_tokens)
+
+
+def _named_output_tokens(headers: dict[str, str], model: str) -> int | None:
+    """Read ``x-emulator-output-tokens``: ``120`` or ``120;MODEL=98;…``, the model's own first."""
+    name = "x-emulator-output-tokens"
+    value = headers.get(name)
+    if value is None:
+        return None
+    shared, *own = value.split(";")
+    by_model = dict(part.split("=", 1) for part in own if "=" in part)
+    return _header_int({name: by_model.get(model, shared)}, name)
 
 
 def _header_int(headers: dict[str, str], name: str) -> int | None:

@@ -243,7 +243,7 @@ def _by_body(call: CallBody) -> Identity | None:
         (call.nvext, _by_nvext),
         (call.metadata, _by_metadata),
     ):
-        found = read(_fields(raw)) if raw is not None else None
+        found = read(_fields(raw)) if len(raw) else None
         if found is not None:
             return found
     if call.prompt_cache_key:

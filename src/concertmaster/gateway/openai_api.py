@@ -29,8 +29,8 @@ class CallBody(msgspec.Struct):
     """The fields of a chat or completion body that the gateway needs to decide."""
 
     model: str | list[str] | None = None
-    messages: msgspec.Raw | None = None
-    prompt: msgspec.Raw | None = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
     stream: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -39,9 +39,9 @@ class CallBody(msgspec.Struct):
     program_id: str | None = None
     prompt_cache_key: str | None = None
     service_tier: str | None = None
-    metadata: msgspec.Raw | None = None
-    vllm_xargs: msgspec.Raw | None = None
-    nvext: msgspec.Raw | None = None
+    metadata: msgspec.Raw = msgspec.Raw()
+    vllm_xargs: msgspec.Raw = msgspec.Raw()
+    nvext: msgspec.Raw = msgspec.Raw()
 
     def models(self) -> tuple[ModelName, ...]:
         """Models that may serve it; empty for ``auto``."""
@@ -55,8 +55,7 @@ class CallBody(msgspec.Struct):
 
     def text(self) -> memoryview:
         """Return the raw JSON of the prompt, at least its brackets."""
-        raw = self.messages if self.messages is not None else self.prompt
-        return memoryview(b"" if raw is None else raw)
+        return memoryview(self.messages if len(self.messages) else self.prompt)
 
     def max_output_tokens(self) -> int:
         """Return the caller's cap, or the default."""
@@ -95,10 +94,10 @@ def parse_call(body: bytes, *, chat: bool) -> CallBody:
         raise InvalidRequestError(f"body: expected a JSON object, found {error}") from None
     field = "messages" if chat else "prompt"
     raw = call.messages if chat else call.prompt
-    if raw is None or len(raw) < 3 or bytes(raw) == b"null":
+    if len(raw) < 3 or memoryview(raw)[:5] == b"null":
         raise InvalidRequestError(
             f"{field}: expected {'a list of messages' if chat else 'a prompt'}, found "
-            f"{'nothing' if raw is None else bytes(raw).decode()}",
+            f"{bytes(raw).decode() or 'nothing'}",
             param=field,
         )
     return call

@@ -1,13 +1,11 @@
 """Starts and stops a gateway on a port."""
 
 import asyncio
-import errno
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from concertmaster.config import GatewaySection
-from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.agent import AgentConnection
@@ -33,7 +31,7 @@ async def running_gateway(
     """Serve until the block ends; yields the gateway and the port it listens on.
 
     Raises:
-        InputError: The port is taken or the host is not ours.
+        OSError: The port is taken or the host is not ours.
     """
     routes = SideRoutes()
     side_door = SideDoor(routes.app())
@@ -50,7 +48,9 @@ async def running_gateway(
         health_interval_s=settings.health_interval_s,
     )
     routes.gateway = gateway
-    server = await _listen(gateway, settings.host, settings.port)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: AgentConnection(gateway), settings.host, settings.port, backlog=_BACKLOG
+    )
     gateway.start()
     try:
         yield gateway, server.sockets[0].getsockname()[1]
@@ -65,17 +65,3 @@ def scaled_clock(speedup: float) -> Callable[[], float]:
     """Return a clock that starts at 0 and runs ``speedup`` times as fast as the wall's."""
     started_s = time.monotonic()
     return lambda: (time.monotonic() - started_s) * speedup
-
-
-async def _listen(gateway: Gateway, host: str, port: int) -> asyncio.Server:
-    loop = asyncio.get_running_loop()
-    try:
-        return await loop.create_server(
-            lambda: AgentConnection(gateway), host, port, backlog=_BACKLOG
-        )
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            problem, hint = f"port {port} on {host} is in use", "choose another with --port"
-        else:
-            problem, hint = f"cannot listen on {host}:{port}: {error.strerror}", ""
-        raise InputError("gateway", "port", problem, hint) from None

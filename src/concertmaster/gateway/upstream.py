@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -40,8 +40,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
 
     @property
     def is_open(self) -> bool:
@@ -117,6 +116,8 @@ class EngineConnection(asyncio.Protocol):
                 self._refuse(exchange)
             return False
         end = self._head.find(b"\r\n\r\n") + 2
+        if exchange.streams and not self._done and len(self._head) == end + 2:
+            return False  # engines answer 200 before they begin: until a token is out, retry
         exchange.caller.write(self._head[:end] + exchange.response_headers + self._head[end:])
         exchange.started = True
         if exchange.streams and exchange.status == 200:

@@ -49,7 +49,10 @@ class Bar:
 def progress_bar(total: int) -> Iterator[Bar]:
     """Show progress on the terminal while the block runs; nothing where there is none."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield Bar(progress, total)
@@ -70,8 +73,10 @@ def write_json(content: object, path: Path) -> None:
 
 def show_report(out: Console, title: str, run: RunRecords, report: Report) -> None:
     """Print one run."""
-    out.print(f"[bold]{title}[/]   seed {run.seed}   policy {run.policy}   "
-              f"{run.duration_s:,.0f} s in {run.wall_s:.1f} s\n")
+    out.print(
+        f"[bold]{title}[/]   seed {run.seed}   policy {run.policy}   "
+        f"{run.duration_s:,.0f} s in {run.wall_s:.1f} s\n"
+    )
     counts = Table("", "total", "completed", "rejected", "failed", box=None, pad_edge=False)
     for column in counts.columns[1:]:
         column.justify = "right"
@@ -99,7 +104,10 @@ def _seconds_table(report: Report) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for label, key in _FIGURES:
-        table.add_row(f"  {label}", *(number(report[key][name]) for name in ("mean", "p50", "p90", "p95", "p99")))
+        table.add_row(
+            f"  {label}",
+            *(number(report[key][name]) for name in ("mean", "p50", "p90", "p95", "p99")),
+        )
     return table
 
 
@@ -120,19 +128,36 @@ def _show_ratios(out: Console, run: RunRecords, report: Report) -> None:
 
 def show_comparison(out: Console, title: str, comparison: Report, seeds: int) -> None:
     """Print several policies side by side."""
-    table = Table(title=f"{title}   {seeds} seed{'s' * (seeds > 1)}, mean ± 95 % interval",
-                  title_justify="left", pad_edge=False)
+    table = Table(
+        title=f"{title}   {seeds} seed{'s' * (seeds > 1)}, mean ± 95 % interval",
+        title_justify="left",
+        pad_edge=False,
+    )
     table.add_column("policy")
-    for heading in ("makespan mean, s", "P50, s", "P95, s", "TTFT P50, s", "SLO", "success", "lost"):
+    for heading in (
+        "makespan mean, s",
+        "P50, s",
+        "P95, s",
+        "TTFT P50, s",
+        "SLO",
+        "success",
+        "lost",
+    ):
         table.add_column(heading, justify="right")
     for name, both in comparison["policies"].items():
         mean, ci = both["mean"], both["ci95"]
         lost = mean["workflows"]["total"] - mean["workflows"]["completed"]
         table.add_row(
             name,
-            *(_with_interval(mean[g][f], ci[g][f]) for g, f in (
-                ("makespan_s", "mean"), ("makespan_s", "p50"), ("makespan_s", "p95"), ("ttft_s", "p50"),
-            )),
+            *(
+                _with_interval(mean[g][f], ci[g][f])
+                for g, f in (
+                    ("makespan_s", "mean"),
+                    ("makespan_s", "p50"),
+                    ("makespan_s", "p95"),
+                    ("ttft_s", "p50"),
+                )
+            ),
             percent(mean["slo_attainment_ratio"]),
             percent(mean["success_ratio"]),
             f"{lost:,.0f}",
@@ -172,7 +197,11 @@ def explain(out: Console, reader: TraceReader, request_id: str) -> None:
         InputError: The trace holds no such call.
     """
     entries = [entry for entry in reader.entries() if _concerns(entry, request_id)]
-    arrivals = [e for e in entries if isinstance(e.event, RequestArrived) and e.event.request.request_id == request_id]
+    arrivals = [
+        e
+        for e in entries
+        if isinstance(e.event, RequestArrived) and e.event.request.request_id == request_id
+    ]
     if not arrivals:
         raise InputError("REQUEST", request_id, "the trace holds no such call", _known(reader))
     _show_arrival(out, arrivals[0])
@@ -206,10 +235,14 @@ def _show_arrival(out: Console, entry: Entry) -> None:
     assert isinstance(entry.event, RequestArrived)
     request, forecast = entry.event.request, entry.event.forecast
     stage = "" if request.stage is None else f", stage {request.stage}"
-    out.print(f"[bold]{request.request_id}[/]   workflow {request.workflow_id}{stage}   "
-              f"role {request.role or '–'}   class {request.service_class.value}")
-    out.print(f"arrived {entry.now_s:,.3f} s   prompt {request.prompt_tokens:,} tokens   "
-              f"forecast {_law(forecast.output_tokens)} (by {forecast.source})")
+    out.print(
+        f"[bold]{request.request_id}[/]   workflow {request.workflow_id}{stage}   "
+        f"role {request.role or '–'}   class {request.service_class.value}"
+    )
+    out.print(
+        f"arrived {entry.now_s:,.3f} s   prompt {request.prompt_tokens:,} tokens   "
+        f"forecast {_law(forecast.output_tokens)} (by {forecast.source})"
+    )
 
 
 def _law(law: Quantiles | None) -> str:
@@ -221,14 +254,18 @@ def _law(law: Quantiles | None) -> str:
 def _show_action(out: Console, now_s: float, action: object) -> None:
     match action:
         case Dispatch(_, replica_id, attempt, _, waited_s, costs_s):
-            out.print(f"dispatched {now_s:,.3f} s to {replica_id}   waited {waited_s:.3f} s   "
-                      f"attempt {attempt}\n")
+            out.print(
+                f"dispatched {now_s:,.3f} s to {replica_id}   waited {waited_s:.3f} s   "
+                f"attempt {attempt}\n"
+            )
             out.print(_costs_table(costs_s, replica_id))
         case Reject(_, reason, retry_after_s):
             again = "" if retry_after_s is None else f"   try again in {retry_after_s:.0f} s"
             out.print(f"rejected {now_s:,.3f} s: {reason}{again}")
         case Fail(_, reason):
             out.print(f"failed {now_s:,.3f} s: {reason}")
+        case _:
+            pass
 
 
 def _costs_table(costs_s: Mapping[Any, Mapping[str, float]], chosen: str) -> Table:
