@@ -1,73 +1,24 @@
-from dataclasses import dataclass, field
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from concertmaster.core.cost import RateCurve
 from concertmaster.core.errors import InvalidRequestError
-from concertmaster.core.request import PREFIX_CHUNK_TOKENS, RequestId
+from concertmaster.core.request import RequestId
 from concertmaster.physics.batching import (
-    BatchingEngine,
-    EngineCall,
     EngineSettings,
-    Milestone,
     Scheduling,
 )
-from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.prefix_cache import BlockPool
-from concertmaster.physics.reference import ReferenceEngine
-from concertmaster.physics.stretch import Stretch
-
-CURVE = RateCurve(
-    fixed_s=0.00371,
-    linear_tokens=(1, 512, 2048),
-    linear_s=(0.00113, 0.0091, 0.0371),
-    sequence_s=0.0000213,
-    kv_token_s=0.000000117,
-    prefill_pair_s=0.0000000023,
+from engine_builders import (
+    CHUNK,
+    CURVE,
+    FOR_EVER_S,
+    EngineType,
+    a_call,
+    both,
+    drain,
+    ends_s,
+    kinds,
+    starts_s,
 )
-CHUNK = PREFIX_CHUNK_TOKENS
-FOR_EVER_S = 1e9
-ENGINES = [FastEngine, ReferenceEngine]
-both = pytest.mark.parametrize("engine_type", ENGINES)
-EngineType = type[FastEngine] | type[ReferenceEngine]
-
-
-def a_call(
-    name: str,
-    prompt_tokens: int = 10,
-    output_tokens: int = 5,
-    prefix_hashes: tuple[int, ...] = (),
-    priority: int = 0,
-) -> EngineCall:
-    return EngineCall(
-        request_id=RequestId(name),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        prefix_hashes=prefix_hashes,
-        priority=priority,
-    )
-
-
-def drain(engine: BatchingEngine, until_s: float = FOR_EVER_S) -> list[Milestone]:
-    milestones: list[Milestone] = []
-    while (at_s := engine.next_milestone_s()) is not None and at_s <= until_s:
-        milestones.extend(engine.advance(at_s))
-    return milestones
-
-
-def ends_s(milestones: list[Milestone]) -> dict[str, float]:
-    return {m.request_id: m.time_s for m in milestones if m.kind == "finished"}
-
-
-def starts_s(milestones: list[Milestone]) -> dict[str, float]:
-    return {m.request_id: m.time_s for m in milestones if m.kind == "first_token"}
-
-
-def kinds(milestones: list[Milestone]) -> list[tuple[str, str]]:
-    return [(m.request_id, m.kind) for m in milestones]
-
 
 # What a step is.
 
@@ -343,144 +294,3 @@ def test_priority_orders_the_line_and_its_absence_does_not(engine_type: EngineTy
 
     assert order("priority") == ["first", "good", "also good", "bad"]
     assert order("fcfs") == ["first", "bad", "good", "also good"]
-
-
-# Both models against each other.
-
-
-@dataclass
-class History:
-    """What a driver saw of one engine."""
-
-    milestones: list[Milestone] = field(default_factory=list)
-    sights: list[object] = field(default_factory=list)
-
-    def look(self, engine: BatchingEngine, now_s: float) -> None:
-        self.sights.append(engine.progress(now_s))
-        self.sights.append((engine.running_requests, engine.waiting_requests))
-        self.sights.append((engine.kv_used_blocks, engine.preemptions))
-        self.sights.append((engine.generated_tokens, engine.prefilled_tokens))
-        self.sights.append((engine.prefix_query_tokens, engine.prefix_hit_tokens))
-
-
-Event = tuple[float, EngineCall | RequestId | float]
-
-
-def replay(engine: BatchingEngine, events: list[Event]) -> History:
-    """Submit calls, cancel ids, set slow-downs (a float), and look after each."""
-    history = History()
-    for now_s, what in events:
-        history.milestones += drain(engine, now_s)
-        if isinstance(what, EngineCall):
-            engine.submit(now_s, what)
-        elif isinstance(what, float):
-            history.milestones += engine.advance(now_s)
-            engine.slowdown = what
-        else:
-            history.sights.append(engine.cancel(now_s, what))
-        history.look(engine, now_s)
-    history.milestones += drain(engine)
-    history.look(engine, FOR_EVER_S)
-    return history
-
-
-@st.composite
-def curves(draw: st.DrawFn) -> RateCurve:
-    """Draw odd times, so that an arrival and a step's end are never at the same instant."""
-    parts = st.integers(0, 40)
-    linear_s = sorted(0.000317 * (1 + draw(parts)) for _ in range(3))
-    return RateCurve(
-        fixed_s=0.000731 * (1 + draw(parts)),
-        linear_tokens=(1, 100, 700),
-        linear_s=tuple(linear_s),
-        sequence_s=0.00000371 * draw(parts),
-        kv_token_s=0.000000213 * draw(parts),
-        prefill_pair_s=0.0000000173 * draw(parts),
-    )
-
-
-@st.composite
-def engine_settings(draw: st.DrawFn) -> EngineSettings:
-    max_sequences = draw(st.sampled_from([1, 2, 5, 30]))
-    block_tokens = draw(st.sampled_from([1, 16, 32]))
-    return EngineSettings(
-        kv_blocks=draw(st.sampled_from([900, 940, 1100, 20_000])) // block_tokens + 1,
-        max_sequences=max_sequences,
-        max_batch_tokens=max_sequences + draw(st.sampled_from([0, 1, 40, 300, 2000])),
-        block_tokens=block_tokens,
-        scheduling=draw(st.sampled_from(["fcfs", "priority"])),
-        prefix_caching=draw(st.booleans()),
-    )
-
-
-@st.composite
-def event_lists(draw: st.DrawFn) -> list[Event]:
-    """Draw arrivals, some of them followed by a cancel or a slow-down."""
-    gap_s = draw(st.sampled_from([0.00000917, 0.000917, 0.00917]))
-    most_prompt = draw(st.sampled_from([20, 300, 600]))
-    most_output = draw(st.sampled_from([3, 40, 300]))
-    now_s = 0.0
-    events: list[Event] = []
-    for number in range(draw(st.integers(1, 25))):
-        now_s += gap_s * draw(st.integers(0, 30))
-        family, chunks = draw(st.integers(0, 2)), draw(st.integers(0, 3))
-        call = a_call(
-            f"r{number}",
-            draw(st.integers(1, most_prompt)),
-            draw(st.integers(1, most_output)),
-            tuple(10 * family + chunk for chunk in range(chunks)),
-            draw(st.integers(-1, 1)),
-        )
-        events.append((now_s, call))
-        later_s = now_s + gap_s * (0.5 + draw(st.integers(0, 300)))
-        match draw(st.integers(0, 9)):
-            case 0 | 1:
-                events.append((later_s, RequestId(f"r{draw(st.integers(0, number))}")))
-            case 2:
-                events.append((later_s, draw(st.sampled_from([1.0, 2.5]))))
-            case _:
-                pass
-    return sorted(events, key=lambda event: event[0])
-
-
-@settings(derandomize=True, deadline=None, max_examples=250)
-@given(curves(), engine_settings(), event_lists())
-def test_jumps_and_single_steps_agree(
-    curve: RateCurve, engine_settings: EngineSettings, events: list[Event]
-) -> None:
-    fast = replay(FastEngine(curve, engine_settings), events)
-    reference = replay(ReferenceEngine(curve, engine_settings), events)
-    assert kinds(fast.milestones) == kinds(reference.milestones)
-    times_s = [m.time_s for m in reference.milestones]
-    assert [m.time_s for m in fast.milestones] == pytest.approx(times_s, rel=1e-9)
-    assert fast.sights == reference.sights
-
-
-@settings(derandomize=True, deadline=None, max_examples=100)
-@given(curves(), engine_settings(), event_lists())
-def test_each_call_ends_once_and_leaves_nothing_behind(
-    curve: RateCurve, engine_settings: EngineSettings, events: list[Event]
-) -> None:
-    engine = FastEngine(curve, engine_settings)
-    history = replay(engine, events)
-    submitted = {what.request_id for _, what in events if isinstance(what, EngineCall)}
-    cancelled = [what for _, what in events if not isinstance(what, EngineCall | float)]
-    ended = [m.request_id for m in history.milestones if m.kind == "finished"]
-    assert len(ended) == len(set(ended))
-    assert submitted - set(ended) <= set(cancelled)
-    assert [m.time_s for m in history.milestones] == sorted(m.time_s for m in history.milestones)
-    assert (engine.kv_used_blocks, engine.running_requests, engine.waiting_requests) == (0, 0, 0)
-    assert engine.next_milestone_s() is None
-
-
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(st.integers(1, 2000), st.integers(0, 99), st.integers(1, 60), st.floats(0, 1))
-def test_steps_done_inverts_the_length_of_a_stretch(
-    steps: int, growth: int, first: int, share: float
-) -> None:
-    stretch = Stretch()
-    stretch.begin(3.0, steps, 0.00073 * first, 0.000000031 * growth)
-    now_s = 3.0 + share * stretch.lasts_s(steps)
-    done = stretch.steps_done(now_s)
-    assert done == steps - 1 or stretch.lasts_s(done + 1) > now_s - 3.0
-    assert stretch.lasts_s(done) <= now_s - 3.0

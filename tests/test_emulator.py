@@ -1,118 +1,15 @@
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
-import aiohttp
 import openai
 import pytest
+import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
-from concertmaster.core.cost import RateCurve
-from concertmaster.core.errors import InvalidRequestError
-from concertmaster.core.request import RequestId
-from concertmaster.engines.emulator import Emulator
-from concertmaster.engines.emulator_api import EmulatorServer, serve
-from concertmaster.engines.faults import Faults
-from concertmaster.physics.batching import EngineCall, EngineSettings
-
-MODEL = "acme/small"
-STEP_S = 0.02
-CURVE = RateCurve(fixed_s=STEP_S, linear_tokens=(1, 1000), linear_s=(0.0, 0.1))
-CHAT = "/v1/chat/completions"
-
-
-@dataclass
-class Bench:
-    """An emulator, its server, and a client for it."""
-
-    emulator: Emulator
-    server: EmulatorServer
-    http: aiohttp.ClientSession
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.port}"
-
-    async def get(self, path: str) -> tuple[int, Any]:
-        async with self.http.get(path) as response:
-            text = await response.text()
-            return response.status, json.loads(text) if text.startswith("{") else text
-
-    async def post(
-        self, path: str, body: object = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, Any]:
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with self.http.post(path, data=raw, headers=headers) as response:
-            text = await response.text()
-            return response.status, json.loads(text) if text else text
-
-    async def chat(self, headers: dict[str, str] | None = None, **fields: object) -> Any:  # noqa: ANN401
-        """Ask for a whole answer and return its body; the status must be 200."""
-        status, body = await self.post(CHAT, a_body(**fields), headers)
-        assert status == 200, body
-        return body
-
-    async def events(self, headers: dict[str, str] | None = None, **fields: object) -> list[str]:
-        """Stream an answer; the payload of each event."""
-        async with self.http.post(CHAT, json=a_body(stream=True, **fields), headers=headers) as r:
-            assert r.status == 200
-            assert r.headers["content-type"] == "text/event-stream; charset=utf-8"
-            text = await r.text()
-        assert text.endswith("\n\n")
-        return [event.removeprefix("data: ") for event in text.removesuffix("\n\n").split("\n\n")]
-
-    async def metrics(self) -> dict[str, float]:
-        """Values by sample name; of several with a name, the sum. Ends by reason alone."""
-        _, text = await self.get("/metrics")
-        values: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                name = sample.labels.get("finished_reason", sample.name)
-                values[name] = values.get(name, 0.0) + sample.value
-        return values
-
-
-def a_body(**fields: object) -> dict[str, object]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": "Say it."}], **fields}
-
-
-def exactly(tokens: int) -> dict[str, Any]:
-    return {"max_tokens": tokens, "ignore_eos": True}
-
-
-@asynccontextmanager
-async def bench(settings: EngineSettings | None = None, **kwargs: Any) -> AsyncIterator[Bench]:  # noqa: ANN401
-    emulator = Emulator(
-        model_name=MODEL,
-        curve=CURVE,
-        settings=settings or EngineSettings(kv_blocks=1000),
-        **{"speedup": 20.0, **kwargs},
-    )
-    server = await serve(emulator, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{server.port}"
-    patience = aiohttp.ClientTimeout(total=5)
-    async with server, aiohttp.ClientSession(url, timeout=patience) as http:
-        yield Bench(emulator, server, http)
-
-
-async def until(bench: Bench, name: str, value: float) -> None:
-    """Wait until a metric has a value."""
-    for _ in range(300):
-        if (await bench.metrics())[name] == value:
-            return
-        await asyncio.sleep(0.005)
-    raise TimeoutError(f"{name} did not become {value}")
-
-
-async def read_into(text: bytearray, response: aiohttp.ClientResponse) -> None:
-    async for piece in response.content.iter_any():
-        text += piece
-
+from concertmaster.physics.batching import EngineSettings
+from emulator_bench import CHAT, MODEL, STEP_S, a_body, bench, exactly, until
 
 # The API.
 
@@ -334,6 +231,19 @@ def test_tokens_come_as_they_are_generated_and_those_of_one_tick_together() -> N
     assert asyncio.run(main(50.0)) <= 5
 
 
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_hundreds_of_calls_at_once_are_answered_on_either_event_loop(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def main() -> list[int]:
+        async with bench(speedup=1000.0) as b:
+            calls = [b.chat(**exactly(1 + number % 3)) for number in range(200)]
+            return [body["usage"]["completion_tokens"] for body in await asyncio.gather(*calls)]
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(main()) == [1 + number % 3 for number in range(200)]
+
+
 def test_priority_decides_who_goes_first() -> None:
     async def main() -> list[str]:
         settings = EngineSettings(kv_blocks=1000, max_sequences=1, scheduling="priority")
@@ -412,203 +322,3 @@ def test_gauges_show_the_engine_while_it_works() -> None:
             assert (await b.metrics())["vllm:kv_cache_usage_perc"] == 0
 
     asyncio.run(main())
-
-
-# Clients that go away, or hardly read.
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_the_kv_cache(*, stream: bool) -> None:
-    async def main() -> None:
-        async with bench(speedup=1.0) as b:
-            call = asyncio.create_task(b.chat(**exactly(10_000), stream=stream))
-            await until(b, "vllm:num_requests_running", 1)
-            call.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await call
-            await until(b, "vllm:num_requests_running", 0)
-            values = await b.metrics()
-            assert values["vllm:kv_cache_usage_perc"] == 0
-            assert values["abort"] == 1
-            assert b.emulator.live_calls == 0
-
-    asyncio.run(main())
-
-
-@dataclass
-class SlowReader:
-    """A sink that is congested, and what it was given."""
-
-    streams: bool = True
-    congested: bool = True
-    given: list[tuple[int, str | None]] = field(default_factory=list)
-
-    def deliver(self, tokens: int, finish_reason: str | None) -> None:
-        self.given.append((tokens, finish_reason))
-
-    def cut(self) -> None:
-        self.given.append((0, "cut"))
-
-
-def test_a_client_that_hardly_reads_gets_its_tokens_at_the_end() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            sink = SlowReader()
-            call = EngineCall(request_id=RequestId("a"), prompt_tokens=1, output_tokens=50)
-            b.emulator.answer(call, sink, "stop")
-            await until(b, "stop", 1)
-            assert sink.given == [(50, "stop")]
-
-    asyncio.run(main())
-
-
-# Sleep.
-
-
-def test_a_sleeping_engine_refuses_until_it_is_woken() -> None:
-    async def main() -> None:
-        async with bench(sleep_s=2.0, wake_s=4.0) as b:
-            assert (await b.post("/wake_up"))[0] == 200
-            begun_s = time.perf_counter()
-            assert (await b.post("/sleep?level=1"))[0] == 200
-            assert (await b.post("/sleep?level=1"))[0] == 200
-            slept_s = time.perf_counter()
-            assert 0.098 < slept_s - begun_s < 0.6
-            assert await b.get("/is_sleeping") == (200, {"is_sleeping": True})
-            assert await b.get("/health") == (200, "")
-            status, body = await b.post(CHAT, a_body())
-            assert status == 503
-            assert body["error"]["message"] == (
-                f"the engine of {MODEL} is asleep; POST /wake_up first"
-            )
-            woken = await asyncio.gather(b.post("/wake_up"), b.post("/wake_up"), b.post("/sleep"))
-            assert sorted(status for status, _ in woken) == [200, 200, 503]
-            assert 0.198 < time.perf_counter() - slept_s < 1.0
-            await b.chat(**exactly(2))
-
-    asyncio.run(main())
-
-
-def test_falling_asleep_aborts_calls_under_way() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            calls = [
-                asyncio.create_task(b.events(**exactly(10_000))),
-                asyncio.create_task(b.chat(**exactly(10_000))),
-            ]
-            await until(b, "vllm:num_requests_running", 2)
-            await asyncio.sleep(0.05)
-            await b.post("/sleep")
-            events, body = await asyncio.gather(*calls)
-            assert events[-1] == "[DONE]"
-            assert json.loads(events[-2])["choices"][0]["finish_reason"] == "abort"
-            assert body["choices"][0]["finish_reason"] == "abort"
-            values = await b.metrics()
-            assert (values["abort"], values["vllm:num_requests_running"]) == (2, 0)
-
-    asyncio.run(main())
-
-
-def test_a_loading_engine_is_not_healthy_yet() -> None:
-    async def main() -> None:
-        async with bench(load_s=2.0) as b:
-            status, body = await b.get("/health")
-            assert (status, body["error"]["type"]) == (503, "ServiceUnavailableError")
-            assert (await b.post(CHAT, a_body()))[0] == 503
-            assert (await b.post("/wake_up"))[0] == 200
-            assert (await b.get("/health"))[0] == 200
-
-    asyncio.run(main())
-
-
-# Faults.
-
-
-def test_errors_on_request() -> None:
-    async def main() -> None:
-        async with bench(faults=Faults(error_ratio=0.5), speedup=1000.0) as b:
-            statuses = [(await b.post(CHAT, a_body(**exactly(1))))[0] for _ in range(60)]
-            assert set(statuses) == {200, 500}
-            assert 15 <= statuses.count(500) <= 45
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_stalls_on_request(*, stream: bool) -> None:
-    async def main() -> None:
-        async with bench(faults=Faults(stall_ratio=1.0, stall_s=4.0)) as b:
-            begun_s = time.perf_counter()
-            await (b.events(**exactly(5)) if stream else b.chat(**exactly(5)))
-            assert 0.198 < time.perf_counter() - begun_s < 1.0
-            assert (await b.metrics())["vllm:num_requests_running"] == 0
-
-    asyncio.run(main())
-
-
-def test_a_slow_drip_on_request() -> None:
-    async def main() -> None:
-        async with bench(faults=Faults(drip_s=0.4)) as b:
-            begun_s = time.perf_counter()
-            assert len(await b.events(**exactly(10))) == 12
-            assert 9 * 0.02 < time.perf_counter() - begun_s < 1.0
-
-    asyncio.run(main())
-
-
-def test_death_in_the_middle_of_a_stream_on_request() -> None:
-    async def main() -> None:
-        async with bench(faults=Faults(death_ratio=1.0)) as b:
-            text = bytearray()
-            async with b.http.post(CHAT, json=a_body(stream=True, **exactly(50))) as response:
-                with pytest.raises(aiohttp.ClientError):
-                    await read_into(text, response)
-            assert b"finish_reason" in text
-            assert b"DONE" not in text
-            with pytest.raises(aiohttp.ClientError):
-                await b.chat(**exactly(5))
-            assert b.emulator.live_calls == 0
-            assert (await b.metrics())["vllm:kv_cache_usage_perc"] == 0
-
-    asyncio.run(main())
-
-
-def test_renamed_metrics_on_request() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            before = await b.metrics()
-            assert (await b.post("/emulator/faults", {"rename_metrics": True}))[0] == 200
-            after = await b.metrics()
-            assert before.keys() - after.keys() == {
-                "vllm:num_requests_running",
-                "vllm:num_requests_waiting",
-                "vllm:kv_cache_usage_perc",
-            }
-
-    asyncio.run(main())
-
-
-def test_faults_can_be_set_and_read_while_it_runs() -> None:
-    async def main() -> None:
-        async with bench() as b:
-            status, faults = await b.post("/emulator/faults", {"stall_ratio": 1, "stall_s": 0.5})
-            assert (status, faults["stall_ratio"], faults["stall_s"]) == (200, 1.0, 0.5)
-            assert await b.get("/emulator/faults") == (200, faults)
-            status, body = await b.post("/emulator/faults", {"eror_ratio": 1})
-            assert status == 400
-            assert body["error"]["message"] == (
-                'faults: unknown key "eror_ratio" (did you mean "error_ratio"? known: '
-                "death_ratio, drip_s, error_ratio, rename_metrics, stall_ratio, stall_s)"
-            )
-            status, body = await b.post("/emulator/faults", {"error_ratio": "x"})
-            assert status == 400
-            assert body["error"]["message"].startswith("faults: Expected `float`, got `str`")
-            assert await b.get("/emulator/faults") == (200, faults)
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("field", ["error_ratio", "stall_ratio", "death_ratio", "drip_s"])
-def test_faults_out_of_range_are_refused(field: str) -> None:
-    with pytest.raises(InvalidRequestError, match=rf"faults: {field} must .*, got -1"):
-        Faults.from_json(b'{"%b": -1}' % field.encode())

@@ -1,6 +1,7 @@
 """What each command does; ``cli`` says how it is called."""
 
 import asyncio
+import dataclasses
 import logging
 import os
 import random
@@ -86,9 +87,12 @@ def serve(
         if trace is not None:
             header = Header(trace=1, fleet=fleet.name, policy=settings.policy, seed=settings.seed)
             writer = stack.enter_context(TraceWriter(trace, header))
+        policy_used = policy_named(settings.policy)
+        if settings.window_s is not None:
+            policy_used = dataclasses.replace(policy_used, window_s=settings.window_s)
         scheduler = Scheduler(
             fleet,
-            policy_named(settings.policy),
+            policy_used,
             random.Random(settings.seed),
             record_candidates=writer is not None,
         )

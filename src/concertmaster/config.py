@@ -60,6 +60,7 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     port: int = 8000
     policy: str = "least-tokens+las"
     seed: int = 0
+    window_s: float | None = None
     max_body_mb: float = 20.0
     connect_timeout_s: float = 5.0
     health_interval_s: float = 2.0

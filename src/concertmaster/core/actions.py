@@ -17,8 +17,10 @@ class Dispatch:
         attempt: Counts from 1; every later event about the call carries it.
         priority: For engines that take one; lower goes first.
         waited_s: How long the call stood in line.
-        costs_s: Replica to scorer to seconds, for the chosen replica and, if the scheduler
-            records candidates, the others that were open to it.
+        candidates: Replicas that had room for it.
+        cost_s: Seconds that the chosen one costs; ``None`` if nothing was compared.
+        costs_s: Replica to scorer to seconds, for every candidate; empty unless the
+            scheduler records candidates.
     """
 
     request_id: RequestId
@@ -26,6 +28,8 @@ class Dispatch:
     attempt: int
     priority: int
     waited_s: float
+    candidates: int
+    cost_s: float | None = None
     costs_s: Mapping[ReplicaId, Mapping[str, float]] = field(default_factory=dict)
 
 

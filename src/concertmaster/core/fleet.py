@@ -65,6 +65,9 @@ class Pool:
         kv_blocks: KV blocks of one replica.
         max_sequences: Most calls that one replica decodes at once.
         ready_s: Seconds until a replica in that state can serve.
+        prefill_token_s: Seconds a prompt token adds while steps are full; computed.
+        decode_token_s: Seconds of a step that decodes for one call; computed.
+        most_tokens: Longest prompt and answer that a replica can hold; computed.
         priority_scheduling: Whether its engines take a priority (vLLM: lower goes first).
     """
 
@@ -80,6 +83,15 @@ class Pool:
     priority_scheduling: bool = False
     prefix_caching: bool = True
     ready_s: Mapping[Readiness, float] = field(default_factory=dict)
+    prefill_token_s: float = field(init=False)
+    decode_token_s: float = field(init=False)
+    most_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        full_step_s = self.curve.step_s(0, 0, self.max_batch_tokens)
+        object.__setattr__(self, "prefill_token_s", full_step_s / self.max_batch_tokens)
+        object.__setattr__(self, "decode_token_s", self.curve.step_s(1, 0))
+        object.__setattr__(self, "most_tokens", min(self.model.context_tokens, self.kv_tokens))
 
     @property
     def kv_tokens(self) -> int:
@@ -183,10 +195,8 @@ class Replica:
         self.prefill_tokens += call.prefill_tokens
         self.decode_tokens += call.decode_tokens
         self.context_tokens += request.prompt_tokens + call.expected_tokens
-        prefill_s = self.pool.curve.prefill_s(
-            call.prefill_tokens, chunk_tokens=self.pool.max_batch_tokens
-        )
-        self.prefill_clear_s = max(now_s, self.prefill_clear_s) + prefill_s
+        backlog_s = call.prefill_tokens * self.pool.prefill_token_s
+        self.prefill_clear_s = max(now_s, self.prefill_clear_s) + backlog_s
 
     def stream(self, request_id: RequestId, streamed_tokens: int) -> int:
         """Take in that a call has now produced this many tokens; return how many are new."""

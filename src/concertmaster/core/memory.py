@@ -75,6 +75,8 @@ class PrefixIndex:
 
     def touch(self, prefix_hashes: Sequence[int]) -> None:
         """Note that these chunks were just computed or read."""
+        if not prefix_hashes:
+            return
         chunks = self._chunks
         for prefix_hash in reversed(prefix_hashes):  # a chunk outlives those that build on it
             chunks[prefix_hash] = None

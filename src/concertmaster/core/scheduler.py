@@ -10,7 +10,7 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 
 import random
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import assert_never
 
 from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
@@ -49,8 +49,7 @@ class Scheduler:
         fleet: What there is.
         policy: How to decide.
         rng: Source of all randomness; the same seed and events give the same actions.
-        record_candidates: Keep the costs of every open replica with a dispatch, not only
-            those of the chosen one.
+        record_candidates: Keep the costs of every candidate with a dispatch, for traces.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class Scheduler:
             case ReplicaDraining(replica_id):
                 self.replicas[replica_id].draining = True
                 self._window.update(now_s, self.replicas[replica_id])
-                return []
+                return self._wake_for_line()
             case WorkflowClosed(workflow_id):
                 self.workflows.close(workflow_id)
                 return []
@@ -148,44 +147,57 @@ class Scheduler:
         request_id = request.request_id
         assert request_id not in self.line, f"{request_id} waits already"
         assert request_id not in self._running, f"{request_id} runs already"
-        reason = self.policy.admission.refuses(request, len(self.line))
-        named = [
-            p for p in self.pools.values() if not request.models or p.model.name in request.models
-        ]
-        able = _able(named, request)
-        if not able:
-            reason = "too_long" if named else "model_not_found"
-        elif not any(self._alive(pool.pool_id for pool in able)):
-            reason = "no_replica"
-        if reason is not None:
-            return [self._reject(now_s, request, reason)]
+        policy = self.policy
+        able = self._able_pools(request)
+        if isinstance(able, str):
+            return [self._reject(now_s, request, able)]
+        refusal = policy.admission.refuses(request, len(self.line))
+        if refusal is not None:
+            return [self._reject(now_s, request, refusal)]
         self._serial += 1
         call = Waiting(
             request=request,
             forecast=forecast,
             workflow=self.workflows.arrive(now_s, request),
-            pools=self.policy.router.route(request, forecast, able),
+            pools=policy.router.route(request, forecast, able),
             serial=self._serial,
             attempt=1,
-            expires_s=self.policy.admission.expires_s(request),
-            kv_level=self.policy.kv_level,
+            expires_s=policy.admission.expires_s(request),
+            kv_level=policy.kv_level,
         )
-        self._wait(call)
+        call.key = self._key(call)
+        replicas = () if len(self.line) else self._room_for(call, {})
+        if replicas:
+            return [self._place(now_s, call, replicas)]
+        self.line.push(call)
         return self._wake(call.pools)
+
+    def _able_pools(self, request: Request) -> list[Pool] | RejectReason:
+        """Return the pools that can hold a call, or why there is none."""
+        pools: Iterable[Pool] = self.pools.values()
+        if request.models:
+            pools = [pool for pool in pools if pool.model.name in request.models]
+            if not pools:
+                return "model_not_found"
+        able = _able(pools, request)
+        if not able:
+            return "too_long"
+        for pool in able:
+            for replica in self._by_pool[pool.pool_id]:
+                if replica.alive:
+                    return able
+        return "no_replica"
 
     def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
         running = self._running.get(request_id)
-        if running is None or running[0].attempt != attempt:
+        if running is None or running[0].attempt != attempt or not tokens:
             return
         call, replica = running
-        in_flight = replica.in_flight[request_id]
-        workflow = call.workflow
-        curve = replica.pool.curve
-        if in_flight.prefill_tokens and tokens:
-            workflow.attained_s += curve.prefill_s(in_flight.prefill_tokens)
-        fresh = replica.stream(request_id, tokens)
-        workflow.output_tokens += fresh
-        workflow.attained_s += fresh * curve.step_s(1, 0)
+        workflow, pool = call.workflow, replica.pool
+        workflow.attained_s += replica.in_flight[request_id].prefill_tokens * pool.prefill_token_s
+        fresh_tokens = replica.stream(request_id, tokens)
+        workflow.output_tokens += fresh_tokens
+        workflow.attained_s += fresh_tokens * pool.decode_token_s
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
         if request_id in self.line:
@@ -219,9 +231,7 @@ class Scheduler:
             call = self._running[request_id][0]
             self._release(now_s, request_id, call.attempt, settle=False)
             actions += self._retry(call, "replica_died", retriable=seen_tokens == 0)
-        for lane in list(self.line.lanes.values()):
-            actions += self._wake(lane.pools)
-        return actions
+        return actions + self._wake_for_line()
 
     # Outcomes
 
@@ -243,7 +253,7 @@ class Scheduler:
         if retriable and call.attempt < MAX_ATTEMPTS:
             call.attempt += 1
             self._wait(call)
-            return []
+            return self._wake(call.pools)
         self.workflows.settle(call.workflow.workflow_id)
         return [Fail(call.request.request_id, reason)]
 
@@ -276,13 +286,18 @@ class Scheduler:
     def _alive(self, pools: Iterable[PoolId]) -> Iterator[Replica]:
         return (r for pool_id in pools for r in self._by_pool[pool_id] if r.alive)
 
+    def _wake_for_line(self) -> list[Action]:
+        """Wake what calls in the line need after a replica has left service."""
+        return [action for lane in self.line.lanes.values() for action in self._wake(lane.pools)]
+
     def _wake(self, pools: tuple[PoolId, ...]) -> list[Action]:
-        """Wake the nearest replica if none of these pools runs or is being woken."""
+        """Wake the nearest replica if no other of these pools takes calls or is being woken."""
         for replica in self._alive(pools):
-            if replica.readiness is Readiness.RUNNING or replica.replica_id in self._waking:
+            ready = replica.readiness is Readiness.RUNNING or replica.replica_id in self._waking
+            if ready and not replica.draining:
                 return []
         nearest = min(
-            self._alive(pools),
+            (replica for replica in self._alive(pools) if not replica.draining),
             key=lambda r: (r.pool.ready_s.get(r.readiness, 0.0), r.replica_id),
             default=None,
         )
@@ -309,6 +324,7 @@ class Scheduler:
             _, _, lane, call = min(heads)
             replicas = self._room_for(call, blocked)
             if replicas:
+                self.line.remove(call.request.request_id)
                 actions.append(self._place(now_s, call, replicas))
             else:
                 blocked.update(dict.fromkeys(lane.pools))
@@ -330,26 +346,31 @@ class Scheduler:
                 found += room
         return found
 
-    def _place(self, now_s: float, call: Waiting, replicas: list[Replica]) -> Dispatch:
+    def _place(self, now_s: float, call: Waiting, replicas: Sequence[Replica]) -> Dispatch:
+        """Choose among the replicas that have room, and write the call into its ledgers."""
         policy, request = self.policy, call.request
-        scorers = policy.scorers
+        chosen, chosen_cost_s = replicas[0], None
+        if len(replicas) > 1:
+            scorers = policy.scorers
 
-        def cost_s(replica: Replica) -> float:
-            return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
+            def cost_s(replica: Replica) -> float:
+                return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
 
-        chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
-        recorded = replicas if self._record_candidates else (chosen,)
-        costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in recorded}
-        self.line.remove(request.request_id)
+            chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
+            chosen_cost_s = cost_s(chosen) if scorers else None
+        costs_s: Mapping[ReplicaId, Mapping[str, float]] = {}
+        if self._record_candidates:
+            costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in replicas}
         self._enter(now_s, call, chosen)
-        priority = int(1000 * call.key) if chosen.pool.priority_scheduling else 0
         return Dispatch(
-            request_id=request.request_id,
-            replica_id=chosen.replica_id,
-            attempt=call.attempt,
-            priority=priority,
-            waited_s=now_s - request.arrival_s,
-            costs_s=costs_s,
+            request.request_id,
+            chosen.replica_id,
+            call.attempt,
+            int(1000 * call.key) if chosen.pool.priority_scheduling else 0,
+            now_s - request.arrival_s,
+            len(replicas),
+            chosen_cost_s,
+            costs_s,
         )
 
     def _enter(self, now_s: float, call: Waiting, replica: Replica) -> None:
@@ -381,16 +402,12 @@ class Scheduler:
         assert all(self.workflows.get(workflow_id).open_calls > 0 for workflow_id in waiting)
 
 
-def _able(pools: list[Pool], request: Request) -> list[Pool]:
+def _able(pools: Iterable[Pool], request: Request) -> list[Pool]:
     """Return the pools that hold prompt and longest answer; if none does, those for the prompt.
 
     Engines refuse a call whose cap does not fit their context, so the first kind is safer.
     """
     prompt_tokens = request.prompt_tokens
     whole_tokens = prompt_tokens + request.max_output_tokens
-    roomy = [pool for pool in pools if whole_tokens <= _most_tokens(pool)]
-    return roomy or [pool for pool in pools if prompt_tokens < _most_tokens(pool)]
-
-
-def _most_tokens(pool: Pool) -> int:
-    return min(pool.model.context_tokens, pool.kv_tokens)
+    roomy = [pool for pool in pools if whole_tokens <= pool.most_tokens]
+    return roomy or [pool for pool in pools if prompt_tokens < pool.most_tokens]

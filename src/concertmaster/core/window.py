@@ -31,15 +31,14 @@ class Window:
     def update(self, now_s: float, replica: Replica) -> None:
         """Look at a replica again after anything about it has changed."""
         in_pool = self._open[replica.pool.pool_id]
-        in_pool.pop(replica.replica_id, None)
         serving = replica.readiness is Readiness.RUNNING and replica.alive and not replica.draining
-        if not serving or len(replica.in_flight) >= replica.pool.max_sequences:
-            return
-        reopens_s = replica.prefill_clear_s - self._window_s
-        if reopens_s > now_s:
+        if serving and len(replica.in_flight) < replica.pool.max_sequences:
+            reopens_s = replica.prefill_clear_s - self._window_s
+            if reopens_s <= now_s:
+                in_pool[replica.replica_id] = replica
+                return
             heapq.heappush(self._reopening, (reopens_s, replica.replica_id, replica))
-        else:
-            in_pool[replica.replica_id] = replica
+        in_pool.pop(replica.replica_id, None)
 
     def reopen(self, now_s: float) -> None:
         """Open the replicas whose prefill is done by now."""

@@ -148,6 +148,7 @@ class Emulator:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._origin_s = self._driven_s = self._now_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
         self._change: asyncio.TimerHandle | None = None
         self._on_change: list[Callable[[], None]] = []
         self._answers: dict[str, Answer] = {}
@@ -295,15 +296,16 @@ class Emulator:
             return
         when_s = max(when_s, self._driven_s + _LEAST_GAP_S)
         if self._timer is not None:
-            if self._timer.when() <= when_s:
+            if self._timer_s <= when_s:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(when_s, self._tick, when_s)
+        self._timer_s = when_s
+        self._timer = self._loop.call_at(when_s, self._tick)
 
-    def _tick(self, when_s: float) -> None:
+    def _tick(self) -> None:
         self._timer = None
         # A timer may fire a little early; the milestone that it was set for is due all the same.
-        self._now_s = max(self._now_s, (when_s - self._origin_s) * self.speedup)
+        self._now_s = max(self._now_s, (self._timer_s - self._origin_s) * self.speedup)
         self._advance()
         self._arm()
 

@@ -285,7 +285,7 @@ class _Connection(asyncio.Protocol):
             keep_alive=self._parser.should_keep_alive() and not self._parser.should_upgrade(),
             chunked=self._parser.get_http_version() != "1.0",
         )
-        if self._current is None:
+        if self._current is None and not self._pending:
             self._handle(exchange)
         else:
             self._pending.append(exchange)

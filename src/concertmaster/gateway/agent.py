@@ -1,6 +1,7 @@
 """Connections from agents: HTTP/1.1 in, an answer out, one exchange at a time on each."""
 
 import asyncio
+import logging
 from collections import deque
 from typing import NamedTuple, Protocol, cast
 
@@ -8,6 +9,8 @@ import httptools
 
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.openai_api import error_body, response
+
+_log = logging.getLogger(__name__)
 
 _MAX_PIPELINED = 16
 _MAX_HEADER_BYTES = 65_536
@@ -50,8 +53,8 @@ class AgentConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._keep_alive = True
         self._closing = False
+        self._refusal: bytes | None = None
         self.busy = False
-        self.chunked = False
         self.exchange: Exchange | None = None
         self.on_message_begin()
 
@@ -64,28 +67,31 @@ class AgentConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """Start a request."""
+        self._in_head = self._begun = True
+        self._head_bytes = self._unended_bytes = 0
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
-        self._header_bytes = 0
         self._body: list[bytes] = []
         self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Collect the target."""
         self._target += url
+        self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Collect a header; of a repeated one the values are joined, as HTTP allows."""
         name = name.lower()
-        self._header_bytes += len(name) + len(value)
+        self._head_bytes += len(name) + len(value)
         known = self._headers.get(name)
         self._headers[name] = value if known is None else known + b", " + value
 
     def on_headers_complete(self) -> None:
         """Refuse what is too large before its body is read."""
+        self._in_head = False
         length = self._headers.get(b"content-length", b"0")
-        if self._header_bytes > _MAX_HEADER_BYTES:
-            self._refuse(431, f"headers: expected at most {_MAX_HEADER_BYTES} bytes")
+        if self._head_bytes > _MAX_HEADER_BYTES:
+            self._refuse_head()
         elif length.isdigit() and int(length) > self._desk.max_body_bytes:
             self._refuse_body(int(length))
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
@@ -96,40 +102,41 @@ class AgentConnection(asyncio.Protocol):
         self._body_bytes += len(part)
         if self._body_bytes > self._desk.max_body_bytes:
             self._refuse_body(self._body_bytes)
-        elif not self._closing:
+        elif self._refusal is None:
             self._body.append(part)
 
     def on_message_complete(self) -> None:
         """Hand the message over, in turn."""
-        if self._closing:
+        if self._refusal is not None:
             return
+        parser = self._parser
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        keep_alive = parser.should_keep_alive() and not parser.should_upgrade()
         self._ready.append(
-            Message(
-                self._parser.get_method(),
-                self._target,
-                self._headers,
-                body,
-                self._parser.should_keep_alive(),
-            )
+            Message(parser.get_method(), self._target, self._headers, body, keep_alive)
         )
-        if len(self._ready) > _MAX_PIPELINED:
-            self.abort()
+        transport = self._transport
+        if len(self._ready) == _MAX_PIPELINED and transport and not transport.is_closing():
+            transport.pause_reading()
 
     # asyncio callbacks
 
     def data_received(self, data: bytes) -> None:
         """Read on, and begin with the next message if none is being answered."""
-        if self._closing:
+        if self._closing or self._refusal is not None:
             return
+        self._begun = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(400, "upgrade: expected plain HTTP/1.1")
+            pass  # no other protocol is spoken here: the message is answered as it stands
         except httptools.HttpParserError as error:
             self._refuse(400, f"request: expected HTTP/1.1, found {error}")
-        if self._ready and not self.busy:
-            self._next()
+        if self._in_head and not self._begun:
+            self._unended_bytes += len(data)
+            if self._unended_bytes > _MAX_HEADER_BYTES:
+                self._refuse_head()
+        self._go_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the desk, which cancels what is under way."""
@@ -153,11 +160,28 @@ class AgentConnection(asyncio.Protocol):
         """True once nothing more can be sent."""
         return self._closing
 
-    def _next(self) -> None:
-        message = self._ready.popleft()
+    def _go_on(self) -> None:
+        """Take the next message if none is being answered; then refuse what cannot be read."""
+        if self.busy or self._closing:
+            return
+        if self._ready:
+            self._next(self._ready.popleft())
+        elif self._refusal is not None:
+            self.write(self._refusal)
+            self._closing = True
+            asyncio.get_running_loop().call_later(_LINGER_S, self.close)
+
+    def _next(self, message: Message) -> None:
+        transport = self._transport
+        if len(self._ready) == _MAX_PIPELINED - 1 and transport and not transport.is_closing():
+            transport.resume_reading()
         self.busy = True
         self._keep_alive = message.keep_alive
-        self._desk.take(self, message)
+        try:
+            self._desk.take(self, message)
+        except Exception:  # noqa: BLE001  # one call must not stop the gateway
+            _log.exception("%r %r failed", message.method, message.target)
+            self.fail()
 
     def write(self, data: bytes) -> None:
         """Send bytes on, as they are."""
@@ -178,8 +202,17 @@ class AgentConnection(asyncio.Protocol):
         if not (keep_alive and self._keep_alive):
             self._closing = True
             self._transport.close()
-        elif self._ready:
-            self._next()
+        else:
+            self._go_on()
+
+    def fail(self) -> None:
+        """Answer 500 for a fault of our own and close: nothing is known of the call's state."""
+        if self.exchange is not None and self.exchange.started:
+            self.abort()
+            return
+        body = error_body("internal error; the log says more", "server_error", code="internal")
+        self.write(response(500, body, close=True))
+        self.close()
 
     def abort(self) -> None:
         """Cut the connection: the answer broke and must not look finished."""
@@ -193,6 +226,9 @@ class AgentConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def _refuse_head(self) -> None:
+        self._refuse(431, f"headers: expected at most {_MAX_HEADER_BYTES} bytes")
+
     def _refuse_body(self, found_bytes: int) -> None:
         limit = self._desk.max_body_bytes
         self._refuse(
@@ -200,9 +236,7 @@ class AgentConnection(asyncio.Protocol):
         )
 
     def _refuse(self, status: int, message: str, code: str | None = None) -> None:
-        if self._closing:
-            return
-        body = error_body(message, "invalid_request_error", code=code)
-        self.write(response(status, body, close=True))
-        self._closing = True
-        asyncio.get_running_loop().call_later(_LINGER_S, self.close)
+        """Read no further; what was read before is still answered, in turn."""
+        if self._refusal is None:
+            body = error_body(message, "invalid_request_error", code=code)
+            self._refusal = response(status, body, close=True)

@@ -1,7 +1,7 @@
 """Everything of the gateway that is no call to a model: health, models, metrics, the page."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from concertmaster.gateway.driver import Gateway
 
 PAGE_PERIOD_S = 0.5
+CALL_PATHS = ("/v1/chat/completions", "/v1/completions")
 _JSON = "application/json"
 
 
@@ -49,8 +50,9 @@ class SideRoutes:
                 Route("/state", self.state),
                 Route("/events", self.events),
                 Route("/", self.page),
+                *(Route(path, self.call, methods=["POST"]) for path in CALL_PATHS),
             ],
-            exception_handlers={HTTPException: _http_error},
+            exception_handlers={HTTPException: _http_error, Exception: _internal_error},
         )
 
     async def live(self, _: Request) -> Response:
@@ -104,6 +106,10 @@ class SideRoutes:
         """Stream the state to the page."""
         return StreamingResponse(self._snapshots(), media_type="text/event-stream")
 
+    async def call(self, _: Request) -> Response:
+        """Stand in for the calls, which never come by the side door, to name their method."""
+        raise AssertionError("a call came by the side door")
+
     async def page(self, _: Request) -> Response:
         """Show the fleet at work."""
         page = files("concertmaster.gateway").joinpath("page.html").read_bytes()
@@ -143,15 +149,25 @@ def _json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type=_JSON)
 
 
-def _problem(status: int, message: str, code: str) -> Response:
-    kind = "not_found_error" if status == 404 else "invalid_request_error"
-    kind = "overloaded_error" if status == 503 else kind
-    return Response(error_body(message, kind, code=code), status_code=status, media_type=_JSON)
+_KINDS = {404: "not_found_error", 500: "server_error", 503: "overloaded_error"}
+
+
+def _problem(
+    status: int, message: str, code: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    body = error_body(message, _KINDS.get(status, "invalid_request_error"), code=code)
+    return Response(body, status_code=status, headers=headers, media_type=_JSON)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = f"{request.method} {request.url.path}"
     if error.status_code == 405:
-        return _problem(405, f"{path}: this address takes another method", "method_not_allowed")
+        allowed = (error.headers or {}).get("Allow", "GET")
+        message = f"{path}: expected {allowed}"
+        return _problem(405, message, "method_not_allowed", {"allow": allowed})
     return _problem(error.status_code, f"{path}: no such address", "not_found")
+
+
+async def _internal_error(_: Request, __: Exception) -> Response:
+    return _problem(500, "internal error; the log says more", "internal")

@@ -1,12 +1,15 @@
 """A bridge from the gateway's connections to an ASGI app, for all that is off the hot path."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
 
 from concertmaster.gateway.agent import AgentConnection, Message
+
+_log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 App = Callable[
@@ -50,6 +53,7 @@ class SideDoor:
         }
         body: list[bytes] = [message.body]
         done = asyncio.Event()
+        reply = _Reply(agent, bodiless=message.method == b"HEAD")
 
         async def receive() -> Scope:
             if body:
@@ -57,39 +61,58 @@ class SideDoor:
             await done.wait()
             return {"type": "http.disconnect"}
 
-        async def send(part: Scope) -> None:
-            if agent.gone:
-                raise OSError("the agent is gone")
-            _write(agent, part)
-
         try:
-            await self._app(scope, receive, send)
-        except OSError:
-            agent.abort()
+            await self._app(scope, receive, reply.send)
+        except _GoneError:
             return
+        except Exception:  # noqa: BLE001  # one message must not stop the gateway
+            _log.exception("%r %r failed", message.method, message.target)
+            if not reply.complete:
+                agent.abort()
+                return
         finally:
             done.set()
         agent.finished(keep_alive=True)
 
 
-def _write(agent: AgentConnection, part: Scope) -> None:
-    if part["type"] == "http.response.start":
-        headers = dict(part["headers"])
-        if b"content-length" not in headers:
-            headers[b"transfer-encoding"] = b"chunked"
+class _GoneError(OSError):
+    """The agent left before its answer was complete."""
+
+
+class _Reply:
+    """Writes what the app sends as HTTP/1.1."""
+
+    def __init__(self, agent: AgentConnection, *, bodiless: bool) -> None:
+        self._agent = agent
+        self._bodiless = bodiless
+        self._chunked = False
+        self.complete = False
+
+    async def send(self, part: Scope) -> None:
+        """Pass one part on."""
+        if self._agent.gone:
+            raise _GoneError
+        if part["type"] == "http.response.start":
+            self._start(part)
+            return
+        self.complete = not part.get("more_body", False)
+        data = part.get("body", b"")
+        if self._bodiless:
+            return
+        if not self._chunked:
+            self._agent.write(data)
+            return
+        frame = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        self._agent.write(frame + (b"0\r\n\r\n" if self.complete else b""))
+
+    def _start(self, part: Scope) -> None:
+        headers = list(part["headers"])
+        self._chunked = not any(name == b"content-length" for name, _ in headers)
+        if self._chunked:
+            headers.append((b"transfer-encoding", b"chunked"))
         status = part["status"]
-        agent.chunked = b"content-length" not in headers
-        agent.write(
+        self._agent.write(
             b"HTTP/1.1 %d %s\r\n" % (status, HTTPStatus(status).phrase.encode())
-            + b"".join(b"%b: %b\r\n" % header for header in headers.items())
+            + b"".join(b"%b: %b\r\n" % header for header in headers)
             + b"\r\n"
         )
-        return
-    data = part.get("body", b"")
-    if agent.chunked:
-        if data:
-            agent.write(b"%x\r\n%b\r\n" % (len(data), data))
-        if not part.get("more_body", False):
-            agent.write(b"0\r\n\r\n")
-    elif data:
-        agent.write(data)

@@ -107,6 +107,7 @@ class Gateway:
         self._agents: dict[AgentConnection, None] = {}
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     # Life
@@ -233,12 +234,12 @@ class Gateway:
 
     def _set_timer(self, now_s: float, wakeup_s: float) -> None:
         loop = asyncio.get_running_loop()
-        due_s = loop.time() + max(0.0, wakeup_s - now_s) / self._speedup
-        if self._timer is not None and not self._timer.cancelled():
-            if self._timer.when() <= due_s:
+        if self._timer is not None:
+            if self._timer_s <= wakeup_s:
                 return
             self._timer.cancel()
-        self._timer = loop.call_at(due_s, self._fire)
+        self._timer_s = wakeup_s
+        self._timer = loop.call_later(max(0.0, wakeup_s - now_s) / self._speedup, self._fire)
 
     def _fire(self) -> None:
         self._timer = None
@@ -361,16 +362,13 @@ class Gateway:
 
 def _engine_head(message: Message, request_id: str) -> bytes:
     """Request line and the headers that go on to the engine."""
-    kept = b"".join(
-        b"%b: %b\r\n" % (name, value)
+    lines = [
+        name + b": " + value
         for name, value in message.headers.items()
         if name not in _DROPPED_HEADERS
-    )
-    return b"POST %b HTTP/1.1\r\n%bx-request-id: %b\r\n" % (
-        message.target,
-        kept,
-        request_id.encode("latin-1"),
-    )
+    ]
+    lines.append(b"x-request-id: " + request_id.encode("latin-1"))
+    return b"POST " + message.target + b" HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n"
 
 
 def _identity_headers(request_id: str, identity: Identity) -> bytes:
@@ -384,14 +382,13 @@ def _identity_headers(request_id: str, identity: Identity) -> bytes:
 
 
 def _decision_headers(policy: str, model: str, action: Dispatch) -> bytes:
-    """Which model, which replica, and why: seconds by scorer."""
-    costs_s = action.costs_s[action.replica_id]
-    why = "; ".join(f"{name} {cost_s:.3f} s" for name, cost_s in costs_s.items())
+    """Which model, which replica, and why."""
+    cost = "" if action.cost_s is None else f"; {action.cost_s:.3f} s"
     return (
         f"x-concertmaster-model: {model}\r\n"
         f"x-concertmaster-replica: {action.replica_id}\r\n"
         f"x-concertmaster-queue-wait-ms: {1000 * action.waited_s:.1f}\r\n"
-        f"x-concertmaster-why: {policy}{'; ' if why else ''}{why}\r\n"
+        f"x-concertmaster-why: {policy}{cost}; of {action.candidates} with room\r\n"
     ).encode("latin-1", "replace")
 
 

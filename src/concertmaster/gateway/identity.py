@@ -9,7 +9,6 @@ import binascii
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,8 +22,7 @@ _MAX_ID_CHARS = 256
 _MAX_ROOTS = 100_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Identity(NamedTuple):
     """What is known of a call's place in its workflow.
 
     Attributes:
@@ -185,8 +183,7 @@ def with_hints(headers: Mapping[bytes, bytes], call: CallBody, identity: Identit
     """
     if call.service_tier is None and _HINT_HEADERS.isdisjoint(headers):
         return identity
-    return replace(
-        identity,
+    return identity._replace(
         deadline_s=_deadline_s(headers) or identity.deadline_s,
         service_class=_service_class(headers, call.service_tier),
     )
@@ -199,8 +196,7 @@ def _with_own_headers(headers: Mapping[bytes, bytes], identity: Identity) -> Ide
             f"x-concertmaster-stage: expected a number from 0 on, found {stage!r}"
         )
     parents = _text(headers, b"x-concertmaster-parent")
-    return replace(
-        identity,
+    return identity._replace(
         app=_text(headers, b"x-concertmaster-app"),
         stage=int(stage) if stage else None,
         parents=tuple(RequestId(one.strip()) for one in parents.split(",") if one.strip()),

@@ -22,11 +22,15 @@ DEFAULT_MAX_OUTPUT_TOKENS = 4096
 """Cap that is planned with when a caller gives none."""
 
 MAX_PREFIX_CHUNKS = 512
+_MOST_OUTPUT_TOKENS = 2**31 - 1
 AUTO = "auto"
 
 
 class CallBody(msgspec.Struct):
-    """The fields of a chat or completion body that the gateway needs to decide."""
+    """The fields of a chat or completion body that the gateway needs to decide.
+
+    Those that only help are read if they can be, and never a reason to refuse a call.
+    """
 
     model: str | list[str] | None = None
     messages: msgspec.Raw = msgspec.Raw()
@@ -34,11 +38,12 @@ class CallBody(msgspec.Struct):
     stream: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    user: str | None = None
-    session_id: str | None = None
-    program_id: str | None = None
-    prompt_cache_key: str | None = None
-    service_tier: str | None = None
+    service_tier: object = None
+    session_id: object = None
+    program_id: object = None
+    conversation: object = None
+    prompt_cache_key: object = None
+    session_params: msgspec.Raw = msgspec.Raw()
     metadata: msgspec.Raw = msgspec.Raw()
     vllm_xargs: msgspec.Raw = msgspec.Raw()
     nvext: msgspec.Raw = msgspec.Raw()
@@ -66,7 +71,7 @@ class CallBody(msgspec.Struct):
                     raise InvalidRequestError(
                         f"{field}: expected at least 1, found {cap}", param=field
                     )
-                return cap
+                return min(cap, _MOST_OUTPUT_TOKENS)
         return DEFAULT_MAX_OUTPUT_TOKENS
 
 
@@ -75,7 +80,7 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def parse_call(body: bytes, *, chat: bool) -> CallBody:
-    """Read what is needed of a body.
+    """Read what is needed of a body; what an engine must judge is left to the engine.
 
     Raises:
         InvalidRequestError: It is not JSON, or a field that matters here is missing or of
@@ -92,12 +97,16 @@ def parse_call(body: bytes, *, chat: bool) -> CallBody:
         ) from None
     except msgspec.DecodeError as error:
         raise InvalidRequestError(f"body: expected a JSON object, found {error}") from None
+    except UnicodeDecodeError:
+        raise InvalidRequestError("body: expected a JSON object in UTF-8") from None
+    except RecursionError:
+        raise InvalidRequestError("body: expected JSON of less depth") from None
     field = "messages" if chat else "prompt"
-    raw = call.messages if chat else call.prompt
-    if len(raw) < 3 or memoryview(raw)[:5] == b"null":
+    raw = bytes(memoryview(call.messages if chat else call.prompt)[:5])
+    if len(raw) < 3 or raw == b"null":
         raise InvalidRequestError(
             f"{field}: expected {'a list of messages' if chat else 'a prompt'}, found "
-            f"{bytes(raw).decode() or 'nothing'}",
+            f"{raw.decode() or 'nothing'}",
             param=field,
         )
     return call

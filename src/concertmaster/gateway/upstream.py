@@ -56,7 +56,7 @@ class EngineConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._head = b""
         self._tail = b""
-        self._headers_done = self._done = self._refused = False
+        self._headers_done = self._done = self._refused = self._keep_alive = False
         self._at_boundary = True
         exchange.engine = self
         self._transport.write(data)
@@ -76,8 +76,9 @@ class EngineConnection(asyncio.Protocol):
         self._at_boundary = True
 
     def on_message_complete(self) -> None:
-        """Note that the answer is whole."""
+        """Note that the answer is whole, and whether the engine keeps the connection."""
         self._done = True
+        self._keep_alive = self._parser.should_keep_alive()
 
     # asyncio callbacks
 
@@ -125,7 +126,7 @@ class EngineConnection(asyncio.Protocol):
         return True
 
     def _finish(self, exchange: Exchange, last: bytes) -> None:
-        keep_alive = self._parser.should_keep_alive()
+        keep_alive = self._keep_alive
         self._exchange = exchange.engine = None
         tokens = completion_tokens(self._tail + last if len(last) < _TAIL_BYTES else last)
         if tokens is None:
@@ -140,7 +141,7 @@ class EngineConnection(asyncio.Protocol):
     def _refuse(self, exchange: Exchange) -> None:
         body = self._head.partition(b"\r\n\r\n")[2][:_MAX_ERROR_BYTES]
         self._exchange = exchange.engine = None
-        if self._parser.should_keep_alive():
+        if self._keep_alive:
             self._link.give_back(self)
         else:
             self._close()

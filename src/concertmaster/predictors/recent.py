@@ -1,6 +1,5 @@
 """A baseline that is hard to shame: the answer lengths seen lately for the same role."""
 
-from bisect import bisect_left, insort
 from collections import deque
 
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
@@ -10,31 +9,33 @@ LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 MIN_LENGTHS = 8
 """Lengths below which a step of the fallback does not answer."""
 
+REFRESH_SHARE = 8
+"""Quantiles are read again once this fraction, one eighth, of the lengths is fresh."""
+
 
 class _Window:
-    """The latest lengths, and their quantiles once asked for."""
+    """The latest lengths, and their quantiles, which are brought up to date now and then."""
 
-    __slots__ = ("_forecast", "_latest", "_ranked")
+    __slots__ = ("_forecast", "_latest", "_stale")
 
     def __init__(self, window: int) -> None:
         self._latest: deque[int] = deque(maxlen=window)
-        self._ranked: list[int] = []
         self._forecast: Forecast | None = None
+        self._stale = 0
 
     def add(self, tokens: int) -> None:
-        if len(self._latest) == self._latest.maxlen:
-            del self._ranked[bisect_left(self._ranked, self._latest[0])]
         self._latest.append(tokens)
-        insort(self._ranked, tokens)
-        self._forecast = None
+        self._stale += 1
 
     def forecast(self, source: str) -> Forecast | None:
-        if len(self._ranked) < MIN_LENGTHS:
+        count = len(self._latest)
+        if count < MIN_LENGTHS:
             return None
-        if self._forecast is None:
-            last = len(self._ranked) - 1
-            values = tuple(float(self._ranked[round(level * last)]) for level in LEVELS)
+        if self._forecast is None or self._stale * REFRESH_SHARE >= count:
+            ranked = sorted(self._latest)
+            values = tuple(float(ranked[round(level * (count - 1))]) for level in LEVELS)
             self._forecast = Forecast(output_tokens=Quantiles(LEVELS, values), source=source)
+            self._stale = 0
         return self._forecast
 
 

@@ -1,0 +1,379 @@
+"""Random histories through the core, with a model of what a driver knows beside it.
+
+Whatever happens, in whatever order, with news of attempts long over and a clock that jumps:
+every request gets exactly one outcome, promises are taken back, nobody is overtaken, no
+replica idles beside a call it could serve, and the same history gives the same actions.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from builders import CheckedScheduler, a_fleet, a_forecast, a_policy, a_pool
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.events import (
+    Event,
+    ReplicaDemoted,
+    ReplicaDied,
+    ReplicaDraining,
+    ReplicaReady,
+    RequestCancelled,
+    RequestFailed,
+    RequestFinished,
+    TimerFired,
+    TokensStreamed,
+    WorkflowClosed,
+)
+from concertmaster.core.fleet import Fleet, Readiness, Replica, ReplicaId
+from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
+from concertmaster.core.queue import Waiting
+from concertmaster.core.request import ModelName, RequestId, WorkflowId
+from concertmaster.policies.admission import BoundedLine
+
+POLICIES = (
+    "random",
+    "round-robin",
+    "least-tokens",
+    "power-of-two",
+    "prefix-affinity+edf",
+    "least-requests+sjf",
+    "las",
+    "mlfq",
+    "oracle-stjf",
+)
+REPLICAS = ("p-0", "p-1", "q-0", "q-1", "s-0", "s-1")
+MODEL_CHOICES = ((), ("m",), ("x",), ("m", "x"), ("asleep",), ("m", "asleep"), ("nobody",))
+FORECASTS = (
+    NO_FORECAST,
+    a_forecast(3.0),
+    Forecast(
+        output_tokens=Quantiles((0.1, 0.5, 0.9), (5.0, 40.0, 200.0)),
+        remaining_tokens=Quantiles.exactly(900.0),
+        success={ModelName("m"): 1.0},
+    ),
+)
+
+
+def a_small_fleet() -> Fleet:
+    """Tight everywhere: few sequences, little KV, and a pool that sleeps."""
+    return a_fleet(
+        a_pool("p", max_sequences=2, kv_blocks=64),
+        a_pool("q", model="x", max_sequences=3, kv_blocks=200, slowness=3.0),
+        a_pool("s", model="asleep", max_sequences=2, priority_scheduling=True),
+        replicas=2,
+        states={"s-0": Readiness.DISK, "s-1": Readiness.SLEEPING},
+    )
+
+
+@dataclass
+class Attempt:
+    """What a driver knows of a call it was told to send."""
+
+    number: int
+    replica_id: ReplicaId
+    tokens: int = 0
+
+
+class Driver(RuleBasedStateMachine):
+    """Performs what the core asks for and reports what comes of it, right or stale."""
+
+    policy = "least-tokens"
+
+    def __init__(self) -> None:
+        super().__init__()
+        admission = BoundedLine(max_waiting=6, max_wait_s=200.0)
+        self.scheduler = CheckedScheduler(
+            a_small_fleet(), a_policy(self.policy, admission=admission)
+        )
+        self.core = self.scheduler.core
+        self.now_s = 0.0
+        self.arrived = 0
+        self.waiting: dict[RequestId, None] = {}
+        self.running: dict[RequestId, Attempt] = {}
+        self.over: list[tuple[RequestId, int]] = []
+        self.waking: set[ReplicaId] = set()
+        self.outcomes: dict[RequestId, str] = {}
+
+    # The driver.
+
+    def feed(self, event: Event) -> None:
+        self.perform(self.scheduler.at(self.now_s, event))
+
+    def perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Dispatch(request_id, replica_id, attempt):
+                    del self.waiting[request_id]
+                    self.running[request_id] = Attempt(attempt, replica_id)
+                    self.check_order(request_id, self.core.replicas[replica_id])
+                case Reject(request_id, reason):
+                    del self.waiting[request_id]
+                    self.settle(request_id, reason)
+                    hopeless = reason in ("too_long", "model_not_found")
+                    assert hopeless == (action.retry_after_s is None)
+                    assert 1.0 <= (action.retry_after_s or 1.0) <= 120.0
+                case Fail(request_id, reason):
+                    self.settle(request_id, reason)
+                case Cancel(request_id, replica_id):
+                    assert self.outcomes[request_id] == "cancelled"
+                case Wake(replica_id):
+                    assert replica_id not in self.waking, "woken twice"
+                    assert self.core.replicas[replica_id].readiness is not Readiness.RUNNING
+                    self.waking.add(replica_id)
+
+    def settle(self, request_id: RequestId, outcome: str) -> None:
+        assert request_id not in self.outcomes, f"{request_id} has two outcomes"
+        self.outcomes[request_id] = outcome
+
+    def end_attempt(self, request_id: RequestId) -> Attempt:
+        attempt = self.running.pop(request_id)
+        self.over.append((request_id, attempt.number))
+        return attempt
+
+    def pick_running(self, data: st.DataObject) -> RequestId:
+        return data.draw(st.sampled_from(list(self.running)))
+
+    def key(self, call: Waiting) -> float:
+        return self.core._key(call)
+
+    def check_order(self, request_id: RequestId, replica: Replica) -> None:
+        """Nobody who could have had this place and comes before it in the line still waits."""
+        chosen = self.core._running.get(request_id)
+        assert chosen is not None
+        rivals = [call for call in self.core.line if replica.pool.pool_id in call.pools]
+        assert all(chosen[0].key <= self.key(call) for call in rivals), "overtaken"
+
+    # Calls.
+
+    @rule(
+        prompt_tokens=st.sampled_from((1, 30, 200, 500, 1000, 3000, 50_000)),
+        cap=st.sampled_from((1, 20, 400)),
+        models=st.sampled_from(MODEL_CHOICES),
+        forecast=st.sampled_from(FORECASTS),
+        workflow=st.integers(0, 3),
+        prefix=st.sampled_from(((), (1,), (1, 2), (7,))),
+        slack_s=st.none() | st.sampled_from((-5.0, 1.0, 900.0)),
+    )
+    def arrive(
+        self,
+        *,
+        prompt_tokens: int,
+        cap: int,
+        models: tuple[str, ...],
+        forecast: Forecast,
+        workflow: int,
+        prefix: tuple[int, ...],
+        slack_s: float | None,
+    ) -> None:
+        name = f"r{self.arrived}"
+        self.arrived += 1
+        self.waiting[RequestId(name)] = None
+        self.perform(
+            self.scheduler.arrive(
+                name,
+                self.now_s,
+                forecast,
+                prompt_tokens=prompt_tokens,
+                max_output_tokens=cap,
+                models=models,
+                workflow_id=WorkflowId(f"w{workflow}"),
+                prefix_hashes=prefix,
+                deadline_s=None if slack_s is None else self.now_s + slack_s,
+            )
+        )
+
+    @precondition(lambda self: self.running)
+    @rule(tokens=st.sampled_from((0, 1, 2, 30, 2000)), data=st.data())
+    def stream(self, tokens: int, data: st.DataObject) -> None:
+        request_id = self.pick_running(data)
+        attempt = self.running[request_id]
+        attempt.tokens = max(attempt.tokens, tokens)
+        self.feed(TokensStreamed(((request_id, attempt.number, tokens),)))
+
+    @precondition(lambda self: self.running)
+    @rule(tokens=st.sampled_from((0, 1, 30)), data=st.data())
+    def finish(self, tokens: int, data: st.DataObject) -> None:
+        self.finish_one(self.pick_running(data), tokens)
+
+    def finish_one(self, request_id: RequestId, tokens: int) -> None:
+        attempt = self.end_attempt(request_id)
+        self.settle(request_id, "finished")
+        self.feed(RequestFinished(request_id, attempt.number, max(attempt.tokens, tokens)))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        request_id = self.pick_running(data)
+        attempt = self.end_attempt(request_id)
+        retried = not attempt.tokens and attempt.number < 3
+        if retried:
+            self.waiting[request_id] = None
+        self.feed(RequestFailed(request_id, attempt.number, retriable=not attempt.tokens))
+        assert retried or self.outcomes[request_id] == "engine_error"
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """Any call: waiting, running, over, or never heard of."""
+        known = [RequestId(f"r{i}") for i in range(max(0, self.arrived - 8), self.arrived + 1)]
+        request_id = data.draw(st.sampled_from([*known, *self.waiting]))
+        if request_id in self.waiting:
+            del self.waiting[request_id]
+            self.settle(request_id, "cancelled")
+        elif request_id in self.running:
+            self.end_attempt(request_id)
+            self.settle(request_id, "cancelled")
+        self.feed(RequestCancelled(request_id))
+
+    @precondition(lambda self: self.over)
+    @rule(
+        kind=st.sampled_from(("finished", "streamed", "failed for good", "failed")), data=st.data()
+    )
+    def bring_old_news(self, kind: str, data: st.DataObject) -> None:
+        request_id, attempt = data.draw(st.sampled_from(self.over))
+        if kind == "finished":
+            self.feed(RequestFinished(request_id, attempt, 5))
+        elif kind == "streamed":
+            self.feed(TokensStreamed(((request_id, attempt, 5), (RequestId("unheard"), 1, 3))))
+        else:
+            self.feed(RequestFailed(request_id, attempt, retriable=kind == "failed"))
+
+    @rule(workflow=st.integers(0, 3))
+    def close_workflow(self, workflow: int) -> None:
+        self.feed(WorkflowClosed(WorkflowId(f"w{workflow}")))
+
+    # Replicas.
+
+    def lose(self, replica_id: ReplicaId, event: Event) -> None:
+        """Whatever the replica had is retried if nobody saw a token of it, and fails if not."""
+        self.waking.discard(replica_id)
+        lost = {rid: one for rid, one in self.running.items() if one.replica_id == replica_id}
+        for request_id, attempt in lost.items():
+            self.end_attempt(request_id)
+            if not attempt.tokens and attempt.number < 3:
+                self.waiting[request_id] = None
+        self.feed(event)
+        for request_id, attempt in lost.items():
+            failed = self.outcomes.get(request_id) == "replica_died"
+            assert failed == bool(attempt.tokens or attempt.number == 3)
+
+    @rule(name=st.sampled_from(REPLICAS))
+    def die(self, name: str) -> None:
+        self.lose(ReplicaId(name), ReplicaDied(ReplicaId(name)))
+
+    @rule(
+        name=st.sampled_from(REPLICAS),
+        readiness=st.sampled_from((Readiness.SLEEPING, Readiness.HOST, Readiness.REMOTE)),
+    )
+    def demote(self, name: str, readiness: Readiness) -> None:
+        self.lose(ReplicaId(name), ReplicaDemoted(ReplicaId(name), readiness))
+
+    @rule(name=st.sampled_from(REPLICAS))
+    def make_ready(self, name: str) -> None:
+        self.waking.discard(ReplicaId(name))
+        self.feed(ReplicaReady(ReplicaId(name)))
+
+    @precondition(lambda self: self.waking)
+    @rule(data=st.data())
+    def wake_up(self, data: st.DataObject) -> None:
+        self.make_ready(data.draw(st.sampled_from(sorted(self.waking))))
+
+    @rule(name=st.sampled_from(REPLICAS))
+    def drain(self, name: str) -> None:
+        self.feed(ReplicaDraining(ReplicaId(name)))
+
+    # Time.
+
+    @rule(by_s=st.sampled_from((0.05, 0.3, 5.0, 150.0, 4000.0, -0.1, -60.0)))
+    def jump(self, by_s: float) -> None:
+        self.now_s = max(0.0, self.now_s + by_s)
+        self.feed(TimerFired())
+
+    @precondition(lambda self: self.core.next_wakeup_s() is not None)
+    @rule()
+    def fire_timer(self) -> None:
+        wakeup_s = self.core.next_wakeup_s()
+        assert wakeup_s is not None
+        self.now_s = wakeup_s
+        self.feed(TimerFired())
+
+    # What always holds.
+
+    @invariant()
+    def core_and_driver_agree_on_where_every_call_is(self) -> None:
+        assert {call.request.request_id for call in self.core.line} == set(self.waiting)
+        on_replicas = {
+            request_id: replica.replica_id
+            for replica in self.core.replicas.values()
+            for request_id in replica.in_flight
+        }
+        assert on_replicas == {rid: one.replica_id for rid, one in self.running.items()}
+        for request_id, one in self.running.items():
+            replica = self.core.replicas[one.replica_id]
+            assert replica.in_flight[request_id].streamed_tokens == one.tokens
+            assert (replica.alive, replica.readiness) == (True, Readiness.RUNNING)
+
+    @invariant()
+    def totals_are_the_sums_of_the_calls(self) -> None:
+        for replica in self.core.replicas.values():
+            replica.validate()
+            context = sum(
+                one.request.prompt_tokens + one.expected_tokens
+                for one in replica.in_flight.values()
+            )
+            assert replica.context_tokens == context
+        open_calls = sum(one.open_calls for one in self.core.workflows._by_id.values())
+        assert open_calls == len(self.running) + len(self.waiting)
+
+    @invariant()
+    def nobody_waits_beside_an_idle_replica_or_a_sleeping_one(self) -> None:
+        for call in self.core.line:
+            able = [r for r in self.core.replicas.values() if r.pool.pool_id in call.pools]
+            able = [r for r in able if r.alive and not r.draining]
+            serving = [r for r in able if r.readiness is Readiness.RUNNING]
+            assert all(r.in_flight for r in serving), "a replica idles beside a waiting call"
+            woken = any(r.replica_id in self.waking for r in able)
+            assert serving or woken or not able, "a call waits for a replica that nobody wakes"
+
+    def teardown(self) -> None:
+        for name in REPLICAS:
+            self.make_ready(name)
+        rounds = 0
+        while self.running or self.waiting:
+            rounds += 1
+            assert rounds < 1000, "a call waits for ever"
+            if self.running:
+                self.finish_one(next(iter(self.running)), 1)
+            else:
+                self.fire_timer()
+        self.core_and_driver_agree_on_where_every_call_is()
+        assert sorted(self.outcomes) == sorted(f"r{i}" for i in range(self.arrived))
+        assert len(self.core.line) == 0
+        for replica in self.core.replicas.values():
+            ledgers = (replica.kv.reserved_blocks, replica.decode_tokens, replica.prefill_clear_s)
+            assert ledgers == (0, 0, 0.0)
+        self.check_replay()
+
+    def check_replay(self) -> None:
+        again = self.scheduler.fresh()
+        for now_s, event, actions in self.scheduler.history:
+            assert again.handle(now_s, event) == actions, f"diverged at {now_s}: {event}"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_any_history_keeps_every_promise(policy: str) -> None:
+    class DriverOfPolicy(Driver):
+        pass
+
+    DriverOfPolicy.policy = policy
+    run_state_machine_as_test(
+        DriverOfPolicy, settings=settings(max_examples=25, stateful_step_count=60)
+    )

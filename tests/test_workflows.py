@@ -1,0 +1,180 @@
+"""Workflows as the scheduler sees them, and as agents unfold them."""
+
+import pytest
+
+from builders import a_call, a_plan, a_request, a_workload
+from concertmaster.core.request import ModelName, RequestId, WorkflowId
+from concertmaster.core.workflow import Workflows
+from concertmaster.workload.agents import Agents
+from concertmaster.workload.plan import Call, ModelOutcome, WorkflowPlan
+from concertmaster.workload.progress import WorkflowProgress
+from concertmaster.workload.records import CallOutcome
+
+M = ModelName("m")
+W1 = WorkflowId("w1")
+
+
+def a_diamond() -> WorkflowPlan:
+    return a_plan(
+        "w1",
+        a_call(0),
+        a_call(1, parents=(0,)),
+        a_call(2, parents=(0,)),
+        a_call(3, parents=(1, 2)),
+    )
+
+
+def stages(calls: list[Call]) -> list[int]:
+    return [call.stage for call in calls]
+
+
+# Seen by the scheduler.
+
+
+def test_a_workflow_begins_with_its_first_call_and_counts_them() -> None:
+    workflows = Workflows()
+    first = workflows.arrive(3.0, a_request("a", workflow_id=W1))
+    again = workflows.arrive(9.0, a_request("b", workflow_id=W1))
+
+    assert again is first
+    assert (first.started_s, first.seen_s, first.calls, first.open_calls) == (3.0, 9.0, 2, 2)
+
+
+def test_an_idle_workflow_is_forgotten_and_one_with_an_open_call_is_not() -> None:
+    workflows = Workflows(idle_s=10.0)
+    for name in ("idle", "open"):
+        workflows.arrive(0.0, a_request(name, workflow_id=WorkflowId(name)))
+    workflows.settle(WorkflowId("idle"))
+
+    workflows.arrive(10.0, a_request("later"))
+
+    assert len(workflows) == 2
+    assert workflows.get(WorkflowId("open")).open_calls == 1
+
+
+def test_forgetting_keeps_pace_with_arrivals() -> None:
+    workflows = Workflows(idle_s=5.0)
+    for i in range(500):
+        request = a_request(f"r{i}")
+        workflows.arrive(float(i), request)
+        workflows.settle(request.workflow_id)
+
+    assert len(workflows) <= 10
+
+
+def test_a_workflow_used_again_is_not_the_oldest() -> None:
+    workflows = Workflows(idle_s=10.0)
+    for i, name in enumerate(("a", "b", "a")):
+        workflows.arrive(float(i), a_request(f"r{i}", workflow_id=WorkflowId(name)))
+    for name in ("a", "b", "a"):
+        workflows.settle(WorkflowId(name))
+
+    workflows.arrive(11.5, a_request("later"))
+
+    assert workflows.get(WorkflowId("a")).calls == 2
+    assert len(workflows) == 2
+
+
+def test_closing_forgets_a_workflow_at_once_unless_a_call_is_open() -> None:
+    workflows = Workflows()
+    workflows.arrive(0.0, a_request("a", workflow_id=W1))
+    workflows.close(W1)
+    assert len(workflows) == 1
+
+    workflows.settle(W1)
+    workflows.close(W1)
+    workflows.close(W1)
+
+    assert len(workflows) == 0
+
+
+# Unfolded by agents.
+
+
+def test_a_call_is_shown_once_all_it_waits_for_has_finished() -> None:
+    progress = WorkflowProgress(a_diamond())
+
+    assert stages(progress.first()) == [0]
+    assert stages(progress.finish(0, M)) == [1, 2]
+    assert stages(progress.finish(2, M)) == []
+    assert stages(progress.finish(1, M)) == [3]
+    assert not progress.is_complete
+    assert stages(progress.finish(3, M)) == []
+    assert progress.is_complete
+
+
+def test_a_workflow_is_graded_by_its_last_graded_call_on_the_model_that_served_it() -> None:
+    outcomes = {
+        M: ModelOutcome(correct=1.0, output_tokens=5),
+        ModelName("small"): ModelOutcome(correct=0.25, output_tokens=5),
+    }
+    plan = a_plan("w1", a_call(0, outcomes=outcomes), a_call(1, outcomes=outcomes), a_call(2))
+    progress = WorkflowProgress(plan)
+    for stage, model in ((0, "m"), (1, "small"), (2, "m")):
+        progress.finish(stage, ModelName(model))
+
+    assert progress.success() == 0.25
+
+
+def test_a_workflow_without_graded_calls_keeps_the_grade_that_was_recorded() -> None:
+    progress = WorkflowProgress(a_plan("w1", a_call(0), success=0.5))
+    progress.finish(0, M)
+
+    assert progress.success() == 0.5
+
+
+def test_an_agent_tells_the_scheduler_only_what_a_caller_knows() -> None:
+    plan = a_plan(
+        "w1",
+        a_call(0),
+        a_call(1, role="critic", prefix_hashes=(7,), output_tokens=33, max_output_tokens=64),
+        app="chat",
+        arrival_s=2.0,
+        deadline_s=30.0,
+    )
+    agents = Agents(a_workload(plan))
+    agents.begin(plan)
+
+    request, record = agents.call(5.0, W1, plan.calls[1])
+
+    assert request == a_request(
+        "w1/1",
+        workflow_id=W1,
+        arrival_s=5.0,
+        prompt_tokens=200,
+        max_output_tokens=64,
+        role="critic",
+        app="chat",
+        stage=1,
+        parents=(RequestId("w1/0"),),
+        prefix_hashes=(7,),
+        deadline_s=32.0,
+    )
+    assert (record.arrival_s, record.deadline_s, record.outcome) == (5.0, 32.0, "failed")
+
+
+def test_a_workflow_is_completed_by_its_last_answer() -> None:
+    plan = a_plan("w1", a_call(0))
+    agents = Agents(a_workload(plan))
+    (call,) = agents.begin(plan)
+    request, _ = agents.call(0.0, W1, call)
+
+    assert agents.finish(4.0, request, call, M) == []
+
+    (record,) = agents.workflows
+    assert (record.outcome, record.finished_s, agents.over) == ("completed", 4.0, 1)
+    assert agents.is_over(W1)
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "failed"])
+def test_a_call_without_an_answer_ends_its_workflow_the_same_way(outcome: CallOutcome) -> None:
+    plan = a_plan("w1", a_call(0), a_call(1))
+    agents = Agents(a_workload(plan))
+    (call,) = agents.begin(plan)
+    _, record = agents.call(0.0, W1, call)
+
+    agents.refuse(record, outcome, "why")
+
+    assert (record.outcome, record.reason) == (outcome, "why")
+    assert agents.workflows[0].outcome == outcome
+    assert not agents.is_over(W1)
