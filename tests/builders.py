@@ -43,8 +43,8 @@ def a_curve(*, slowness: float = 1.0) -> RateCurve:
     """10,000 prompt tokens a second, 100 tokens a second of one answer, at slowness 1."""
     return RateCurve(
         fixed_s=0.0099 * slowness,
-        linear_tokens=(1, 10_001),
-        linear_s=(0.0001 * slowness, 1.0001 * slowness),
+        linear_tokens=(1, 101),
+        linear_s=(0.0001 * slowness, 0.0101 * slowness),
         kv_token_s=1e-7 * slowness,
     )
 

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
@@ -64,6 +65,7 @@ def demo(
     *, policies: list[str] | None, workflows: int, keep: bool, port: int, json: Path | None
 ) -> None:
     """Play the sample through a live gateway under each policy, and compare."""
+    _check_port(port)
     chosen = policies or list(demonstration.POLICIES)
     for name in chosen:
         _check_servable(name)
@@ -79,6 +81,7 @@ def serve(
     settings = file.gateway
     changes = {"host": host, "port": port, "policy": policy}
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
+    _check_port(settings.port)
     _check_servable(settings.policy)
     fleet = compose.build_fleet(file, name=config.stem)
     urls = compose.endpoints(file)
@@ -137,11 +140,17 @@ def _check_servable(name: str) -> None:
         )
 
 
+def _check_port(port: int) -> None:
+    if not 0 <= port <= 65_535:
+        raise InputError("port", "", f"expected 0 to 65535, found {port}")
+
+
 def engine(*, config: Path, host: str | None, port: int | None) -> None:
     """Run one emulated engine until it is told to stop."""
     file = load_engine(config)
     changes = {"host": host, "port": port}
     file = replace(file, **{k: v for k, v in changes.items() if v is not None})
+    _check_port(file.port)
     emulator = compose.build_emulator(file)
 
     async def run() -> None:
@@ -149,7 +158,7 @@ def engine(*, config: Path, host: str | None, port: int | None) -> None:
         starting = serve_emulator(emulator, file.host, file.port)
         server = await compose.listening(starting, where, file.port)
         show.console().print(
-            f"http://{file.host}:{file.port}/v1   {file.model} on {file.gpu}, emulated, "
+            f"http://{file.host}:{server.port}/v1   {file.model} on {file.gpu}, emulated, "
             f"{file.speedup:g} x real time   stop with Ctrl-C"
         )
         await until_stopped()
@@ -266,7 +275,7 @@ def _run_one(fleet: Fleet, ask: Ask, policy: str, seed: int) -> Result:
 
 def replay(*, url: str, ask: Ask, seed: int, speedup: float, json: Path | None) -> None:
     """Play a workload against a live gateway and print the report."""
-    if not url.startswith("http://"):
+    if not _is_address(url):
         raise InputError("--url", url, "expected http://HOST:PORT")
     if speedup <= 0:
         raise InputError("--speedup", "", f"expected above 0, found {speedup}")
@@ -280,6 +289,15 @@ def replay(*, url: str, ask: Ask, seed: int, speedup: float, json: Path | None) 
     _show_notes(workload)
     if json is not None:
         show.write_json(report, json)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # the port is no number, or too large
+        return False
+    return named and parts.scheme == "http" and parts.path in {"", "/"}
 
 
 def explain(*, trace: Path, request: str) -> None:

@@ -1,15 +1,16 @@
 """Everything that the scheduler can ask for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypeAlias
 
 from concertmaster.core.events import FailReason, RejectReason
+from concertmaster.core.facts import fact
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class Dispatch:
     """Send this call to this replica now.
 
@@ -33,7 +34,7 @@ class Dispatch:
     costs_s: Mapping[ReplicaId, Mapping[str, float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class Reject:
     """Tell the caller no.
 
@@ -46,7 +47,7 @@ class Reject:
     retry_after_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class Fail:
     """Tell the caller that the call broke and cannot be tried again."""
 
@@ -54,7 +55,7 @@ class Fail:
     reason: FailReason
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class Cancel:
     """Stop this call on this replica; its caller is gone."""
 
@@ -62,7 +63,7 @@ class Cancel:
     replica_id: ReplicaId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class Wake:
     """Bring this replica's weights back; report ``ReplicaReady`` or ``ReplicaDied``."""
 

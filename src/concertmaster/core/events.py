@@ -4,15 +4,15 @@ An event about a dispatched call names the attempt it belongs to, so that news o
 that is over (cancelled, or lost with its replica) is known as stale and ignored.
 """
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from concertmaster.core.facts import fact
 from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class RequestArrived:
     """A caller is waiting; every call it depends on has finished."""
 
@@ -20,21 +20,21 @@ class RequestArrived:
     forecast: Forecast = NO_FORECAST
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class RequestCancelled:
     """The caller is gone, wherever its call is."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class TokensStreamed:
     """Calls have produced tokens: (request, attempt, output tokens since its start)."""
 
     progress: tuple[tuple[RequestId, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class RequestFinished:
     """The last token is out.
 
@@ -47,7 +47,7 @@ class RequestFinished:
     output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class RequestFailed:
     """The engine refused or broke the call.
 
@@ -60,21 +60,21 @@ class RequestFailed:
     retriable: bool
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class ReplicaDied:
     """A replica is gone with all it was doing; it may come back as ``ReplicaReady``."""
 
     replica_id: ReplicaId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class ReplicaReady:
     """A replica can serve: it was woken, or it came back."""
 
     replica_id: ReplicaId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class ReplicaDemoted:
     """A replica's weights were moved away while it was idle."""
 
@@ -82,21 +82,21 @@ class ReplicaDemoted:
     readiness: Readiness
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class ReplicaDraining:
     """A replica takes no further calls but finishes those it has."""
 
     replica_id: ReplicaId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class WorkflowClosed:
     """The caller says that no call of this workflow will follow."""
 
     workflow_id: WorkflowId
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class TimerFired:
     """The instant asked for by ``next_wakeup_s`` has come."""
 

@@ -1,10 +1,10 @@
 """Facts about one LLM call. Plain data: nothing here reads a clock or changes a value."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
 from concertmaster.core.errors import InvalidRequestError
+from concertmaster.core.facts import fact
 
 RequestId = NewType("RequestId", str)
 WorkflowId = NewType("WorkflowId", str)
@@ -21,7 +21,7 @@ class ServiceClass(StrEnum):
     BATCH = "batch"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@fact(frozen=True, slots=True, kw_only=True)
 class Slo:
     """Times promised to the caller. ``None`` means that nothing was promised."""
 
@@ -33,7 +33,7 @@ class Slo:
 NO_PROMISE = Slo()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@fact(frozen=True, slots=True, kw_only=True)
 class Request:
     """One LLM call: a prompt in, a stream of tokens out.
 

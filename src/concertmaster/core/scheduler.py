@@ -165,11 +165,10 @@ class Scheduler:
             expires_s=policy.admission.expires_s(request),
             kv_level=policy.kv_level,
         )
-        call.key = self._key(call)
         replicas = () if len(self.line) else self._room_for(call, {})
         if replicas:
             return [self._place(now_s, call, replicas)]
-        self.line.push(call)
+        self._wait(call)
         return self._wake(call.pools)
 
     def _able_pools(self, request: Request) -> list[Pool] | RejectReason:
@@ -366,7 +365,7 @@ class Scheduler:
             request.request_id,
             chosen.replica_id,
             call.attempt,
-            int(1000 * call.key) if chosen.pool.priority_scheduling else 0,
+            int(1000 * self._key(call)) if chosen.pool.priority_scheduling else 0,
             now_s - request.arrival_s,
             len(replicas),
             chosen_cost_s,

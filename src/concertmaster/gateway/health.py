@@ -12,6 +12,7 @@ _log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 2.0
 WAKE_TIMEOUT_S = 600.0
+WAKE_RETRY_S = 0.5
 
 
 class HealthWatch:
@@ -33,13 +34,17 @@ class HealthWatch:
         self._feed = feed
         self._is_alive = is_alive
         self._interval_s = interval_s
-        self._waking: dict[asyncio.Task[None], None] = {}
+        self._waking: dict[ReplicaId, asyncio.Task[None]] = {}
 
     async def watch(self) -> None:
-        """Probe for ever; cancel the task to stop."""
-        while True:
-            await asyncio.gather(*(self._probe(*entry) for entry in self._urls.items()))
-            await asyncio.sleep(self._interval_s)
+        """Probe for ever; cancel the task to stop, wakes under way too."""
+        try:
+            while True:
+                await asyncio.gather(*(self._probe(*entry) for entry in self._urls.items()))
+                await asyncio.sleep(self._interval_s)
+        finally:
+            for task in self._waking.values():
+                task.cancel()
 
     async def _probe(self, replica_id: ReplicaId, url: str) -> None:
         try:
@@ -51,21 +56,39 @@ class HealthWatch:
             _log.warning("replica %s at %s is not serving: %s", replica_id, url, problem)
             self._feed(ReplicaDied(replica_id))
         elif not problem and not self._is_alive(replica_id):
-            _log.warning("replica %s at %s serves again", replica_id, url)
-            self._feed(ReplicaReady(replica_id))
+            if await _is_asleep(url):
+                self.wake(replica_id)
+            else:
+                _log.warning("replica %s at %s serves again", replica_id, url)
+                self._feed(ReplicaReady(replica_id))
 
     def wake(self, replica_id: ReplicaId) -> None:
         """Ask a sleeping engine to wake; the core is told when it is ready, or that it is not."""
-        task = asyncio.get_running_loop().create_task(self._wake(replica_id))
-        self._waking[task] = None
-        task.add_done_callback(lambda done: self._waking.pop(done, None))
+        if replica_id not in self._waking:
+            task = asyncio.get_running_loop().create_task(self._wake(replica_id))
+            self._waking[replica_id] = task
+            task.add_done_callback(lambda _: self._waking.pop(replica_id))
 
     async def _wake(self, replica_id: ReplicaId) -> None:
         url = self._urls[replica_id]
         try:
-            status, _ = await fetch("POST", url, "/wake_up", timeout_s=WAKE_TIMEOUT_S)
+            async with asyncio.timeout(WAKE_TIMEOUT_S):
+                status = 503  # also what an engine says that is still falling asleep
+                while status == 503:
+                    status, _ = await fetch("POST", url, "/wake_up", timeout_s=WAKE_TIMEOUT_S)
+                    await asyncio.sleep(WAKE_RETRY_S * (status == 503))
+            problem = "" if status == 200 else f"POST /wake_up answered {status}"
         except (OSError, TimeoutError) as error:
-            _log.warning("replica %s at %s did not wake: %s", replica_id, url, error)
-            status = 503
-        ready = status == 200
-        self._feed(ReplicaReady(replica_id) if ready else ReplicaDied(replica_id))
+            problem = str(error) or type(error).__name__
+        if problem:
+            _log.warning("replica %s at %s did not wake: %s", replica_id, url, problem)
+        self._feed(ReplicaDied(replica_id) if problem else ReplicaReady(replica_id))
+
+
+async def _is_asleep(url: str) -> bool:
+    """Ask vLLM's way; an engine that does not know the question is awake."""
+    try:
+        status, body = await fetch("GET", url, "/is_sleeping", timeout_s=PROBE_TIMEOUT_S)
+    except (OSError, TimeoutError):
+        return False
+    return status == 200 and b"true" in body

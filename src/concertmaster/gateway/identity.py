@@ -18,8 +18,12 @@ from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
 from concertmaster.gateway.openai_api import CallBody
 
 MAX_DEADLINE_S = 86_400.0
+MAX_STAGE = 1_000_000
 _MAX_ID_CHARS = 256
 _MAX_ROOTS = 100_000
+
+CACHE_KEY = 0.6
+"""Confidence of a ``prompt_cache_key``: a session for some clients, a template for others."""
 
 
 class Identity(NamedTuple):
@@ -27,7 +31,8 @@ class Identity(NamedTuple):
 
     Attributes:
         agent: The agent within the workflow; "" for the root or if unknown.
-        parent_agent: Who started that agent; "" if nobody did.
+        parent_agent: Who started that agent: another, or the root, which goes by the
+            workflow's id; "" for the root itself.
         deadline_s: Time granted from arrival on; ``None`` if none was given.
         confidence: 1.0 if the client said so, less if it was inferred.
         dialect: Which client's or gateway's words were understood.
@@ -61,12 +66,7 @@ class Dialect(NamedTuple):
 
 
 DIALECTS = (
-    Dialect(
-        "concertmaster",
-        b"x-concertmaster-workflow-id",
-        agent=b"x-concertmaster-agent",
-        role=b"x-concertmaster-role",
-    ),
+    Dialect("concertmaster", b"x-concertmaster-workflow-id", agent=b"x-concertmaster-agent"),
     Dialect(
         "codex",
         b"session-id",
@@ -74,6 +74,7 @@ DIALECTS = (
         parent=b"x-codex-parent-thread-id",
         role=b"x-openai-subagent",
     ),
+    Dialect("codex", b"session_id"),  # until 2025; some proxies drop names with an underscore
     Dialect(
         "claude-code",
         b"x-claude-code-session-id",
@@ -102,7 +103,15 @@ DIALECTS = (
 
 _WORKFLOW_HEADERS = frozenset(dialect.workflow for dialect in DIALECTS)
 _HINT_HEADERS = frozenset(
-    {b"x-concertmaster-deadline-ms", b"x-concertmaster-class", b"x-smg-priority"}
+    {
+        b"x-concertmaster-app",
+        b"x-concertmaster-class",
+        b"x-concertmaster-deadline-ms",
+        b"x-concertmaster-parent",
+        b"x-concertmaster-role",
+        b"x-concertmaster-stage",
+        b"x-smg-priority",
+    }
 )
 _SESSION_KEYS = (
     "workflow_id",
@@ -126,11 +135,7 @@ class Normalizer:
         self._roots: OrderedDict[str, str] = OrderedDict()
 
     def identify(self, headers: Mapping[bytes, bytes], call: CallBody) -> Identity | None:
-        """Return what the caller says of itself; ``None`` if it names no workflow.
-
-        Raises:
-            InvalidRequestError: A header of ours holds a value that is not allowed.
-        """
+        """Return what the caller says of itself; ``None`` if it names no workflow."""
         identity = None
         if not _WORKFLOW_HEADERS.isdisjoint(headers):
             identity = self._by_headers(headers)
@@ -154,14 +159,13 @@ class Normalizer:
             agent = session if parent else ""
         elif agent == session:
             agent = ""
-        identity = Identity(
+        return Identity(
             workflow_id=WorkflowId(workflow_id),
             agent=agent,
-            parent_agent="" if parent == workflow_id else parent,
+            parent_agent=(parent or workflow_id) if agent else "",
             role=_text(headers, dialect.role),
             dialect=dialect.name,
         )
-        return identity if dialect.name != "concertmaster" else _with_own_headers(headers, identity)
 
     def _root(self, session: str, parent: str) -> str:
         root = self._roots.get(session)
@@ -176,31 +180,38 @@ class Normalizer:
 
 
 def with_hints(headers: Mapping[bytes, bytes], call: CallBody, identity: Identity) -> Identity:
-    """Add the deadline and the class, which any client may send whatever its dialect.
+    """Add what any client may say of a call, whatever names its workflow.
 
     Raises:
         InvalidRequestError: A header of ours holds a value that is not allowed.
     """
     if call.service_tier is None and _HINT_HEADERS.isdisjoint(headers):
         return identity
+    stage = _stage(headers)
     return identity._replace(
+        app=_text(headers, b"x-concertmaster-app") or identity.app,
+        role=_text(headers, b"x-concertmaster-role") or identity.role,
+        stage=identity.stage if stage is None else stage,
+        parents=_parents(headers) or identity.parents,
         deadline_s=_deadline_s(headers) or identity.deadline_s,
         service_class=_service_class(headers, call.service_tier),
     )
 
 
-def _with_own_headers(headers: Mapping[bytes, bytes], identity: Identity) -> Identity:
-    stage = _text(headers, b"x-concertmaster-stage")
-    if stage and not stage.isdecimal():
+def _stage(headers: Mapping[bytes, bytes]) -> int | None:
+    text = _text(headers, b"x-concertmaster-stage")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) > MAX_STAGE:
         raise InvalidRequestError(
-            f"x-concertmaster-stage: expected a number from 0 on, found {stage!r}"
+            f"x-concertmaster-stage: expected a number from 0 to {MAX_STAGE}, found {text!r}"
         )
-    parents = _text(headers, b"x-concertmaster-parent")
-    return identity._replace(
-        app=_text(headers, b"x-concertmaster-app"),
-        stage=int(stage) if stage else None,
-        parents=tuple(RequestId(one.strip()) for one in parents.split(",") if one.strip()),
-    )
+    return int(text)
+
+
+def _parents(headers: Mapping[bytes, bytes]) -> tuple[RequestId, ...]:
+    named = headers.get(b"x-concertmaster-parent", b"").decode("latin-1").split(",")
+    return tuple(RequestId(one.strip()[:_MAX_ID_CHARS]) for one in named if one.strip())
 
 
 def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
@@ -215,7 +226,7 @@ def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
     return int(text) / 1000
 
 
-def _service_class(headers: Mapping[bytes, bytes], tier: str | None) -> ServiceClass:
+def _service_class(headers: Mapping[bytes, bytes], tier: object) -> ServiceClass:
     named = _text(headers, b"x-concertmaster-class")
     if named:
         try:
@@ -231,10 +242,12 @@ def _service_class(headers: Mapping[bytes, bytes], tier: str | None) -> ServiceC
 
 def _by_body(call: CallBody) -> Identity | None:
     """Read the body's own dialects: vLLM and SGLang, ThunderAgent, vLLM router, Dynamo, OpenAI."""
-    for name, session in (("session", call.session_id), ("thunderagent", call.program_id)):
+    for name, value in (("session", call.session_id), ("thunderagent", call.program_id)):
+        session = _id(value)
         if session:
             return _identity(session, name)
     for raw, read in (
+        (call.session_params, _by_session_params),
         (call.vllm_xargs, _by_xargs),
         (call.nvext, _by_nvext),
         (call.metadata, _by_metadata),
@@ -242,9 +255,19 @@ def _by_body(call: CallBody) -> Identity | None:
         found = read(_fields(raw)) if len(raw) else None
         if found is not None:
             return found
-    if call.prompt_cache_key:
-        return _identity(call.prompt_cache_key, "prompt-cache-key", confidence=0.6)
+    conversation = call.conversation
+    session = _id(conversation.get("id") if isinstance(conversation, dict) else conversation)
+    if session:
+        return _identity(session, "conversation")
+    cache_key = _id(call.prompt_cache_key)
+    if cache_key:
+        return _identity(cache_key, "prompt-cache-key", confidence=CACHE_KEY)
     return None
+
+
+def _by_session_params(params: Mapping[str, Any]) -> Identity | None:
+    session = _string(params, "id")
+    return _identity(session, "session") if session else None
 
 
 def _by_xargs(xargs: Mapping[str, Any]) -> Identity | None:
@@ -268,6 +291,7 @@ def _by_xargs(xargs: Mapping[str, Any]) -> Identity | None:
 def _by_nvext(nvext: Mapping[str, Any]) -> Identity | None:
     context = _nested(nvext, "agent_context")
     session = _string(context, "session_id")
+    session = session or _string(_nested(nvext, "session_control"), "session_id")
     if not session:
         return None
     return _identity(
@@ -293,7 +317,7 @@ def _by_metadata(metadata: Mapping[str, Any]) -> Identity | None:
 
 
 def _identity(session: str, dialect: str, **facts: Any) -> Identity:  # noqa: ANN401
-    return Identity(workflow_id=WorkflowId(session[:_MAX_ID_CHARS]), dialect=dialect, **facts)
+    return Identity(workflow_id=WorkflowId(session), dialect=dialect, **facts)
 
 
 def _fields(raw: msgspec.Raw) -> Mapping[str, Any]:
@@ -309,8 +333,13 @@ def _nested(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _string(fields: Mapping[str, Any], key: str) -> str:
-    value = fields.get(key)
-    return value[:_MAX_ID_CHARS] if isinstance(value, str) else ""
+    return _id(fields.get(key))
+
+
+def _id(value: object) -> str:
+    """Return a text or number as an id; "" for anything else."""
+    is_id = isinstance(value, str | int) and not isinstance(value, bool)
+    return str(value)[:_MAX_ID_CHARS] if is_id else ""
 
 
 def _text(headers: Mapping[bytes, bytes], name: bytes) -> str:

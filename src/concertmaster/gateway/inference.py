@@ -1,119 +1,135 @@
 """Workflows of clients that send no identity, told from what their calls have in common.
 
-A later turn repeats the earlier prompt and adds to it, and answers tool calls by their ids.
-Both are looked for; what is found carries a confidence.
+A later turn repeats the earlier messages and adds to them. Where a client shortens what it
+repeats, tool calls still carry the ids they had. Either is found with a confidence, which
+docs/identity.md explains.
 """
 
 import re
 import zlib
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from concertmaster.core.request import WorkflowId
 from concertmaster.gateway.identity import Identity
 
-_SHORTEST_OPENING = 32
-_LONGEST_OPENING = 131_072
-_TAILS_EACH = 16
-_TOOL_CALL_ID = re.compile(rb'"tool_call_id"\s*:\s*"([^"]{1,128})"')
-
 NEW, EXTENDS, ANSWERS_TOOL = 0.5, 0.9, 0.95
 """Confidence of a first call, of a prompt that extends another, of an answered tool call."""
 
+_MAX_TWINS = 16
+_LATEST = 8
+"""Messages at the end of a prompt whose tool calls are looked at."""
 
-class _Tail(NamedTuple):
-    """Where a prompt ended: a prompt that goes on from here is the next turn."""
+_TOOL_CALL_ID = re.compile(rb'"tool_call_id"\s*:\s*"([^"]{1,128})"')
+_split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
-    length: int
-    checksum: int
+
+class _Place(NamedTuple):
+    """A call that was seen: of which workflow, and its position there."""
+
     workflow_id: WorkflowId
     stage: int
 
 
 class WorkflowInference:
-    """Remembers the ends of recent prompts and the tool calls of recent answers.
+    """Remembers where recent prompts ended and which tool calls they were about.
 
     Args:
-        max_openings: Different prompt openings to remember.
+        max_prompts: Different prompts to remember.
         max_tool_calls: Tool-call ids to remember.
     """
 
-    def __init__(self, *, max_openings: int = 10_000, max_tool_calls: int = 100_000) -> None:
-        self._max_openings = max_openings
+    def __init__(self, *, max_prompts: int = 100_000, max_tool_calls: int = 100_000) -> None:
+        self._max_prompts = max_prompts
         self._max_tool_calls = max_tool_calls
-        self._tails: OrderedDict[int, deque[_Tail]] = OrderedDict()
-        self._tool_calls: OrderedDict[bytes, tuple[WorkflowId, int]] = OrderedDict()
+        self._ends: OrderedDict[int, list[_Place]] = OrderedDict()
+        self._tool_calls: OrderedDict[bytes, _Place | None] = OrderedDict()
         self._count = 0
 
     def infer(self, text: memoryview) -> Identity:
         """Return the workflow that this prompt most likely goes on with, else a fresh one."""
-        openings = _openings(text)
-        found = self._by_tool_call(text) or self._by_prefix(text, openings)
-        workflow_id, stage, confidence = found or (self._fresh(), 0, NEW)
-        if openings:
-            self._remember(text, openings[-1], workflow_id, stage)
-        return Identity(workflow_id, stage=stage, confidence=confidence, dialect="inferred")
+        messages = _messages(text)
+        ends = _ends(messages)
+        known = self._longest(ends[:-1])
+        fresh = messages[known:][-_LATEST:]
+        ids = _TOOL_CALL_ID.findall(b"".join(map(bytes, fresh)))
+        place: _Place | None
+        if known:
+            place, confidence = self._extend(ends[known - 1]), EXTENDS
+        else:
+            place, confidence = self._by_tool_call(ids), ANSWERS_TOOL
+        if place is None:
+            place, confidence = self._fresh(), NEW
+        self._remember(ends[-1], place)
+        self.note_tool_calls(ids, place.workflow_id, place.stage)
+        return Identity(
+            place.workflow_id, stage=place.stage, confidence=confidence, dialect="inferred"
+        )
 
     def note_tool_calls(self, ids: Iterable[bytes], workflow_id: WorkflowId, stage: int) -> None:
-        """Remember the tool calls that an answer asked for."""
+        """Remember whose tool calls these are; an id that two workflows use tells nothing."""
         for tool_call_id in ids:
-            self._tool_calls[tool_call_id] = (workflow_id, stage)
+            known = self._tool_calls.pop(tool_call_id, _Place(workflow_id, stage))
+            ours = known is not None and known.workflow_id == workflow_id
+            self._tool_calls[tool_call_id] = _Place(workflow_id, stage) if ours else None
             if len(self._tool_calls) > self._max_tool_calls:
                 self._tool_calls.popitem(last=False)
 
-    def _fresh(self) -> WorkflowId:
+    def _fresh(self) -> _Place:
         self._count += 1
-        return WorkflowId(f"inferred-{self._count}")
+        return _Place(WorkflowId(f"inferred-{self._count}"), 0)
 
-    def _by_tool_call(self, text: memoryview) -> tuple[WorkflowId, int, float] | None:
-        if not self._tool_calls:
-            return None
-        ids = _TOOL_CALL_ID.findall(text)
-        known = self._tool_calls.get(ids[-1]) if ids else None
-        return None if known is None else (known[0], known[1] + 1, ANSWERS_TOOL)
+    def _by_tool_call(self, ids: Sequence[bytes]) -> _Place | None:
+        for tool_call_id in reversed(ids):
+            known = self._tool_calls.get(tool_call_id)
+            if known is not None:
+                return _Place(known.workflow_id, known.stage + 1)
+        return None
 
-    def _by_prefix(
-        self, text: memoryview, openings: list[int]
-    ) -> tuple[WorkflowId, int, float] | None:
-        """Find the longest remembered prompt that this one begins with and goes beyond."""
-        best: _Tail | None = None
-        longest = len(text) - 2
-        for opening in openings:
-            for tail in self._tails.get(opening, ()):
-                if tail[0] > longest or (best is not None and tail[0] <= best[0]):
-                    continue
-                if zlib.crc32(text[: tail[0]]) == tail[1]:
-                    best = tail
-        return None if best is None else (best.workflow_id, best.stage + 1, EXTENDS)
+    def _longest(self, ends: Sequence[int]) -> int:
+        """Return how many leading messages are a prompt that was seen; 0 for none."""
+        for count in range(len(ends), 0, -1):
+            if ends[count - 1] in self._ends:
+                return count
+        return 0
 
-    def _remember(self, text: memoryview, opening: int, workflow_id: WorkflowId, stage: int) -> None:
-        """Keep where this prompt ends, without the bracket that closes its list."""
-        length = len(text) - 1
-        tail = _Tail(length, zlib.crc32(text[:length]), workflow_id, stage)
-        tails = self._tails.get(opening)
-        if tails is None:
-            tails = self._tails[opening] = deque(maxlen=_TAILS_EACH)
-            if len(self._tails) > self._max_openings:
-                self._tails.popitem(last=False)
-        elif tails[-1][:2] == tail[:2]:
-            tails.pop()
-        tails.append(tail)
+    def _extend(self, end: int) -> _Place:
+        """Go on with the prompt that ended here; of twins, the one not gone on with yet."""
+        twins = self._ends[end]
+        self._ends.move_to_end(end)
+        place = twins.pop(0) if len(twins) > 1 else twins[0]
+        return _Place(place.workflow_id, place.stage + 1)
+
+    def _remember(self, end: int, place: _Place) -> None:
+        twins = self._ends.setdefault(end, [])
+        self._ends.move_to_end(end)
+        if place not in twins and len(twins) < _MAX_TWINS:
+            twins.append(place)
+        if len(self._ends) > self._max_prompts:
+            self._ends.popitem(last=False)
 
 
-def _openings(text: memoryview) -> list[int]:
-    """Keys of the first 32, 128, 512, … bytes, as far as the prompt goes without its bracket.
+def _messages(text: memoryview) -> Sequence[memoryview | msgspec.Raw]:
+    """Split a prompt into its messages; a prompt that is no list is one message."""
+    try:
+        return _split(text) or (text,)
+    except msgspec.ValidationError:
+        return (text,)
 
-    A prompt is remembered under its longest opening, which every extension of it shares.
 
-    >>> len(_openings(memoryview(bytes(200))))
-    2
+def _ends(messages: Sequence[memoryview | msgspec.Raw]) -> list[int]:
+    """Length and checksum of all up to each message's end, as one number.
+
+    >>> [end >> 32 for end in _ends([memoryview(b"abc"), memoryview(b"de")])]
+    [3, 5]
     """
     found: list[int] = []
-    last = min(len(text) - 1, _LONGEST_OPENING)
-    size, start, checksum = _SHORTEST_OPENING, 0, 0
-    while size <= last:
-        checksum = zlib.crc32(text[start:size], checksum)
-        found.append(checksum << 32 | size)
-        start, size = size, 4 * size
+    length = checksum = 0
+    for message in messages:
+        checksum = zlib.crc32(message, checksum)
+        length += len(message)
+        found.append(length << 32 | checksum)
     return found

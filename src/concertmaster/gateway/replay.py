@@ -176,9 +176,8 @@ async def check_gateway(url: str) -> None:
     try:
         await fetch("GET", url, "/health", timeout_s=CONNECT_TIMEOUT_S)
     except (OSError, TimeoutError) as error:
-        raise InputError(
-            "--url", url, f"nobody answers: {error}", "start one with concertmaster serve"
-        ) from None
+        problem = f"nobody answers: {str(error) or 'no answer in time'}"
+        raise InputError("--url", url, problem, "start one with concertmaster serve") from None
 
 
 def call_head(plan: WorkflowPlan, call: Call, request: Request, body_bytes: int) -> bytes:

@@ -55,8 +55,8 @@ async def running_gateway(
     try:
         yield gateway, server.sockets[0].getsockname()[1]
     finally:
+        await gateway.stop(drain_s=drain_s)  # still listening: a load balancer asks /readyz
         server.close()
-        await gateway.stop(drain_s=drain_s)
         await side_door.close()
         await server.wait_closed()
 

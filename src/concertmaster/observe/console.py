@@ -54,7 +54,9 @@ def progress_bar(total: int) -> Iterator[Bar]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    out = Console(stderr=True)
+    silent = not out.is_terminal
+    with Progress(*columns, console=out, transient=True, disable=silent) as progress:
         yield Bar(progress, total)
 
 

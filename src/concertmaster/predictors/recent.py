@@ -14,29 +14,30 @@ REFRESH_SHARE = 8
 
 
 class _Window:
-    """The latest lengths, and their quantiles, which are brought up to date now and then."""
+    """The latest lengths, and their quantiles, which are brought up to date now and then.
 
-    __slots__ = ("_forecast", "_latest", "_stale")
+    They are read again while learning, never while predicting: what is asked in between
+    must not change later answers.
+    """
 
-    def __init__(self, window: int) -> None:
+    __slots__ = ("_latest", "_source", "_stale", "forecast")
+
+    def __init__(self, window: int, source: str) -> None:
         self._latest: deque[int] = deque(maxlen=window)
-        self._forecast: Forecast | None = None
+        self._source = source
         self._stale = 0
+        self.forecast: Forecast | None = None
 
     def add(self, tokens: int) -> None:
         self._latest.append(tokens)
         self._stale += 1
-
-    def forecast(self, source: str) -> Forecast | None:
         count = len(self._latest)
-        if count < MIN_LENGTHS:
-            return None
-        if self._forecast is None or self._stale * REFRESH_SHARE >= count:
+        if count >= MIN_LENGTHS and self._stale * REFRESH_SHARE >= count:
             ranked = sorted(self._latest)
             values = tuple(float(ranked[round(level * (count - 1))]) for level in LEVELS)
-            self._forecast = Forecast(output_tokens=Quantiles(LEVELS, values), source=source)
+            law = Quantiles(LEVELS, values)
+            self.forecast = Forecast(output_tokens=law, source=self._source)
             self._stale = 0
-        return self._forecast
 
 
 class RecentLengths:
@@ -54,21 +55,20 @@ class RecentLengths:
 
     def predict(self, request: Request) -> Forecast:
         """Answer with the finest group that has seen enough; none at all before that."""
-        for source, group in _steps(request):
+        for _, group in _steps(request):
             window = self._by_group.get(group)
-            forecast = None if window is None else window.forecast(source)
-            if forecast is not None:
-                return forecast
+            if window is not None and window.forecast is not None:
+                return window.forecast
         return NO_FORECAST
 
     def learn(self, request: Request, model: ModelName, output_tokens: int) -> None:
         """Remember one length in each group of the call."""
-        for _, group in _steps(request):
+        for source, group in _steps(request):
             window = self._by_group.get(group)
             if window is None:
                 if len(self._by_group) >= self._max_groups:
                     continue
-                window = self._by_group[group] = _Window(self._window)
+                window = self._by_group[group] = _Window(self._window, source)
             window.add(output_tokens)
 
 

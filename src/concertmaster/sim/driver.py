@@ -76,6 +76,7 @@ class Simulation:
         self._agenda: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
         self._scheduled = 0
         self._timer_s: float | None = None
+        self._fed_s = 0.0
         self._ticking = False
         self._decision_s: list[float] = []
         for plan in workload:
@@ -86,11 +87,11 @@ class Simulation:
     def run(self, *, policy: str, seed: int) -> RunRecords:
         """Play everything to its end and return what came of it."""
         started_s = time.perf_counter()
-        agenda, now_s = self._agenda, 0.0
+        agenda = self._agenda
         while agenda:
             now_s, _, handler, argument = heapq.heappop(agenda)
             handler(now_s, argument)
-        self._gauges.finish(now_s)
+        self._gauges.finish(self._fed_s)
         return RunRecords(
             policy=policy,
             seed=seed,
@@ -98,7 +99,7 @@ class Simulation:
             workflows=self._agents.workflows,
             gauges=self._gauges.totals,
             decision_s=self._decision_s,
-            duration_s=now_s,
+            duration_s=self._fed_s,
             wall_s=time.perf_counter() - started_s,
         )
 
@@ -109,6 +110,7 @@ class Simulation:
     # The core
 
     def _feed(self, now_s: float, event: Event) -> None:
+        self._fed_s = now_s
         begun_s = time.perf_counter()
         actions = self._scheduler.handle(now_s, event)
         if actions:
@@ -126,9 +128,14 @@ class Simulation:
             self._at(max(now_s, wakeup_s), self._fire_timer, wakeup_s)
 
     def _fire_timer(self, now_s: float, wakeup_s: float) -> None:
-        if self._timer_s == wakeup_s:
-            self._timer_s = None
+        if self._timer_s != wakeup_s:
+            return
+        self._timer_s = None
+        due_s = self._scheduler.next_wakeup_s()
+        if due_s is not None and due_s <= now_s:
             self._feed(now_s, TimerFired())
+        else:
+            self._set_timer(now_s)
 
     def _perform(self, now_s: float, action: Action) -> None:
         match action:
@@ -190,6 +197,7 @@ class Simulation:
         )
         if not self._ticking:
             self._ticking = True
+            self._gauges.skip_to(now_s)
             self._at(now_s + PROGRESS_S, self._tick, None)
 
     def _submit(self, now_s: float, handed: Any) -> None:  # noqa: ANN401
@@ -217,17 +225,20 @@ class Simulation:
         del self._polls_s[replica_id]
         network_s = self._scheduler.replicas[replica_id].network_s
         for milestone in self._engines[replica_id].advance(now_s):
+            news = (milestone, self._requests[milestone.request_id][3])
             if network_s:
-                self._at(now_s + network_s / 2, self._reach, milestone)
+                self._at(now_s + network_s / 2, self._reach, news)
             else:
-                self._reach(now_s, milestone)
+                self._reach(now_s, news)
         self._poll_later(now_s, replica_id)
 
-    def _reach(self, now_s: float, milestone: Milestone) -> None:
+    def _reach(self, now_s: float, news: tuple[Milestone, int]) -> None:
+        """Take in what an engine said, unless it spoke of an attempt that is over by now."""
+        milestone, attempt = news
         known = self._requests.get(milestone.request_id)
-        if known is None:
+        if known is None or known[3] != attempt:
             return
-        request, call, record, attempt = known
+        request, call, record, _ = known
         if milestone.kind == "first_token":
             record.first_token_s = now_s
             self._feed(now_s, TokensStreamed(((request.request_id, attempt, 1),)))

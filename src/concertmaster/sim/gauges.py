@@ -41,6 +41,10 @@ class FleetGauges:
         totals.kv_used_gb_s = (totals.kv_used_gb_s or 0.0) + used_gb * span_s
         totals.kv_reserved_peak_gb = max(totals.kv_reserved_peak_gb or 0.0, reserved_gb)
 
+    def skip_to(self, now_s: float) -> None:
+        """Note that nothing was held since the last sample."""
+        self._sampled_s = now_s
+
     def note_wake(self, readiness: Readiness, ready_s: float) -> None:
         """Count a replica that is made ready."""
         if readiness is Readiness.SLEEPING:
