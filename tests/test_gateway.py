@@ -323,11 +323,11 @@ def test_fifty_streams_at_once_are_never_mixed() -> None:
 
     async def one(rig: Rig, name: str) -> None:
         wire = await rig.wire()
+        body = json.dumps(a_body(stream=True)).encode()
         for part in "ab":
-            body = json.dumps(a_body(stream=True)).encode()
             wire.send(a_message("POST", CHAT, body, {"x-request-id": name + part}))
             assert f"x-request-id: {name}{part}\r\n".encode() in await wire.head()
-            frames = [f'data: "{name}{part}:{i}"\n\n' for i in range(40)]
+            frames = [f'data: "{name}{part}:{n}"\n\n' for n in range(40)]
             assert (await dechunked(wire)).decode() == "".join(frames) + "data: [DONE]\n\n"
 
     async def main() -> None:
@@ -345,10 +345,10 @@ def test_a_slow_reader_gets_every_byte_and_slows_the_engine_down() -> None:
     async def script(_: Heard, out: asyncio.StreamWriter) -> None:
         nonlocal sent_bytes
         out.write(STREAM_HEAD)
-        for _ in range(200):
-            out.write(a_chunk(block))
+        for piece in 200 * [block]:
+            out.write(a_chunk(piece))
             await out.drain()
-            sent_bytes += len(block)
+            sent_bytes += len(piece)
         out.write(b"0\r\n\r\n")
 
     async def main() -> None:
@@ -423,12 +423,14 @@ def test_a_body_of_19_mb_passes_and_one_of_21_mb_is_refused() -> None:
         object.__setattr__(pool.model, "context_tokens", 10_000_000)
         async with over_upstreams(fleet=fleet) as (rig, upstream):
             for megabytes, status in ((19, 200), (21, 413)):
+                wire = await rig.wire()
                 body = json.dumps(a_body(x="y" * (megabytes * 1_000_000))).encode()
-                reply = await rig.ask("POST", CHAT, body)
-                assert reply.status == status
+                wire.send(a_message("POST", CHAT, body))
+                found, answer = await wire.answer()
+                assert found == status
             assert len(upstream.heard) == 1
             assert len(upstream.heard[0].body) > 19_000_000
-            error = reply.error
+            error = json.loads(answer)["error"]
             assert error["message"] == f"body: expected at most 20000000 bytes, found {len(body)}"
             assert (error["type"], error["code"]) == ("invalid_request_error", "request_too_large")
 
@@ -520,6 +522,8 @@ def test_an_offer_of_another_protocol_is_ignored() -> None:
             wire.send(a_call().replace(b"host: gateway", offer))
             assert (await wire.answer())[0] == 200
             assert "upgrade" not in upstream.heard[0].headers
+            wire.send(b"CONNECT elsewhere:443 HTTP/1.1\r\n\r\n")
+            assert (await wire.answer())[0] == 400
 
     play(main())
 
@@ -574,7 +578,8 @@ def test_a_bad_header_of_ours_is_a_bad_request() -> None:
             reply = await rig.call(x_concertmaster_deadline_ms="soon")
             assert reply.status == 400
             assert reply.error["message"] == (
-                "x-concertmaster-deadline-ms: expected milliseconds from 1 to 86400000, found 'soon'"
+                "x-concertmaster-deadline-ms: expected milliseconds from 1 to 86400000, "
+                "found 'soon'"
             )
 
     play(main())

@@ -24,7 +24,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 UPSTREAM_PORT = 9901
-PORTS = {"direct": UPSTREAM_PORT, "concertmaster": 9902, "sglang-router": 9903, "litellm": 9904, "nginx": 9905}
+PORTS = {
+    "direct": UPSTREAM_PORT,
+    "concertmaster": 9902,
+    "sglang-router": 9903,
+    "litellm": 9904,
+    "nginx": 9905,
+}
 START_TIMEOUT_S = 90.0
 
 NGINX = """
@@ -46,7 +52,10 @@ http {{
 LITELLM = """
 model_list:
   - model_name: qwen2.5-7b-instruct
-    litellm_params: {{model: openai/qwen2.5-7b-instruct, api_base: "http://127.0.0.1:{upstream}/v1", api_key: none}}
+    litellm_params:
+      model: openai/qwen2.5-7b-instruct
+      api_base: "http://127.0.0.1:{upstream}/v1"
+      api_key: none
 """
 
 
@@ -59,14 +68,37 @@ def commands(peers: Path, folder: Path) -> dict[str, list[str]]:
     python = Path(sys.executable)
     all_of_them = {
         "direct": [str(python), str(HERE / "upstream.py"), str(UPSTREAM_PORT)],
-        "concertmaster": [str(python.parent / "concertmaster"), "serve", "-c",
-                          str(HERE / "fleet.toml"), "--port", str(PORTS["concertmaster"])],
-        "sglang-router": [str(peers / "bin/sglang-router"), "launch", "--worker-urls",
-                          f"http://127.0.0.1:{UPSTREAM_PORT}", "--host", "127.0.0.1", "--port",
-                          str(PORTS["sglang-router"]), "--policy", "round_robin",
-                          "--log-level", "error"],
-        "litellm": [str(peers / "bin/litellm"), "--config", str(folder / "litellm.yaml"),
-                    "--host", "127.0.0.1", "--port", str(PORTS["litellm"])],
+        "concertmaster": [
+            str(python.parent / "concertmaster"),
+            "serve",
+            "-c",
+            str(HERE / "fleet.toml"),
+            "--port",
+            str(PORTS["concertmaster"]),
+        ],
+        "sglang-router": [
+            str(peers / "bin/sglang-router"),
+            "launch",
+            "--worker-urls",
+            f"http://127.0.0.1:{UPSTREAM_PORT}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(PORTS["sglang-router"]),
+            "--policy",
+            "round_robin",
+            "--log-level",
+            "error",
+        ],
+        "litellm": [
+            str(peers / "bin/litellm"),
+            "--config",
+            str(folder / "litellm.yaml"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(PORTS["litellm"]),
+        ],
         "nginx": ["/usr/sbin/nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)],
     }
     return {name: command for name, command in all_of_them.items() if Path(command[0]).exists()}
@@ -105,15 +137,26 @@ def wait_for(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.2)
-    sys.exit(f"{process.args} does not answer; see its log:\n{log.read_text()[-2000:]}")
+    sys.exit(f"{process.args!r} does not answer; see its log:\n{log.read_text()[-2000:]}")
 
 
 def load(port: int, connections: int, seconds: float, *, stream: bool) -> dict[str, float]:
     """Load with wrk; requests per second and percentiles in ms."""
     out = subprocess.run(  # noqa: S603
-        ["/usr/bin/wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s",
-         str(HERE / "post.lua"), f"http://127.0.0.1:{port}/v1/chat/completions"],
-        capture_output=True, text=True, check=True, env=os.environ | {"STREAM": str(int(stream))},
+        [
+            "/usr/bin/wrk",
+            "-t1",
+            f"-c{connections}",
+            f"-d{seconds:g}s",
+            "--latency",
+            "-s",
+            str(HERE / "post.lua"),
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"STREAM": str(int(stream))},
     ).stdout
     bad = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
     if bad or "Socket errors" in out:
@@ -143,8 +186,11 @@ def measure(names: list[str], rounds: int, seconds: float) -> Rows:
                 for name in names:
                     figures = load(PORTS[name], connections, seconds, stream=kind == "stream")
                     rows.setdefault((kind, name, connections), []).append(figures)
-                    print(f"round {one + 1} {kind} {connections:>2} {name:<14} "
-                          f"{figures['rps']:>9,.0f} rps", file=sys.stderr)
+                    print(
+                        f"round {one + 1} {kind} {connections:>2} {name:<14} "
+                        f"{figures['rps']:>9,.0f} rps",
+                        file=sys.stderr,
+                    )
     return rows
 
 
@@ -155,8 +201,10 @@ def show(rows: Rows, names: list[str]) -> dict[str, dict[str, float]]:
         print(f"\n{kind}, {connections} connections")
         print(f"{'':<16}{'req/s':>10}{'of ours':>9}{'added P50 ms':>14}{'added P99 ms':>14}")
         median = {
-            name: {key: statistics.median(row[key] for row in rows[kind, name, connections])
-                   for key in ("rps", "p50_ms", "p99_ms")}
+            name: {
+                key: statistics.median(row[key] for row in rows[kind, name, connections])
+                for key in ("rps", "p50_ms", "p99_ms")
+            }
             for name in names
         }
         for name in names:
@@ -170,7 +218,9 @@ def show(rows: Rows, names: list[str]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Start everything, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--peers", type=Path, default=Path("peers"), help="venv of the peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
@@ -180,7 +230,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = commands(options.peers, folder)
-        names = [name for name in found if not options.only or name in (*options.only, "direct", "concertmaster")]
+        names = [
+            name
+            for name in found
+            if not options.only or name in (*options.only, "direct", "concertmaster")
+        ]
         for name in names:
             stack.enter_context(running(found[name], PORTS[name], folder / f"{name}.log"))
         table = show(measure(names, options.rounds, options.seconds), names)

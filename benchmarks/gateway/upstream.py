@@ -10,7 +10,8 @@ EVENTS = 16
 _JSON = (
     b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"qwen2.5-7b-instruct",'
     b'"choices":[{"index":0,"message":{"role":"assistant","content":"'
-    + b"word " * 60
+    + b"word "
+    * 60
     + b'"},"finish_reason":"stop"}],"usage":{"prompt_tokens":100,"completion_tokens":60,'
     b'"total_tokens":160}}'
 )
@@ -58,7 +59,7 @@ class Upstream(asyncio.Protocol):
         if b'"stream":true' in body or b'"stream": true' in body:
             self._write(_HEAD + _CHUNK)
             self._loop.call_soon(self._next, 1)
-        elif url.startswith(b"/v1/chat") or url.startswith(b"/v1/completions"):
+        elif url.startswith((b"/v1/chat", b"/v1/completions")):
             self._write(_ANSWER)
         else:
             self._write(

@@ -1,35 +1,22 @@
 """The main job on any machine: agents, a live gateway, emulated engines, and what policies do.
 
 Engines and gateway run in processes of their own, as they would in a fleet; this process
-plays the agents. Children end when their pipe to this process closes, however it ends.
+plays the agents.
 """
 
-import asyncio
-import multiprocessing
-import random
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.resources import as_file, files
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
-from concertmaster import compose
+from concertmaster import compose, local
 from concertmaster.config import FleetFile, load_fleet
-from concertmaster.core.errors import InputError
-from concertmaster.core.fleet import Fleet, ReplicaId
-from concertmaster.core.scheduler import Scheduler
-from concertmaster.engines.emulator_api import serve as serve_emulator
 from concertmaster.gateway.replay import Replay
-from concertmaster.gateway.server import running_gateway
 from concertmaster.observe import console as show
 from concertmaster.observe.compare import compare_reports
 from concertmaster.observe.report import build_report
-from concertmaster.policies.catalog import policy as policy_named
-from concertmaster.predictors.recent import RecentLengths
 from concertmaster.workload.load import load_workloads
 from concertmaster.workload.records import RunRecords
 
@@ -37,9 +24,6 @@ POLICIES = ("round-robin", "least-tokens+las")
 """What people run today, and what this does without any forecast of the workflow."""
 
 SEED = 0
-START_TIMEOUT_S = 60.0
-
-Urls = dict[ReplicaId, str]
 
 
 def run(
@@ -51,7 +35,7 @@ def run(
         InputError: A child could not start.
     """
     out = show.console()
-    file = _fleet_file()
+    file = fleet_file()
     fleet = compose.build_fleet(file, name="local")
     workload = load_workloads(["sample"], seed=SEED, limit=workflows)
     out.print(
@@ -61,11 +45,11 @@ def run(
     )
     reports = {}
     with ExitStack() as stack:
-        urls = stack.enter_context(_child(_run_engines, file))
+        urls = stack.enter_context(local.engines(file))
         bar = stack.enter_context(show.progress_bar(len(workload)))
         for name in policies:
             bar.begin(f"live, {name}")
-            with _child(_run_gateway, file, urls, name, 0) as url:
+            with local.gateway(file, urls, name) as url:
                 player = Replay(
                     url=url, workload=workload, speedup=file.emulator.speedup, progress=bar.update
                 )
@@ -87,7 +71,7 @@ def _live(player: Replay, policy: str) -> list[dict[str, Any]]:
 
 
 def _keep_up(file: FleetFile, policy: str, port: int) -> None:
-    with _child(_run_engines, file) as urls, _child(_run_gateway, file, urls, policy, port) as url:
+    with local.engines(file) as urls, local.gateway(file, urls, policy, port=port) as url:
         show.console().print(
             f"\nthe gateway stays up at {url}/v1 (page {url}/); try\n"
             f"  curl {url}/v1/chat/completions -H 'content-type: application/json' "
@@ -98,86 +82,7 @@ def _keep_up(file: FleetFile, policy: str, port: int) -> None:
         signal.pause()
 
 
-def _fleet_file() -> FleetFile:
+def fleet_file() -> FleetFile:
+    """Read the demo's fleet, which ships in the package."""
     with as_file(files("concertmaster").joinpath("demo.toml")) as path:
         return load_fleet(path)
-
-
-# Children
-
-
-@contextmanager
-def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what it says is its own
-    """Run a function in a process; yields what it says once it is up."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *facts), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(START_TIMEOUT_S):
-            raise InputError("demo", "", f"a child was not up within {START_TIMEOUT_S:.0f} s")
-        try:
-            said = ours.recv()
-        except EOFError:
-            raise InputError("demo", "", "a child ended before it was up") from None
-        if isinstance(said, InputError):
-            raise said
-        yield said
-    finally:
-        ours.close()
-        process.join(START_TIMEOUT_S)
-
-
-def _run_engines(pipe: Connection, file: FleetFile) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    fleet = compose.build_fleet(file, name="local")
-    compose.run_loop(_serve_engines(pipe, fleet, file.emulator.speedup))
-
-
-async def _serve_engines(pipe: Connection, fleet: Fleet, speedup: float) -> None:
-    servers, urls = [], {}
-    for replica_id, (pool, _, _) in fleet.replicas.items():
-        emulator = compose.emulator_of(pool, speedup=speedup)
-        server = await serve_emulator(emulator, "127.0.0.1", 0)
-        servers.append(server)
-        urls[replica_id] = f"http://127.0.0.1:{server.port}"
-    pipe.send(urls)
-    await _parent_gone(pipe)
-    for server in servers:
-        server.close()
-
-
-def _run_gateway(pipe: Connection, file: FleetFile, urls: Urls, policy: str, port: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    compose.run_loop(_serve_gateway(pipe, file, urls, policy, port))
-
-
-async def _serve_gateway(
-    pipe: Connection, file: FleetFile, urls: Urls, policy: str, port: int
-) -> None:
-    fleet = compose.build_fleet(file, name="local")
-    scheduler = Scheduler(fleet, policy_named(policy), random.Random(SEED))
-    settings = replace(file.gateway, port=port)
-    gateway = running_gateway(
-        scheduler, RecentLengths(), urls, settings, speedup=file.emulator.speedup, drain_s=1.0
-    )
-    try:
-        _, bound = await compose.listening(gateway.__aenter__(), f"127.0.0.1:{port}", port)
-    except InputError as error:
-        pipe.send(error)
-        return
-    try:
-        pipe.send(f"http://127.0.0.1:{bound}")
-        await _parent_gone(pipe)
-    finally:
-        await gateway.__aexit__(None, None, None)
-
-
-async def _parent_gone(pipe: Connection) -> None:
-    """Wait until the other end of the pipe closes."""
-    gone = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(pipe.fileno(), gone.set)
-    await gone.wait()
-    loop.remove_reader(pipe.fileno())

@@ -36,8 +36,8 @@ class InputError(ConcertmasterError):
 
     def __str__(self) -> str:
         """One line: find it, mend it."""
-        place = ": ".join(part for part in (self.file, self.where) if part)
-        return f"{place}: {self.problem}" + (f" ({self.hint})" if self.hint else "")
+        line = ": ".join(part for part in (self.file, self.where, self.problem) if part)
+        return line + (f" ({self.hint})" if self.hint else "")
 
 
 def unknown_name(file: str, where: str, kind: str, name: str, known: Collection[str]) -> InputError:
@@ -48,9 +48,8 @@ def unknown_name(file: str, where: str, kind: str, name: str, known: Collection[
     """
     close = difflib.get_close_matches(name, known, n=1)
     guess = f'did you mean "{close[0]}"? ' if close else ""
-    return InputError(
-        file, where, f'unknown {kind} "{name}"', f"{guess}known: {', '.join(sorted(known))}"
-    )
+    hint = f"{guess}known: {', '.join(sorted(known)) or 'none'}"
+    return InputError(file, where, f'unknown {kind} "{name}"', hint)
 
 
 class CallerError(ConcertmasterError):

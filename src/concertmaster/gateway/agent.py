@@ -14,6 +14,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_PIPELINED = 16
 _MAX_HEADER_BYTES = 65_536
+_OFFER_HEADERS = frozenset({b"connection", b"http2-settings", b"upgrade"})
 _LINGER_S = 1.0
 """How long a refused sender is read and ignored, so that it gets to see why."""
 
@@ -52,7 +53,7 @@ class AgentConnection(asyncio.Protocol):
         self._ready: deque[Message] = deque()
         self._transport: asyncio.Transport | None = None
         self._keep_alive = True
-        self._closing = False
+        self._closing = self._paused = False
         self._refusal: bytes | None = None
         self.busy = False
         self.exchange: Exchange | None = None
@@ -111,12 +112,13 @@ class AgentConnection(asyncio.Protocol):
             return
         parser = self._parser
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        keep_alive = parser.should_keep_alive() and not parser.should_upgrade()
+        keep_alive = parser.should_keep_alive()
         self._ready.append(
             Message(parser.get_method(), self._target, self._headers, body, keep_alive)
         )
         transport = self._transport
-        if len(self._ready) == _MAX_PIPELINED and transport and not transport.is_closing():
+        if len(self._ready) >= _MAX_PIPELINED and transport and not transport.is_closing():
+            self._paused = True
             transport.pause_reading()
 
     # asyncio callbacks
@@ -127,9 +129,7 @@ class AgentConnection(asyncio.Protocol):
             return
         self._begun = False
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # no other protocol is spoken here: the message is answered as it stands
+            self._feed(data)
         except httptools.HttpParserError as error:
             self._refuse(400, f"request: expected HTTP/1.1, found {error}")
         if self._in_head and not self._begun:
@@ -137,6 +137,20 @@ class AgentConnection(asyncio.Protocol):
             if self._unended_bytes > _MAX_HEADER_BYTES:
                 self._refuse_head()
         self._go_on()
+
+    def _feed(self, data: bytes) -> None:
+        """Parse; an offer of another protocol is taken out, as the parser would stop there."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            message = self._ready.pop()
+            if b"upgrade" not in message.headers:
+                raise httptools.HttpParserError("a request to connect elsewhere") from None
+            kept = {k: v for k, v in message.headers.items() if k not in _OFFER_HEADERS}
+            lines = b"".join(b"%b: %b\r\n" % header for header in kept.items())
+            head = b"%b %b HTTP/1.1\r\n%b\r\n" % (message.method, message.target, lines)
+            self._parser = httptools.HttpRequestParser(self)
+            self._feed(head + data[offer.args[0] :])
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the desk, which cancels what is under way."""
@@ -173,8 +187,10 @@ class AgentConnection(asyncio.Protocol):
 
     def _next(self, message: Message) -> None:
         transport = self._transport
-        if len(self._ready) == _MAX_PIPELINED - 1 and transport and not transport.is_closing():
-            transport.resume_reading()
+        if self._paused and len(self._ready) < _MAX_PIPELINED:
+            self._paused = False
+            if transport and not transport.is_closing():
+                transport.resume_reading()
         self.busy = True
         self._keep_alive = message.keep_alive
         try:

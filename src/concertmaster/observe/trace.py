@@ -15,7 +15,7 @@ import msgspec
 from concertmaster.core import actions as core_actions
 from concertmaster.core import events as core_events
 from concertmaster.core.actions import Action
-from concertmaster.core.errors import InputError
+from concertmaster.core.errors import CallerError, InputError
 from concertmaster.core.events import Event
 
 VERSION = 1
@@ -40,6 +40,12 @@ class Entry:
     now_s: float
     event: Event
     actions: tuple[Action, ...]
+
+
+class _Line(msgspec.Struct, frozen=True):
+    now_s: float
+    event: dict[str, Any]
+    actions: list[dict[str, Any]]
 
 
 class TraceWriter:
@@ -116,17 +122,17 @@ class TraceReader:
             file.readline()
             for number, line in enumerate(file, start=2):
                 try:
-                    yield _entry(msgspec.json.decode(line))
-                except (msgspec.MsgspecError, KeyError, ValueError, TypeError):
+                    yield _entry(msgspec.json.decode(line, type=_Line))
+                except (msgspec.MsgspecError, CallerError, KeyError, ValueError):
                     self.broken_at = number
                     return
 
 
-def _entry(raw: dict[str, Any]) -> Entry:
+def _entry(line: _Line) -> Entry:
     return Entry(
-        raw["now_s"],
-        _untag(raw["event"], _EVENTS),
-        tuple(_untag(action, _ACTIONS) for action in raw["actions"]),
+        line.now_s,
+        _untag(line.event, _EVENTS),
+        tuple(_untag(action, _ACTIONS) for action in line.actions),
     )
 
 

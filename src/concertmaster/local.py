@@ -1,0 +1,155 @@
+"""A fleet on this machine: emulated engines and a gateway, in processes of their own.
+
+Children end when their pipe to the parent closes, however the parent ends.
+"""
+
+import asyncio
+import multiprocessing
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+from concertmaster import compose
+from concertmaster.config import FleetFile
+from concertmaster.core.errors import InputError
+from concertmaster.core.fleet import Fleet, ReplicaId
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.engines.emulator_api import serve as serve_emulator
+from concertmaster.gateway.server import running_gateway
+from concertmaster.observe.trace import Header, TraceWriter
+from concertmaster.policies.catalog import policy as policy_named
+from concertmaster.predictors.recent import RecentLengths
+
+START_TIMEOUT_S = 60.0
+DRAIN_S = 1.0
+
+Urls = dict[ReplicaId, str]
+
+
+def engines(file: FleetFile) -> AbstractContextManager[Urls]:
+    """Run an emulated engine for every replica; yields their addresses."""
+    return _child(_run_engines, file)
+
+
+def gateway(
+    file: FleetFile,
+    urls: Urls,
+    policy: str,
+    *,
+    port: int = 0,
+    seed: int = 0,
+    trace: Path | None = None,
+) -> AbstractContextManager[str]:
+    """Run a gateway in front of engines; yields its address.
+
+    Args:
+        file: The fleet.
+        urls: Addresses of its replicas.
+        policy: Name in the catalog.
+        port: 0 takes a free one.
+        seed: Fixes all randomness.
+        trace: Where to write every event and decision.
+    """
+    return _child(_run_gateway, _Job(file, urls, policy, port, seed, trace))
+
+
+class _Job(NamedTuple):
+    file: FleetFile
+    urls: Urls
+    policy: str
+    port: int
+    seed: int
+    trace: Path | None
+
+
+@contextmanager
+def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what it says is its own
+    """Run a function in a process; yields what it says once it is up."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *facts), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(START_TIMEOUT_S):
+            raise InputError(
+                "local fleet", "", f"a child was not up within {START_TIMEOUT_S:.0f} s"
+            )
+        try:
+            said = ours.recv()
+        except EOFError:
+            raise InputError("local fleet", "", "a child ended before it was up") from None
+        if isinstance(said, InputError):
+            raise said
+        yield said
+    finally:
+        ours.close()
+        process.join(START_TIMEOUT_S)
+
+
+def _run_engines(pipe: Connection, file: FleetFile) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fleet = compose.build_fleet(file, name="local")
+    compose.run_loop(_serve_engines(pipe, fleet, file.emulator.speedup))
+
+
+async def _serve_engines(pipe: Connection, fleet: Fleet, speedup: float) -> None:
+    servers, urls = [], {}
+    for replica_id, (pool, _, _) in fleet.replicas.items():
+        emulator = compose.emulator_of(pool, speedup=speedup)
+        server = await serve_emulator(emulator, "127.0.0.1", 0)
+        servers.append(server)
+        urls[replica_id] = f"http://127.0.0.1:{server.port}"
+    pipe.send(urls)
+    await _parent_gone(pipe)
+    for server in servers:
+        server.close()
+
+
+def _run_gateway(pipe: Connection, job: _Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    compose.run_loop(_serve_gateway(pipe, job))
+
+
+async def _serve_gateway(pipe: Connection, job: _Job) -> None:
+    file, port = job.file, job.port
+    fleet = compose.build_fleet(file, name="local")
+    with ExitStack() as stack:
+        observe = None
+        if job.trace is not None:
+            header = Header(trace=1, fleet=fleet.name, policy=job.policy, seed=job.seed)
+            observe = stack.enter_context(TraceWriter(job.trace, header))
+        serving = running_gateway(
+            Scheduler(fleet, policy_named(job.policy), random.Random(job.seed)),
+            RecentLengths(),
+            job.urls,
+            replace(file.gateway, port=port),
+            speedup=file.emulator.speedup,
+            observe=observe,
+            drain_s=DRAIN_S,
+        )
+        try:
+            _, bound = await compose.listening(serving.__aenter__(), f"127.0.0.1:{port}", port)
+        except InputError as error:
+            pipe.send(error)
+            return
+        try:
+            pipe.send(f"http://127.0.0.1:{bound}")
+            await _parent_gone(pipe)
+        finally:
+            await serving.__aexit__(None, None, None)
+
+
+async def _parent_gone(pipe: Connection) -> None:
+    """Wait until the other end of the pipe closes."""
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(pipe.fileno(), gone.set)
+    await gone.wait()
+    loop.remove_reader(pipe.fileno())

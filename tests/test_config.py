@@ -1,0 +1,337 @@
+"""Fleet and engine files: what is wrong is said in one line, with its place and a remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from concertmaster.compose import build_fleet, endpoints
+from concertmaster.config import EngineFile, FleetFile, load_engine, load_fleet
+from concertmaster.core.errors import InputError
+from concertmaster.core.fleet import Fleet, Readiness, ReplicaId
+from concertmaster.physics.hardware import gpu, ready_s
+from concertmaster.physics.models import model_card
+
+POOL = """
+[[pools]]
+name = "a"
+model = "llama-3.1-8b-instruct"
+gpu = "a100-80g"
+"""
+POOL_KEYS = (
+    "block_tokens, cluster, endpoints, gpu, kv_blocks, max_batch_tokens, max_sequences, "
+    "memory_ratio, model, name, prefix_caching, replicas, scheduling, state, tensor_parallel"
+)
+CLUSTER_KEYS = "known: name, network_ms"
+FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools"
+COUNT_HINT = "leave replicas out to count endpoints"
+GATEWAY_KEYS = (
+    "connect_timeout_s, health_interval_s, host, max_body_mb, policy, port, seed, window_s"
+)
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "fleets").glob("*.toml"))
+
+
+def loaded(folder: Path, text: str) -> FleetFile:
+    path = folder / "fleet.toml"
+    path.write_text(text)
+    return load_fleet(path)
+
+
+def built(folder: Path, text: str) -> Fleet:
+    return build_fleet(loaded(folder, text), name="fleet")
+
+
+def refusal(folder: Path, text: str) -> str:
+    """The message for a fleet file, without the folder."""
+    with pytest.raises(InputError) as refused:
+        built(folder, text)
+    return str(refused.value).replace(f"{folder}/", "")
+
+
+# What is right.
+
+
+def test_the_least_fleet_file_is_one_pool(tmp_path: Path) -> None:
+    fleet = built(tmp_path, POOL)
+
+    (pool,) = fleet.pools
+    assert list(fleet.replicas) == ["a-0"]
+    assert (fleet.name, fleet.gpus) == ("fleet", 1)
+    assert (pool.model.name, pool.gpu, pool.tensor_parallel) == (
+        *("llama-3.1-8b-instruct", "a100-80g"),
+        1,
+    )
+    assert pool.model.context_tokens == model_card("llama-3.1-8b-instruct").context_tokens
+    assert 100_000 < pool.kv_tokens < 600_000
+    assert pool.curve.step_s(1, 1000) > 0
+
+
+def test_every_key_of_a_fleet_file_reaches_its_place(tmp_path: Path) -> None:
+    text = """
+        name = "mine"
+        [[clusters]]
+        name = "east"
+        [[clusters]]
+        name = "west"
+        network_ms = 40
+        [[nodes]]
+        name = "n1"
+        gpu = "h100"
+        gpus = 8
+        cluster = "west"
+        [[pools]]
+        name = "a"
+        model = "llama-3-70b-instruct"
+        gpu = "h100"
+        replicas = 2
+        tensor_parallel = 4
+        cluster = "west"
+        state = "sleeping"
+        kv_blocks = 1000
+        block_tokens = 32
+        max_batch_tokens = 4096
+        max_sequences = 64
+        scheduling = "priority"
+        prefix_caching = false
+    """
+
+    fleet = built(tmp_path, text)
+
+    (pool,) = fleet.pools
+    assert fleet.name == "mine"
+    assert (pool.kv_blocks, pool.block_tokens, pool.kv_tokens) == (1000, 32, 32_000)
+    assert (pool.max_batch_tokens, pool.max_sequences) == (4096, 64)
+    assert (pool.priority_scheduling, pool.prefix_caching) == (True, False)
+    for _, node, state in fleet.replicas.values():
+        assert (node.node_id, node.cluster.network_s, state) == ("n1", 0.04, Readiness.SLEEPING)
+
+
+def test_endpoints_count_replicas_and_keep_their_order(tmp_path: Path) -> None:
+    file = loaded(tmp_path, POOL + 'endpoints = ["http://x:1", "http://y:2/"]')
+
+    assert endpoints(file) == {ReplicaId("a-0"): "http://x:1", ReplicaId("a-1"): "http://y:2/"}
+    assert list(build_fleet(file, name="f").replicas) == ["a-0", "a-1"]
+
+
+def test_replicas_fill_nodes_in_order_and_those_that_sleep_take_no_gpu(tmp_path: Path) -> None:
+    nodes = "".join(
+        f'[[nodes]]\nname = "n{i}"\ngpu = "a100-80g"\ngpus = {gpus}\n'
+        for i, gpus in ((1, 2), (2, 4))
+    )
+    asleep = POOL.replace('"a"', '"z"') + 'state = "disk"\nreplicas = 3\n'
+
+    fleet = built(tmp_path, POOL + "replicas = 3\ntensor_parallel = 2\n" + asleep + nodes)
+
+    placed = {replica: str(node.node_id) for replica, (_, node, _) in fleet.replicas.items()}
+    assert placed == {
+        "a-0": "n1",
+        "a-1": "n2",
+        "a-2": "n2",
+        "z-0": "n1",
+        "z-1": "n1",
+        "z-2": "n1",
+    }
+
+
+def test_weights_split_over_gpus_are_ready_sooner(tmp_path: Path) -> None:
+    card, hardware = model_card("llama-3.1-8b-instruct"), gpu("a100-80g")
+
+    (pool,) = built(tmp_path, POOL + "tensor_parallel = 4").pools
+
+    assert pool.ready_s[Readiness.RUNNING] == 0.0
+    assert pool.ready_s[Readiness.DISK] == ready_s("disk", card.weights_bytes / 4, hardware)
+    ranked = [pool.ready_s[state] for state in Readiness]
+    assert ranked == sorted(ranked)
+
+
+def test_an_engine_file_names_a_model_and_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "engine.toml"
+    path.write_text('model = "llama-3.1-8b-instruct"\ngpu = "h100"\n[faults]\nerror_ratio = 0.5\n')
+
+    engine = load_engine(path)
+
+    assert isinstance(engine, EngineFile)
+    assert (engine.model, engine.gpu, engine.port) == ("llama-3.1-8b-instruct", "h100", 8100)
+    assert engine.faults.error_ratio == 0.5
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_fleet_can_be_built(path: Path) -> None:
+    assert build_fleet(load_fleet(path), name=path.stem).replicas
+
+
+# What is wrong.
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "replcas = 2",
+            f'pools[0]: unknown key "replcas" (did you mean "replicas"? known: {POOL_KEYS})',
+        ),
+        ("zzz = 2", f'pools[0]: unknown key "zzz" (known: {POOL_KEYS})'),
+        (
+            "[gateway]\nprot = 1",
+            f'gateway: unknown key "prot" (did you mean "port"? known: {GATEWAY_KEYS})',
+        ),
+        (
+            "[emulator]\nspeed = 2",
+            'emulator: unknown key "speed" (did you mean "speedup"? known: speedup)',
+        ),
+        (
+            '[[nodes]]\nname = "n"\ngpu = "h100"\ngpu_count = 2',
+            'nodes[0]: unknown key "gpu_count" (known: cluster, gpu, gpus, name)',
+        ),
+        (
+            '[[clusters]]\nname = "c"\nnetwork = 2',
+            f'clusters[0]: unknown key "network" (did you mean "network_ms"? {CLUSTER_KEYS})',
+        ),
+        ("replicas = 0", "pools[0].replicas: expected >= 1, found 0"),
+        ('replicas = "4"', "pools[0].replicas: expected `int | null`, got `str` (found '4')"),
+        ("replicas = true", "pools[0].replicas: expected `int | null`, got `bool` (found True)"),
+        ("replicas = 2.5", "pools[0].replicas: expected `int | null`, got `float` (found 2.5)"),
+        ("tensor_parallel = 0", "pools[0].tensor_parallel: expected a number above 0, found 0"),
+        ("block_tokens = 0", "pools[0].block_tokens: expected a number above 0, found 0"),
+        ("max_sequences = -1", "pools[0].max_sequences: expected a number above 0, found -1"),
+        ("max_batch_tokens = 0", "pools[0].max_batch_tokens: expected a number above 0, found 0"),
+        ("memory_ratio = 1.5", "pools[0].memory_ratio: expected 0 to 1, found 1.5"),
+        ("memory_ratio = 0", "pools[0].memory_ratio: expected 0 to 1, found 0.0"),
+        (
+            'endpoints = "http://x:1"',
+            "pools[0].endpoints: expected `array`, got `str` (found 'http://x:1')",
+        ),
+        (
+            'endpoints = ["http://x:1", "https://x:1"]',
+            "pools[0].endpoints[1]: expected http://HOST:PORT, found 'https://x:1'",
+        ),
+        (
+            'endpoints = ["http://x:1/v1"]',
+            "pools[0].endpoints[0]: expected http://HOST:PORT, found 'http://x:1/v1'",
+        ),
+        (
+            'endpoints = ["http://x:1"]\nreplicas = 2',
+            f"pools[0].endpoints: expected one endpoint a replica (2), found 1 ({COUNT_HINT})",
+        ),
+        ("[gateway]\nport = '8'", "gateway.port: expected `int`, got `str` (found '8')"),
+        (
+            'cluster = "west"\n[[clusters]]\nname = "wets"',
+            'pools: unknown cluster "west" (did you mean "wets"? known: wets)',
+        ),
+        ('cluster = "west"', 'pools: unknown cluster "west" (known: none)'),
+        (
+            '[[nodes]]\nname = "n"\ngpu = "h100"\ngpus = 1\ncluster = "x"',
+            'nodes: unknown cluster "x" (known: none)',
+        ),
+        (POOL, 'pools: the name "a" is used twice'),
+        (
+            '[[clusters]]\nname = "c"\n[[clusters]]\nname = "c"',
+            'clusters: the name "c" is used twice',
+        ),
+    ],
+)
+def test_a_wrong_line_in_a_pool_is_named(tmp_path: Path, line: str, message: str) -> None:
+    assert refusal(tmp_path, POOL + line) == f"fleet.toml: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pools = []", "pools: expected at least one pool, found none"),
+        ("", 'missing key "pools"'),
+        ("pools = 3", "pools: expected `array`, got `int` (found 3)"),
+        ('[[pools]]\nname = "a"', 'pools[0]: missing key "model"'),
+        (
+            "nam = 'x'\n" + POOL,
+            f'unknown key "nam" (did you mean "name"? {FILE_KEYS})',
+        ),
+        ("a = = 3", "not a TOML file: Invalid value (at line 1, column 5)"),
+    ],
+)
+def test_a_file_that_is_no_fleet_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(tmp_path, text) == f"fleet.toml: {message}"
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_bytes(b"\xff\xfe")
+
+    with pytest.raises(InputError, match=r"fleet\.toml: not a TOML file: 'utf-8' codec"):
+        load_fleet(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    messages = []
+    for path in (tmp_path / "no.toml", tmp_path):
+        with pytest.raises(InputError) as refused:
+            load_fleet(path)
+        messages.append(str(refused.value))
+
+    assert messages == [
+        f"{tmp_path}/no.toml: no such file (see examples/fleets/)",
+        f"{tmp_path}: expected a TOML file, found a folder",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("llama-3.1-8b-instruct", "lama-3.1-8b-instruct", 'unknown model "lama-3.1-8b-instruct"'),
+        ("a100-80g", "a100-8g", 'unknown gpu "a100-8g"'),
+    ],
+)
+def test_a_model_or_gpu_that_is_not_known_is_refused_with_the_nearest(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert f'{message} (did you mean "{old}"? known: ' in refusal(tmp_path, POOL.replace(old, new))
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_is_missing(tmp_path: Path) -> None:
+    assert refusal(tmp_path, POOL.replace("3.1-8b", "3.1-70b")).endswith(
+        "tensor_parallel: llama-3.1-70b-instruct on 1 x a100-80g needs 134.4 GiB on each GPU for "
+        "weights and activations, 72.0 GiB are available "
+        "(raise tensor_parallel or choose a larger GPU)"
+    )
+
+
+def test_more_replicas_than_nodes_can_hold_are_refused(tmp_path: Path) -> None:
+    node = '[[nodes]]\nname = "n"\ngpu = "a100-80g"\ngpus = 5\n'
+
+    assert refusal(tmp_path, POOL + "replicas = 3\ntensor_parallel = 2\n" + node) == (
+        "fleet: pools.a: no node has 2 free a100-80g for replica 2 "
+        "(add a [[nodes]] entry or fewer replicas)"
+    )
+
+
+def test_a_node_with_other_gpus_does_not_help(tmp_path: Path) -> None:
+    node = '[[nodes]]\nname = "n"\ngpu = "h100"\ngpus = 8\n'
+
+    assert refusal(tmp_path, POOL + node) == (
+        "fleet: pools.a: no node has 1 free a100-80g for replica 0 "
+        "(add a [[nodes]] entry or fewer replicas)"
+    )
+
+
+def test_a_pool_without_endpoints_cannot_be_served_from(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        endpoints(loaded(tmp_path, POOL))
+
+    assert str(refused.value) == (
+        'fleet: pools[0].endpoints: pool "a" has no endpoints to serve from '
+        '(add endpoints = ["http://HOST:PORT", ...])'
+    )
+
+
+def test_an_engine_file_is_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "engine.toml"
+    messages = []
+    for line in ("speedup = 0", "sped = 1", "[faults]\nstall = 1"):
+        path.write_text(f'model = "llama-3.1-8b-instruct"\ngpu = "h100"\n{line}\n')
+        with pytest.raises(InputError) as refused:
+            load_engine(path)
+        messages.append(str(refused.value).replace(f"{tmp_path}/", "").partition("? known")[0])
+
+    assert messages == [
+        "engine.toml: speedup: expected a number above 0, found 0.0",
+        'engine.toml: unknown key "sped" (did you mean "speedup"',
+        'engine.toml: faults: unknown key "stall" (did you mean "stall_s"',
+    ]
