@@ -11,7 +11,9 @@ import math
 import random
 import resource
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -56,6 +58,7 @@ def one_hour(trace: Path) -> None:
     if not trace.exists():
         print(f"{trace} is not there: the real trace is left out")
         return
+    program = Path(sys.executable).parent / "concertmaster"
     command = [str(program), "simulate", "-f", str(ONE_MODEL), "-w", spec, "-p", POLICY]
     begun_s = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)  # noqa: S603
@@ -244,7 +247,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("hour", "loops", "growth", "reference"))
     options = parser.parse_args()
     trace = options.data / "requests.parquet"
-    parts = {
+    parts: dict[str, Callable[[], None]] = {
         "hour": lambda: one_hour(trace),
         "loops": event_loops,
         "growth": growth,

@@ -6,7 +6,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from builders import a_fleet, a_pool
 from concertmaster import __version__
-from concertmaster.core.events import ReplicaDied
 from concertmaster.gateway import app
 from gateway_rig import (
     CHAT,
@@ -53,8 +52,9 @@ def test_a_gateway_with_engines_is_live_and_ready(path: str) -> None:
 @pytest.mark.parametrize("path", ["/readyz", "/health/ready", "/readiness"])
 def test_a_gateway_without_a_live_engine_is_live_but_not_ready(path: str) -> None:
     async def main() -> None:
-        async with over_upstreams() as (rig, _):
-            rig.gateway.feed(ReplicaDied(rig.replica().replica_id))
+        async with over_upstreams(health_interval_s=0.02) as (rig, upstream):
+            upstream.healthy = False
+            await until(lambda: not rig.replica().alive)
             reply = await rig.ask("GET", path)
             assert reply.status == 503
             assert reply.error == {

@@ -1,5 +1,6 @@
 """The core, one behaviour a test: arrival, waiting, room, death, sleep, refusal, cancellation."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,7 @@ from concertmaster.core.events import (
 from concertmaster.core.fleet import Fleet, PoolId, Readiness, ReplicaId
 from concertmaster.core.queue import longest_overtaking_s
 from concertmaster.core.request import ModelName, RequestId, WorkflowId
+from concertmaster.core.scheduler import Scheduler
 from concertmaster.policies.admission import BoundedLine
 
 P0, P1 = ReplicaId("p-0"), ReplicaId("p-1")
@@ -87,6 +89,25 @@ def test_a_dispatch_records_what_every_open_replica_would_have_cost() -> None:
         "network": 0.0,
     }
     assert costs_s["q-0"]["prefill"] == pytest.approx(0.0398)
+    assert action.candidates == 2
+    assert action.cost_s == pytest.approx(sum(costs_s["p-0"].values()))
+
+
+def test_a_dispatch_without_a_record_tells_the_chosen_cost_only() -> None:
+    scheduler = Scheduler(a_fleet(replicas=2), a_policy(), random.Random(1))
+
+    (action,) = scheduler.handle(0.0, RequestArrived(a_request()))
+
+    assert isinstance(action, Dispatch)
+    assert (action.candidates, action.costs_s) == (2, {})
+    assert action.cost_s is not None
+
+
+def test_a_dispatch_without_a_choice_has_no_cost() -> None:
+    (action,) = CheckedScheduler().arrive("a")
+
+    assert isinstance(action, Dispatch)
+    assert (action.candidates, action.cost_s) == (1, None)
 
 
 def test_engines_that_take_a_priority_get_the_key_in_milliseconds() -> None:
@@ -109,6 +130,14 @@ def test_a_call_that_fits_one_pool_only_goes_there() -> None:
     scheduler = CheckedScheduler(a_fleet(small, a_pool("large", slowness=9.0)))
 
     assert placements(scheduler.arrive("a", prompt_tokens=160)) == {"a": "large-0"}
+
+
+def test_a_call_goes_where_its_longest_answer_fits_if_there_is_such_a_pool() -> None:
+    pools = a_pool("small", kv_blocks=100), a_pool("large", slowness=9.0)
+    scheduler = CheckedScheduler(a_fleet(*pools))
+
+    assert placements(scheduler.arrive("a", max_output_tokens=1500)) == {"a": "small-0"}
+    assert placements(scheduler.arrive("b", max_output_tokens=1501)) == {"b": "large-0"}
 
 
 # Late binding.

@@ -375,5 +375,5 @@ def test_any_history_keeps_every_promise(policy: str) -> None:
 
     DriverOfPolicy.policy = policy
     run_state_machine_as_test(
-        DriverOfPolicy, settings=settings(max_examples=25, stateful_step_count=60)
+        DriverOfPolicy, settings=settings(max_examples=40, stateful_step_count=60)
     )

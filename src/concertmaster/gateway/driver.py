@@ -187,7 +187,7 @@ class Gateway:
         identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
         identity = with_hints(headers, call, identity)
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if not request_id or request_id in self._exchanges:
+        while not request_id or request_id in self._exchanges:
             request_id = f"cm-{next(self._numbers)}"
         models = call.models()
         request = Request(
@@ -271,6 +271,8 @@ class Gateway:
             exchange.response_headers += _decision_headers(
                 self.scheduler.policy.name, model, action
             )
+        if exchange.engine is not None:
+            exchange.engine.cancel()  # the attempt before is on a replica that is gone
         exchange.attempt, exchange.replica_id = action.attempt, action.replica_id
         exchange.tokens = exchange.told_tokens = 0
         body = exchange.body

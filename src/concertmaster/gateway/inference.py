@@ -56,12 +56,12 @@ class WorkflowInference:
         known = self._longest(ends[:-1])
         fresh = messages[known:][-_LATEST:]
         ids = _TOOL_CALL_ID.findall(b"".join(map(bytes, fresh)))
-        place: _Place | None
+        asked = self._by_tool_call(ids)
         if known:
-            place, confidence = self._extend(ends[known - 1]), EXTENDS
+            place, confidence = self._extend(ends[known - 1], asked), EXTENDS
+        elif asked is not None:
+            place, confidence = asked, ANSWERS_TOOL
         else:
-            place, confidence = self._by_tool_call(ids), ANSWERS_TOOL
-        if place is None:
             place, confidence = self._fresh(), NEW
         self._remember(ends[-1], place)
         self.note_tool_calls(ids, place.workflow_id, place.stage)
@@ -96,11 +96,16 @@ class WorkflowInference:
                 return count
         return 0
 
-    def _extend(self, end: int) -> _Place:
-        """Go on with the prompt that ended here; of twins, the one not gone on with yet."""
+    def _extend(self, end: int, asked: _Place | None) -> _Place:
+        """Go on with the prompt that ended here; of twins, with the one whose tools answer.
+
+        Where no tool call tells them apart, it is the one that has waited longest.
+        """
         twins = self._ends[end]
         self._ends.move_to_end(end)
-        place = twins.pop(0) if len(twins) > 1 else twins[0]
+        ours = asked.workflow_id if asked else None
+        chosen = next((i for i, twin in enumerate(twins) if twin.workflow_id == ours), 0)
+        place = twins.pop(chosen) if len(twins) > 1 else twins[chosen]
         return _Place(place.workflow_id, place.stage + 1)
 
     def _remember(self, end: int, place: _Place) -> None:

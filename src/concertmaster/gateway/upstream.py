@@ -37,6 +37,7 @@ class EngineConnection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._transport: asyncio.Transport | None = None
         self._reused = False
+        self._paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
@@ -132,6 +133,7 @@ class EngineConnection(asyncio.Protocol):
         if tokens is None:
             tokens = max(1, exchange.tokens - 2) if exchange.streams else 1
         if keep_alive:
+            self.resume()
             self._link.give_back(self)
         else:
             self._close()
@@ -183,11 +185,13 @@ class EngineConnection(asyncio.Protocol):
     def pause(self) -> None:
         """Stop reading: the caller is slow."""
         if self._transport is not None and self.is_open:
+            self._paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
-        if self._transport is not None and self.is_open:
+        if self._paused and self._transport is not None and self.is_open:
+            self._paused = False
             self._transport.resume_reading()
 
     def _close(self) -> None:

@@ -255,7 +255,7 @@ def _law(law: Quantiles | None) -> str:
 
 def _show_action(out: Console, now_s: float, action: object) -> None:
     match action:
-        case Dispatch(_, replica_id, attempt, _, waited_s, costs_s):
+        case Dispatch(_, replica_id, attempt, _, waited_s, _, _, costs_s):
             out.print(
                 f"dispatched {now_s:,.3f} s to {replica_id}   waited {waited_s:.3f} s   "
                 f"attempt {attempt}\n"
