@@ -27,7 +27,7 @@ CHUNK_BYTES = PREFIX_CHUNK_TOKENS * BYTES_PER_TOKEN
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
 )
@@ -117,7 +117,7 @@ MALFORMED = "body: expected a JSON object, found "
         (b"", MALFORMED + "Input data was truncated", None),
         (b'{"model":', MALFORMED + "Input data was truncated", None),
         (b"hello", MALFORMED + "JSON is malformed: invalid character (byte 0)", None),
-        (b'{"a":1} b', MALFORMED + "JSON is malformed: trailing characters (byte 8)", None),
+        (b'{"a":1} b', MALFORMED + "JSON is malformed: trailing characters (byte 9)", None),
         (b'{"x":NaN}', MALFORMED + "JSON is malformed: invalid character (byte 5)", None),
         (b'{"model":"\xff"}', "body: expected a JSON object in UTF-8", None),
         (b'{"x":' + b"[" * 100_000, "body: expected JSON of less depth", None),

@@ -41,6 +41,7 @@ from concertmaster.workload.records import RunRecords
 
 FLEETS = Path("examples/fleets")
 BUILDS = 200_000
+RATE_RPS = 0.8
 
 
 def say(text: str) -> None:
@@ -99,7 +100,7 @@ def row(name: str, run: RunRecords) -> str:
 
 
 def time_types() -> None:
-    """0002: a comparison and an addition, in three types."""
+    """Time a comparison and an addition in three types."""
     for name, now, gap in (
         ("float seconds", 1234.5, 0.25),
         ("int nanoseconds", 1_234_500_000_000, 250_000_000),
@@ -112,7 +113,7 @@ def time_types() -> None:
 
 
 def forecast_laws() -> None:
-    """0003: sums of tails against the tail of the sum."""
+    """Compare the sum of tails with the tail of the sum."""
     levels = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
     law = Quantiles(levels, (20.0, 40.0, 90.0, 180.0, 400.0, 900.0, 1300.0, 2600.0))
     total = law
@@ -127,7 +128,7 @@ def forecast_laws() -> None:
 
 
 def trace_size() -> None:
-    """0005: what a trace costs."""
+    """Weigh a trace and time its writing."""
     workload = sample(2.0)
     fleet, of = a_fleet("three-sizes"), policy("least-tokens+las")
     bare_s = min(play(fleet, workload, of).wall_s for _ in range(3))
@@ -142,7 +143,7 @@ def trace_size() -> None:
 
 
 def denominators() -> None:
-    """0006: refusing work, counted both ways."""
+    """Count refused work both ways."""
     fleet, workload = a_fleet("contended"), sample(2.0)
     for most_s in (3600.0, 30.0, 10.0, 3.0):
         of = dataclasses.replace(policy("edf"), admission=BoundedLine(max_wait_s=most_s))
@@ -157,28 +158,34 @@ def denominators() -> None:
 
 
 def binding() -> None:
-    """0009: when a call is bound to a replica, and how room is counted."""
-    fleet, workload = a_fleet("contended"), sample(2.0)
+    """Bind calls late and early, and count room in two ways."""
     las = policy("least-tokens+las")
-    say(row("window of 0.25 s, KV blocks", play(fleet, workload, las)))
     early = dataclasses.replace(las, window_s=1e9, filters=())
-    say(row("bound on arrival", play(fleet, workload, early)))
-    for most in (4, 8, 16, 32):
-        small = [dataclasses.replace(pool, max_sequences=most) for pool in fleet.pools]
-        pools = {pool.pool_id: pool for pool in small}
-        counted = dataclasses.replace(
-            fleet,
-            pools=tuple(small),
-            replicas={
-                name: (pools[pool.pool_id], node, state)
-                for name, (pool, node, state) in fleet.replicas.items()
-            },
-        )
-        say(row(f"{most} calls a replica", play(counted, workload, early)))
+    for caching in (True, False):
+        say(f"  prefix caching {'on' if caching else 'off'}")
+        fleet = with_pools(a_fleet("contended"), prefix_caching=caching)
+        say(row("window of 0.25 s, KV blocks", play(fleet, sample(2.0), las)))
+        say(row("bound on arrival", play(fleet, sample(2.0), early)))
+        for most in (8, 16, 32):
+            counted = with_pools(fleet, max_sequences=most)
+            say(row(f"{most} calls a replica", play(counted, sample(2.0), early)))
+
+
+def with_pools(fleet: Fleet, **changes: object) -> Fleet:
+    """Change a setting of every pool."""
+    pools = {pool.pool_id: dataclasses.replace(pool, **changes) for pool in fleet.pools}  # type: ignore[arg-type]
+    return dataclasses.replace(
+        fleet,
+        pools=tuple(pools.values()),
+        replicas={
+            name: (pools[pool.pool_id], node, state)
+            for name, (pool, node, state) in fleet.replicas.items()
+        },
+    )
 
 
 def aging() -> None:
-    """0010: what aging costs and what it buys."""
+    """Try four agings."""
     fleet, workload = a_fleet("contended"), sample(2.0)
     las = policy("las")
     for one in (0.01, 0.1, 0.3, 1.0):
@@ -189,10 +196,10 @@ def aging() -> None:
 
 
 def facts() -> None:
-    """0011: building a fact of 13 fields."""
+    """Build facts of 13 fields."""
     names = [f"field_{i}" for i in range(13)]
     frozen = dataclasses.make_dataclass("Frozen", names, frozen=True, slots=True)
-    plain = fact(frozen=True, slots=True)(
+    plain: type = fact(frozen=True, slots=True)(
         type("Plain", (), {"__annotations__": dict.fromkeys(names, int)})
     )
     values = list(range(13))
@@ -214,7 +221,7 @@ class OpenDoor(Scheduler):
 
 
 def large_calls() -> None:
-    """0013: a large call among small ones, with and without holding room back for it."""
+    """Put a few large calls among small ones, with and without holding room back for them."""
     fleet = a_fleet("contended")
     for kind, name in ((Scheduler, "closes its pools"), (OpenDoor, "lets others pass")):
         run = play(fleet, small_and_large(), policy("fcfs"), kind=kind)
@@ -228,11 +235,11 @@ def large_calls() -> None:
 
 
 def small_and_large() -> Workload:
-    """Calls that keep two replicas at their KV limit, and now and then one that fills a replica."""
+    """Mix calls that keep two replicas at their KV limit with a few that fill one."""
     rng = random.Random(0)
     plans, now_s = [], 0.0
     for i in range(3000):
-        now_s += rng.expovariate(5.0)
+        now_s += rng.expovariate(RATE_RPS)
         large = i % 300 == 150
         call = Call(
             stage=0,

@@ -56,7 +56,7 @@ def demo(
     policy: Annotated[
         list[str] | None, typer.Option("-p", "--policy", help="Policies to compare.")
     ] = None,
-    workflows: Annotated[int, typer.Option(help="Workflows of the sample to play.")] = 120,
+    workflows: Annotated[int, typer.Option(help="Workflows of the sample to play.")] = 160,
     keep: Annotated[bool, typer.Option(help="Leave the gateway up until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(help="Port of the gateway; 0 takes a free one.")] = 0,
     json: Json = Path("runs/demo.json"),

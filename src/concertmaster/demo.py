@@ -23,7 +23,12 @@ from concertmaster.workload.records import RunRecords
 POLICIES = ("round-robin", "least-tokens+las")
 """What people run today, and what this does without any forecast of the workflow."""
 
+BOUND = "oracle-stjf"
+"""Knows every length beforehand: simulated only, to show how much there is to gain."""
+
 SEED = 0
+RATE_SCALE = 4.0
+"""The sample arrives four times as fast as recorded: enough that calls must wait."""
 
 
 def run(
@@ -37,7 +42,7 @@ def run(
     out = show.console()
     file = fleet_file()
     fleet = compose.build_fleet(file, name="local")
-    workload = load_workloads(["sample"], seed=SEED, limit=workflows)
+    workload = load_workloads(["sample"], seed=SEED, limit=workflows, rate_scale=RATE_SCALE)
     out.print(
         f"{len(workload)} agent workflows, {workload.requests:,} calls   "
         f"{len(fleet.replicas)} emulated engines, {len(fleet.pools)} models, "
@@ -56,6 +61,8 @@ def run(
                 reports[f"{name}, live"] = _live(player, name)
             simulated = compose.simulate(fleet, workload, name, seed=SEED)
             reports[f"{name}, simulated"] = [build_report(simulated)]
+    bound = compose.simulate(fleet, workload, BOUND, seed=SEED)
+    reports[f"{BOUND}, simulated"] = [build_report(bound)]
     comparison = compare_reports(reports)
     show.show_comparison(out, "sample workload", comparison, 1)
     if json is not None:

@@ -5,6 +5,7 @@ it waits for is answered. Every answer is streamed.
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from concertmaster.workload.records import CallRecord, Gauges, RunRecords
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0
+_ERROR_CODE = re.compile(r'"code":"(\w+)"')
 _MODEL_HEADER = b"\r\nx-concertmaster-model: "
 _REPLICA_HEADER = b"\r\nx-concertmaster-replica: "
 _WAIT_HEADER = b"\r\nx-concertmaster-queue-wait-ms: "
@@ -146,8 +148,7 @@ class Replay:
             refused: Literal["rejected", "failed"] = (
                 "rejected" if exchange.status in (400, 404, 429, 503) else "failed"
             )
-            reason = exchange.error_text or f"HTTP {exchange.status}"
-            self._agents.refuse(record, refused, reason)
+            self._agents.refuse(record, refused, _reason(exchange))
         else:
             record.outcome = "served"
 
@@ -165,6 +166,12 @@ class Replay:
         """Note a call that got no answer."""
         assert isinstance(exchange.caller, _Ear)
         exchange.caller.settle(problem)
+
+
+def _reason(exchange: Exchange) -> str:
+    """Say briefly why a call was not served: the code of its error body if it has one."""
+    code = _ERROR_CODE.search(exchange.error_text)
+    return code[1] if code else exchange.error_text or f"HTTP {exchange.status}"
 
 
 async def check_gateway(url: str) -> None:

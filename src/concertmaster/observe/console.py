@@ -130,12 +130,9 @@ def _show_ratios(out: Console, run: RunRecords, report: Report) -> None:
 
 def show_comparison(out: Console, title: str, comparison: Report, seeds: int) -> None:
     """Print several policies side by side."""
-    table = Table(
-        title=f"{title}   {seeds} seed{'s' * (seeds > 1)}, mean ± 95 % interval",
-        title_justify="left",
-        pad_edge=False,
-    )
-    table.add_column("policy")
+    out.print(f"[bold]{title}[/]   {seeds} seed{'s' * (seeds > 1)}, mean ± 95 % interval\n")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("policy", no_wrap=True)
     for heading in (
         "makespan mean, s",
         "P50, s",
