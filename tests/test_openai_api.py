@@ -2,7 +2,7 @@ import json
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concertmaster.core.errors import InvalidRequestError, ModelNotFoundError
@@ -27,7 +27,11 @@ CHUNK_BYTES = PREFIX_CHUNK_TOKENS * BYTES_PER_TOKEN
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
 )
@@ -43,6 +47,7 @@ def a_call(**fields: object) -> CallBody:
 # Choosing the model.
 
 
+@settings(max_examples=60)
 @given(
     before=st.dictionaries(keys, values, max_size=4),
     after=st.dictionaries(keys, values, max_size=4),
@@ -151,6 +156,7 @@ def test_a_text_completion_needs_a_prompt(nothing: str | None) -> None:
     assert str(found.value) == f"prompt: expected a prompt, found {nothing or 'nothing'}"
 
 
+@settings(max_examples=50)
 @given(fields=st.dictionaries(st.text(), values, max_size=6))
 def test_fields_that_matter_to_nobody_here_are_never_a_reason_to_refuse(
     fields: dict[str, Any],

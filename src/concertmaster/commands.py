@@ -112,10 +112,11 @@ def serve(
             where = f"{settings.host}:{settings.port}"
             _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
             try:
-                show.console().print(
+                show.say(
+                    show.console(),
                     f"http://{settings.host}:{bound}/v1   policy {settings.policy}   "
                     f"{len(urls)} replicas in {len(fleet.pools)} pools   "
-                    f"page http://{settings.host}:{bound}/   stop with Ctrl-C"
+                    f"page http://{settings.host}:{bound}/   stop with Ctrl-C",
                 )
                 await until_stopped()
             finally:
@@ -157,9 +158,10 @@ def engine(*, config: Path, host: str | None, port: int | None) -> None:
         where = f"{file.host}:{file.port}"
         starting = serve_emulator(emulator, file.host, file.port)
         server = await compose.listening(starting, where, file.port)
-        show.console().print(
+        show.say(
+            show.console(),
             f"http://{file.host}:{server.port}/v1   {file.model} on {file.gpu}, emulated, "
-            f"{file.speedup:g} x real time   stop with Ctrl-C"
+            f"{file.speedup:g} x real time   stop with Ctrl-C",
         )
         await until_stopped()
         server.close()
@@ -204,8 +206,8 @@ def simulate(
     show.show_report(out, f"{built.name}: {workload.name}", run, report)
     _show_notes(workload)
     if trace is not None:
-        out.print(f"trace             {trace}")
-        out.print(f"\nnext: concertmaster explain {trace} {run.calls[0].request_id}")
+        show.say(out, f"trace             {trace}")
+        show.say(out, f"\nnext: concertmaster explain {trace} {run.calls[0].request_id}")
     if json is not None:
         show.write_json(report, json)
 
@@ -241,7 +243,7 @@ def compare(
     if plot is not None:
         makespans = {name: [s for _, one in results[name] for s in one] for name in policies}
         plots.plot_makespans(makespans, plot, title=title)
-        show.console().print(f"plot              {plot}")
+        show.say(show.console(), f"plot              {plot}")
 
 
 Result = tuple[Report, list[float]]
@@ -307,7 +309,7 @@ def explain(*, trace: Path, request: str) -> None:
 
 def _show_notes(workload: Workload) -> None:
     for note in workload.notes:
-        show.console(stderr=True).print(f"note: {note}", markup=False, highlight=False)
+        show.say(show.console(stderr=True), f"note: {note}")
 
 
 def _every(step: int, tell: Callable[[int], None]) -> Callable[[int], None]:

@@ -360,6 +360,7 @@ class Gateway:
                     progress.append((request_id, exchange.attempt, exchange.tokens))
             if progress:
                 self.feed(TokensStreamed(tuple(progress)))
+            self.metrics.fold()
 
 
 def _engine_head(message: Message, request_id: str) -> bytes:

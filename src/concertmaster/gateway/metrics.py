@@ -37,24 +37,29 @@ _MICRO = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.
 
 
 class Histogram:
-    """Counts by bucket; observing costs a bisection."""
+    """Counts by bucket; observing costs an append, counting is done in bulk."""
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("_bounds", "_counts", "_fresh", "observe", "total")
 
     def __init__(self, bounds: Iterable[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._fresh: list[float] = []
+        self.observe = self._fresh.append
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def fold(self) -> None:
+        """Count what was observed since the last time; call it now and then."""
+        for value in self._fresh:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self.total += value
+        self._fresh.clear()
 
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative counts as Prometheus wants them."""
+        self.fold()
         running, out = 0, []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
             running += count
             out.append((bound, float(running)))
         return out
@@ -71,6 +76,11 @@ class GatewayMetrics:
         self.ttft_s = Histogram(_SECONDS)
         self.queue_wait_s = Histogram(_SECONDS)
         self.overhead_s = Histogram(_MICRO)
+
+    def fold(self) -> None:
+        """Bring the histograms up to date, so that they hold little back."""
+        for histogram in (self.duration_s, self.ttft_s, self.queue_wait_s, self.overhead_s):
+            histogram.fold()
 
     def answered(self, status: int, duration_s: float) -> None:
         """Count an answer of any kind."""

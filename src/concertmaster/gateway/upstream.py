@@ -13,7 +13,9 @@ from concertmaster.gateway.openai_api import completion_tokens
 
 _MAX_ERROR_BYTES = 65_536
 _RETRIED_STATUS = 429
-_TAIL_BYTES = 2048
+_TAIL_BYTES = 4096
+_END_OF_FRAME = b"\n\r\n"
+"""Last bytes of a chunk that ends a frame: here a frame of our own could follow."""
 
 
 class Outcomes(Protocol):
@@ -56,9 +58,8 @@ class EngineConnection(asyncio.Protocol):
         self._sent = data
         self._parser = httptools.HttpResponseParser(self)
         self._head = b""
-        self._tail = b""
+        self._last = b""
         self._headers_done = self._done = self._refused = self._keep_alive = False
-        self._at_boundary = True
         exchange.engine = self
         self._transport.write(data)
 
@@ -67,14 +68,6 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """Note that the head is whole."""
         self._headers_done = True
-
-    def on_chunk_header(self) -> None:
-        """Note that a chunk has begun."""
-        self._at_boundary = False
-
-    def on_chunk_complete(self) -> None:
-        """Note that a chunk is whole: a frame of our own could follow."""
-        self._at_boundary = True
 
     def on_message_complete(self) -> None:
         """Note that the answer is whole, and whether the engine keeps the connection."""
@@ -102,8 +95,8 @@ class EngineConnection(asyncio.Protocol):
             exchange.tokens += data.count(b"data: ")
         if self._done:
             self._finish(exchange, data)
-        elif len(data) < _TAIL_BYTES:
-            self._tail = data
+        else:
+            self._last = data
 
     def _begin_answer(self, exchange: Exchange, data: bytes) -> bool:
         """Hold the head back until it is whole and known to be no retriable error."""
@@ -129,7 +122,7 @@ class EngineConnection(asyncio.Protocol):
     def _finish(self, exchange: Exchange, last: bytes) -> None:
         keep_alive = self._keep_alive
         self._exchange = exchange.engine = None
-        tokens = completion_tokens(self._tail + last if len(last) < _TAIL_BYTES else last)
+        tokens = completion_tokens((self._last + last)[-_TAIL_BYTES:])
         if tokens is None:
             tokens = max(1, exchange.tokens - 2) if exchange.streams else 1
         if keep_alive:
@@ -168,7 +161,7 @@ class EngineConnection(asyncio.Protocol):
         self._close()
         if exchange is not None:
             exchange.engine = None
-            if exchange.started and exchange.streams and self._at_boundary:
+            if exchange.started and exchange.streams and self._last.endswith(_END_OF_FRAME):
                 frame = self._link.error_frame(problem)
                 exchange.caller.write(b"%x\r\n" % len(frame) + frame + b"\r\n")
             self._link.outcomes.broke(exchange, problem, alive=alive)

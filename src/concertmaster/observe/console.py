@@ -28,6 +28,11 @@ def console(*, stderr: bool = False) -> Console:
     return probe if probe.is_terminal else Console(stderr=stderr, width=WIDTH)
 
 
+def say(out: Console, line: str) -> None:
+    """Print a line as it is: paths and addresses in it are neither folded nor styled."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 class Bar:
     """A progress bar that is told how far things are."""
 
