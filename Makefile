@@ -12,7 +12,7 @@ help: ## list the targets
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-.PHONY: setup demo check lint types layers test fix bench
+.PHONY: setup demo check lint types layers test fix bench golden docs
 setup: .venv/.ready ## make the environment in .venv
 
 demo: setup ## the main job on this machine: agents, gateway, emulated engines, two policies
@@ -36,3 +36,15 @@ test: setup ## tests, doctests and golden traces
 fix: setup ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+golden: setup ## write the golden traces anew; say why under "Changed results"
+	$(BIN)/python tests/test_golden.py --rewrite
+
+docs: setup ## write the generated pages anew
+	$(BIN)/python docs/generate.py
+
+bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/gateway has its own README)
+	$(BIN)/python benchmarks/decisions.py
+	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python benchmarks/engine_model.py
+	$(BIN)/python benchmarks/parity.py

@@ -133,7 +133,7 @@ class Upstream:
         heard: Calls, in order; health checks are not among them.
         connections: Connections that brought a call.
         lost: Calls whose caller left before their script had ended.
-        healthy: What health checks are told.
+        healthy: What health checks are told; ``None`` lets them wait.
     """
 
     def __init__(self, script: Script = says_hello) -> None:
@@ -141,7 +141,7 @@ class Upstream:
         self.heard: list[Heard] = []
         self.connections = 0
         self.lost = 0
-        self.healthy = True
+        self.healthy: bool | None = True
         self.port = 0
         self._writers: list[asyncio.StreamWriter] = []
         self._server: asyncio.Server | None = None
@@ -181,6 +181,8 @@ class Upstream:
         try:
             while True:
                 heard = await _hear(reader)
+                if self.healthy is None and "/health" in heard.line:
+                    await asyncio.sleep(60)
                 if not heard.line.startswith("POST /v1"):
                     writer.write(self._control(heard))
                     continue

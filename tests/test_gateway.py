@@ -350,7 +350,7 @@ def test_a_slow_reader_gets_every_byte_and_slows_the_engine_down() -> None:
     async def script(_: Heard, out: asyncio.StreamWriter) -> None:
         nonlocal sent_bytes
         out.write(STREAM_HEAD)
-        for piece in 100 * [block]:
+        for piece in 200 * [block]:
             out.write(a_chunk(piece))
             await out.drain()
             sent_bytes += len(piece)
@@ -365,11 +365,11 @@ def test_a_slow_reader_gets_every_byte_and_slows_the_engine_down() -> None:
             await asyncio.sleep(0.2)
             before = sent_bytes
             await asyncio.sleep(0.1)
-            assert sent_bytes == before < 100 * len(block), "the engine was not held back"
-            assert await dechunked(wire) == 100 * block
+            assert sent_bytes == before < 200 * len(block), "the engine was not held back"
+            assert await dechunked(wire) == 200 * block
             wire.send(a_call(stream=True))
             await wire.head()
-            assert len(await dechunked(wire)) == 100 * len(block)
+            assert len(await dechunked(wire)) == 200 * len(block)
             await wire.close()
             await rig.idle()
 

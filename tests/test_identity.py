@@ -9,7 +9,14 @@ import pytest
 
 from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.request import ServiceClass
-from concertmaster.gateway.identity import Identity, Normalizer, with_hints
+from concertmaster.gateway.identity import (
+    _HINT_HEADERS,
+    _SESSION_KEYS,
+    DIALECTS,
+    Identity,
+    Normalizer,
+    with_hints,
+)
 from concertmaster.gateway.openai_api import CallBody
 
 CAPTURES = Path(__file__).parents[1].parent / "shared" / "data" / "agent-wire-captures.jsonl"
@@ -376,3 +383,16 @@ def test_the_longest_deadline_and_the_last_stage_are_allowed() -> None:
     found = hinted({"x-concertmaster-deadline-ms": "86400000", "x-concertmaster-stage": "1000000"})
 
     assert (found.deadline_s, found.stage) == (86_400.0, 1_000_000)
+
+
+def test_every_header_and_field_that_is_read_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs/identity.md").read_text().lower()
+    names = {part.decode() for dialect in DIALECTS for part in dialect[1:5] if part}
+    names |= {name.decode() for name in _HINT_HEADERS}
+    fields = set(CallBody.__struct_fields__) - {
+        *("model", "messages", "prompt", "stream", "max_tokens", "max_completion_tokens")
+    }
+
+    assert (
+        sorted(name for name in names | fields | {*_SESSION_KEYS} if f"`{name}" not in text) == []
+    )

@@ -84,7 +84,7 @@ def test_a_call_is_made_once_its_parents_are_answered_and_its_tool_is_done() -> 
     finished_s = ends["w/0"].finished_s
     assert finished_s is not None
     assert ends["w/1"].arrival_s >= finished_s
-    assert ends["w/2"].arrival_s >= finished_s + 2.0
+    assert ends["w/2"].arrival_s >= finished_s + 1.9
 
 
 def test_what_the_gateway_is_told_of_a_call_is_what_the_plan_says() -> None:

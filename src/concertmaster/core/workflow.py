@@ -25,10 +25,16 @@ class Workflow:
 
 
 class Workflows:
-    """The workflows that may still send calls; idle ones are forgotten after ``idle_s``."""
+    """The workflows that may still send calls.
 
-    def __init__(self, *, idle_s: float = 3600.0) -> None:
+    Args:
+        idle_s: An idle one is forgotten after this.
+        most: Beyond this many, the longest idle ones are forgotten earlier.
+    """
+
+    def __init__(self, *, idle_s: float = 3600.0, most: int = 100_000) -> None:
         self._idle_s = idle_s
+        self._most = most
         self._by_id: OrderedDict[WorkflowId, Workflow] = OrderedDict()
 
     def __len__(self) -> int:
@@ -66,7 +72,7 @@ class Workflows:
         """Drop idle workflows from the old end; two a call keep pace with arrivals."""
         for _ in range(2):
             oldest = next(iter(self._by_id.values()))
-            if oldest.seen_s + self._idle_s > now_s:
+            if oldest.seen_s + self._idle_s > now_s and len(self._by_id) <= self._most:
                 return
             if oldest.open_calls:
                 oldest.seen_s = now_s

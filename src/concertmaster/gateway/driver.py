@@ -321,6 +321,10 @@ class Gateway:
         request = exchange.request
         self._end(exchange, exchange.status)
         self.metrics.finished(now_s, exchange, output_tokens)
+        if exchange.tool_call_ids:
+            self._inference.note_tool_calls(
+                exchange.tool_call_ids, request.workflow_id, request.stage or 0
+            )
         if exchange.status == 200:
             model = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool.model.name
             self._predictor.learn(request, model, output_tokens)

@@ -27,6 +27,7 @@ class Exchange:
         tokens: Output tokens seen in the stream of this attempt.
         started: True once the caller has been sent any byte of an answer.
         error_text: What the last engine that refused it said.
+        tool_call_ids: Tool calls that the answer asks for; a later call may answer them.
     """
 
     __slots__ = (
@@ -49,6 +50,7 @@ class Exchange:
         "streams",
         "tokens",
         "told_tokens",
+        "tool_call_ids",
     )
 
     def __init__(
@@ -80,6 +82,7 @@ class Exchange:
         self.over = False
         self.status = 0
         self.error_text = ""
+        self.tool_call_ids: list[bytes] = []
 
 
 class EngineSide(Protocol):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from concertmaster.core.events import Event, ReplicaDied, ReplicaReady
@@ -11,6 +12,9 @@ from concertmaster.engines.openai_http import fetch
 _log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 2.0
+MAX_SILENT_PROBES = 3
+"""Probes without an answer that make an engine dead: a busy one may miss some."""
+
 WAKE_TIMEOUT_S = 600.0
 WAKE_RETRY_S = 0.5
 
@@ -35,6 +39,7 @@ class HealthWatch:
         self._is_alive = is_alive
         self._interval_s = interval_s
         self._waking: dict[ReplicaId, asyncio.Task[None]] = {}
+        self._silent_probes: Counter[ReplicaId] = Counter()
 
     async def watch(self) -> None:
         """Probe for ever; cancel the task to stop, wakes under way too."""
@@ -50,8 +55,14 @@ class HealthWatch:
         try:
             status, _ = await fetch("GET", url, "/health", timeout_s=PROBE_TIMEOUT_S)
             problem = "" if status == 200 else f"GET /health answered {status}"
-        except (OSError, TimeoutError) as error:
-            problem = str(error) or type(error).__name__
+        except TimeoutError:
+            self._silent_probes[replica_id] += 1
+            if self._silent_probes[replica_id] < MAX_SILENT_PROBES:
+                return
+            problem = f"GET /health got no answer {MAX_SILENT_PROBES} times"
+        except OSError as error:
+            problem = str(error)
+        self._silent_probes[replica_id] = 0
         if problem and self._is_alive(replica_id):
             _log.warning("replica %s at %s is not serving: %s", replica_id, url, problem)
             self._feed(ReplicaDied(replica_id))

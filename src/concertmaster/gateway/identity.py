@@ -74,7 +74,7 @@ DIALECTS = (
         parent=b"x-codex-parent-thread-id",
         role=b"x-openai-subagent",
     ),
-    Dialect("codex", b"session_id"),  # until 2025; some proxies drop names with an underscore
+    Dialect("codex", b"session_id"),  # older versions; some proxies drop underscores
     Dialect(
         "claude-code",
         b"x-claude-code-session-id",

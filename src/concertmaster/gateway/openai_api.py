@@ -161,6 +161,18 @@ def completion_tokens(tail: bytes) -> int | None:
     return int(found[-1]) if found else None
 
 
+_TOOL_CALL = re.compile(rb'"id"\s*:\s*"([^"]{1,128})"')
+
+
+def tool_call_ids(data: bytes) -> list[bytes]:
+    """Read the ids of the tool calls that a piece of an answer asks for.
+
+    >>> tool_call_ids(b'{"id":"chat-1","tool_calls": [{"index":0,"id":"call_7"}]}')
+    [b'call_7']
+    """
+    return _TOOL_CALL.findall(data, data.find(b'"tool_calls"'))
+
+
 # Answers of our own
 
 _REJECTIONS: Mapping[RejectReason | FailReason, tuple[int, str, str, str]] = {

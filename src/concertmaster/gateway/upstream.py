@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.openai_api import completion_tokens
+from concertmaster.gateway.openai_api import completion_tokens, tool_call_ids
 
 _MAX_ERROR_BYTES = 65_536
 _RETRIED_STATUS = 429
@@ -93,6 +93,8 @@ class EngineConnection(asyncio.Protocol):
             return
         if exchange.streams:
             exchange.tokens += data.count(b"data: ")
+        if b'"tool_calls"' in data:
+            exchange.tool_call_ids += tool_call_ids(data)
         if self._done:
             self._finish(exchange, data)
         else:
