@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--workflows", type=int, default=500)
     parser.add_argument("--policy", default="least-tokens+las")
     parser.add_argument("--rate", type=float, help="workflows a second; default: as recorded")
-    parser.add_argument("--speedup", type=float, default=10.0)
+    parser.add_argument("--speedup", type=float, default=4.0)
     options = parser.parse_args()
     file = replace(fleet_file(), emulator=replace(fleet_file().emulator, speedup=options.speedup))
     fleet = compose.build_fleet(file, name="local")

@@ -29,6 +29,7 @@ from concertmaster.core.events import (
     WorkflowClosed,
 )
 from concertmaster.core.fleet import Fleet, PoolId, Readiness, ReplicaId
+from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.queue import longest_overtaking_s
 from concertmaster.core.request import ModelName, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
@@ -227,9 +228,12 @@ def test_kv_room_is_what_was_promised_not_a_count_of_calls() -> None:
 
 def test_room_is_promised_for_a_long_answer_not_for_a_median_one() -> None:
     scheduler = CheckedScheduler(a_fleet(a_pool(kv_blocks=100)))
-    scheduler.arrive("a", prompt_tokens=16, max_output_tokens=10_000)
+    forecast = Forecast(output_tokens=Quantiles((0.5, 0.9), (32.0, 320.0)))
 
-    assert scheduler.replica().kv.reserved_blocks == 17  # 16 of prompt, 256 of answer
+    scheduler.arrive("a", 0.0, forecast, prompt_tokens=16, max_output_tokens=1000)
+
+    assert scheduler.replica().kv.reserved_blocks == 21
+    assert scheduler.replica().decode_tokens == 32
 
 
 def test_an_idle_replica_takes_what_its_kv_cannot_promise() -> None:

@@ -62,6 +62,27 @@ def test_forgetting_keeps_pace_with_arrivals() -> None:
     assert len(workflows) <= 10
 
 
+def test_of_too_many_workflows_the_longest_idle_is_forgotten_and_never_an_open_one() -> None:
+    workflows = Workflows(most=3)
+    for i in range(20):
+        request = a_request(f"r{i}")
+        workflows.arrive(0.1 * i, request)
+        if i:
+            workflows.settle(request.workflow_id)
+
+    assert len(workflows) == 3
+    assert workflows.get(WorkflowId("workflow of r0")).open_calls == 1
+    assert workflows.get(WorkflowId("workflow of r19")).calls == 1
+
+
+def test_a_workflow_that_just_came_is_not_forgotten_for_want_of_room() -> None:
+    workflows = Workflows(most=1)
+    for name in ("a", "b", "c"):
+        workflows.arrive(0.0, a_request(name, workflow_id=WorkflowId(name)))
+
+    assert [workflows.get(WorkflowId(name)).open_calls for name in "abc"] == [1, 1, 1]
+
+
 def test_a_workflow_used_again_is_not_the_oldest() -> None:
     workflows = Workflows(idle_s=10.0)
     for i, name in enumerate(("a", "b", "a")):

@@ -1,6 +1,6 @@
 """Models, clusters, pools and replicas: what there is, and what each replica has in flight."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
@@ -108,6 +108,17 @@ class Pool:
         return self.curve.prefill_s(
             prompt_tokens, chunk_tokens=self.max_batch_tokens
         ) + self.curve.decode_s(output_tokens, batch=batch, kv_tokens=kv_tokens)
+
+
+def able_pools(pools: Iterable[Pool], request: Request) -> list[Pool]:
+    """Return the pools that hold prompt and longest answer; if none does, those for the prompt.
+
+    Engines refuse a call whose cap does not fit their context, so the first kind is safer.
+    """
+    prompt_tokens = request.prompt_tokens
+    whole_tokens = prompt_tokens + request.max_output_tokens
+    roomy = [pool for pool in pools if whole_tokens <= pool.most_tokens]
+    return roomy or [pool for pool in pools if prompt_tokens < pool.most_tokens]
 
 
 @dataclass(slots=True, kw_only=True)

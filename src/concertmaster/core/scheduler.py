@@ -30,7 +30,16 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import Fleet, InFlight, Pool, PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.fleet import (
+    Fleet,
+    InFlight,
+    Pool,
+    PoolId,
+    Readiness,
+    Replica,
+    ReplicaId,
+    able_pools,
+)
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Lane, Waiting, WaitingLine, line_key
@@ -178,7 +187,7 @@ class Scheduler:
             pools = [pool for pool in pools if pool.model.name in request.models]
             if not pools:
                 return "model_not_found"
-        able = _able(pools, request)
+        able = able_pools(pools, request)
         if not able:
             return "too_long"
         for pool in able:
@@ -399,14 +408,3 @@ class Scheduler:
         assert not any(rid in self.line for rid in self._running), "a call both waits and runs"
         waiting = {call.workflow.workflow_id for call in self.line}
         assert all(self.workflows.get(workflow_id).open_calls > 0 for workflow_id in waiting)
-
-
-def _able(pools: Iterable[Pool], request: Request) -> list[Pool]:
-    """Return the pools that hold prompt and longest answer; if none does, those for the prompt.
-
-    Engines refuse a call whose cap does not fit their context, so the first kind is safer.
-    """
-    prompt_tokens = request.prompt_tokens
-    whole_tokens = prompt_tokens + request.max_output_tokens
-    roomy = [pool for pool in pools if whole_tokens <= pool.most_tokens]
-    return roomy or [pool for pool in pools if prompt_tokens < pool.most_tokens]

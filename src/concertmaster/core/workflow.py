@@ -46,12 +46,13 @@ class Workflows:
         if workflow is None:
             workflow = Workflow(workflow_id=request.workflow_id, started_s=now_s, seen_s=now_s)
             self._by_id[request.workflow_id] = workflow
-            self._forget(now_s)
         else:
             self._by_id.move_to_end(request.workflow_id)
         workflow.seen_s = now_s
         workflow.calls += 1
         workflow.open_calls += 1
+        if workflow.calls == 1:
+            self._forget(now_s)
         return workflow
 
     def settle(self, workflow_id: WorkflowId) -> None:

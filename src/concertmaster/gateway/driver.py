@@ -22,11 +22,11 @@ from concertmaster.core.events import (
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import Request, RequestId
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.gateway import openai_api
+from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.health import HealthWatch
-from concertmaster.gateway.identity import Identity, Normalizer, with_hints
+from concertmaster.gateway.identity import Normalizer, with_hints
 from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.upstream import EngineLink
@@ -36,25 +36,6 @@ PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
 
 _CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
-_DROPPED_HEADERS = frozenset(
-    {
-        b"accept-encoding",
-        b"connection",
-        b"content-length",
-        b"expect",
-        b"host",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"x-request-id",
-    }
-)
-
 Clock = Callable[[], float]
 Observer = Callable[[float, Event, list[Action]], None]
 SideDoor = Callable[[AgentConnection, Message], None]
@@ -99,7 +80,9 @@ class Gateway:
         self._normalizer = Normalizer()
         self._inference = WorkflowInference()
         self._links = {
-            replica_id: EngineLink(url, self, _error_frame, connect_timeout_s=connect_timeout_s)
+            replica_id: EngineLink(
+                url, self, heads.error_frame, connect_timeout_s=connect_timeout_s
+            )
             for replica_id, url in urls.items()
         }
         self._health = HealthWatch(urls, self.feed, self._is_alive, interval_s=health_interval_s)
@@ -208,12 +191,12 @@ class Gateway:
         exchange = Exchange(
             request,
             agent,
-            _engine_head(message, request_id),
+            heads.engine_head(message, request_id),
             message.body,
             model_named=models[0] if len(models) == 1 else "",
             streams=bool(call.stream),
         )
-        exchange.response_headers = _identity_headers(request_id, identity)
+        exchange.response_headers = heads.identity_headers(request_id, identity)
         return exchange
 
     # The core
@@ -268,7 +251,7 @@ class Gateway:
         if exchange.dispatched_s is None:
             exchange.dispatched_s = now_s
         if exchange.attempt == 0:
-            exchange.response_headers += _decision_headers(
+            exchange.response_headers += heads.decision_headers(
                 self.scheduler.policy.name, model, action
             )
         if exchange.engine is not None:
@@ -365,40 +348,3 @@ class Gateway:
             if progress:
                 self.feed(TokensStreamed(tuple(progress)))
             self.metrics.fold()
-
-
-def _engine_head(message: Message, request_id: str) -> bytes:
-    """Request line and the headers that go on to the engine."""
-    lines = [
-        name + b": " + value
-        for name, value in message.headers.items()
-        if name not in _DROPPED_HEADERS
-    ]
-    lines.append(b"x-request-id: " + request_id.encode("latin-1"))
-    return b"POST " + message.target + b" HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n"
-
-
-def _identity_headers(request_id: str, identity: Identity) -> bytes:
-    return b"x-request-id: %b\r\nx-concertmaster-workflow-id: %b\r\n%b" % (
-        request_id.encode("latin-1"),
-        identity.workflow_id.encode("latin-1", "replace"),
-        b""
-        if identity.confidence >= 1.0
-        else b"x-concertmaster-workflow-confidence: %.2f\r\n" % identity.confidence,
-    )
-
-
-def _decision_headers(policy: str, model: str, action: Dispatch) -> bytes:
-    """Which model, which replica, and why."""
-    cost = "" if action.cost_s is None else f"; {action.cost_s:.3f} s"
-    return (
-        f"x-concertmaster-model: {model}\r\n"
-        f"x-concertmaster-replica: {action.replica_id}\r\n"
-        f"x-concertmaster-queue-wait-ms: {1000 * action.waited_s:.1f}\r\n"
-        f"x-concertmaster-why: {policy}{cost}; of {action.candidates} with room\r\n"
-    ).encode("latin-1", "replace")
-
-
-def _error_frame(problem: str) -> bytes:
-    """Frame an error for a stream that broke after it began."""
-    return b"data: " + openai_api.error_body(problem, "server_error", code="engine_error") + b"\n\n"

@@ -1,0 +1,62 @@
+"""Heads that the gateway writes: of requests to engines, and what it adds to answers."""
+
+from concertmaster.core.actions import Dispatch
+from concertmaster.gateway.agent import Message
+from concertmaster.gateway.identity import Identity
+from concertmaster.gateway.openai_api import error_body
+
+_DROPPED_HEADERS = frozenset(
+    {
+        b"accept-encoding",
+        b"connection",
+        b"content-length",
+        b"expect",
+        b"host",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    }
+)
+
+
+def engine_head(message: Message, request_id: str) -> bytes:
+    """Request line and the headers that go on to the engine."""
+    lines = [
+        name + b": " + value
+        for name, value in message.headers.items()
+        if name not in _DROPPED_HEADERS
+    ]
+    lines.append(b"x-request-id: " + request_id.encode("latin-1"))
+    return b"POST " + message.target + b" HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n"
+
+
+def identity_headers(request_id: str, identity: Identity) -> bytes:
+    return b"x-request-id: %b\r\nx-concertmaster-workflow-id: %b\r\n%b" % (
+        request_id.encode("latin-1"),
+        identity.workflow_id.encode("latin-1", "replace"),
+        b""
+        if identity.confidence >= 1.0
+        else b"x-concertmaster-workflow-confidence: %.2f\r\n" % identity.confidence,
+    )
+
+
+def decision_headers(policy: str, model: str, action: Dispatch) -> bytes:
+    """Which model, which replica, and why."""
+    cost = "" if action.cost_s is None else f"; {action.cost_s:.3f} s"
+    return (
+        f"x-concertmaster-model: {model}\r\n"
+        f"x-concertmaster-replica: {action.replica_id}\r\n"
+        f"x-concertmaster-queue-wait-ms: {1000 * action.waited_s:.1f}\r\n"
+        f"x-concertmaster-why: {policy}{cost}; of {action.candidates} with room\r\n"
+    ).encode("latin-1", "replace")
+
+
+def error_frame(problem: str) -> bytes:
+    """Frame an error for a stream that broke after it began."""
+    return b"data: " + error_body(problem, "server_error", code="engine_error") + b"\n\n"
