@@ -20,6 +20,8 @@ from concertmaster.cli import app
 
 REPO = Path(__file__).parents[1]
 FLEET = str(REPO / "examples/fleets/local.toml")
+SCRIPT = (sys.executable, "-c", "from concertmaster.cli import main; main()")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO / "src"), "PYTHONUNBUFFERED": "1"}
 COMMANDS = ("demo", "serve", "engine", "simulate", "compare", "replay", "explain")
 SUMMARY = {"mean", "p50", "p90", "p95", "p99"}
 CONTRACT: dict[str, set[str] | None] = {
@@ -323,14 +325,12 @@ def test_compare_writes_its_table_and_its_picture(
 @contextmanager
 def running(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Start a server command; yields it and the address that it prints."""
-    command = [sys.executable, "-m", "concertmaster", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(REPO / "src"), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(  # noqa: S603  # our own command
-        [*command[:1], "-c", "from concertmaster.cli import main; main()", *command[3:]],
+        [*SCRIPT, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=ENVIRONMENT,
     )
     try:
         assert process.stdout is not None
@@ -402,10 +402,14 @@ def test_a_gateway_whose_engines_are_dead_serves_says_so_and_stops_at_a_signal()
 
 def test_the_demo_plays_live_and_simulated_and_compares_them(tmp_path: Path) -> None:
     out = tmp_path / "demo.json"
-    command = [sys.executable, "-c", "from concertmaster.cli import main; main()", "demo"]
-    options = ["--workflows", "3", "-p", "least-tokens+las", "--json", str(out)]
+    options = ["demo", "--workflows", "3", "-p", "least-tokens+las", "--json", str(out)]
     done = subprocess.run(  # noqa: S603  # our own command
-        [*command, *options], capture_output=True, text=True, timeout=60, check=False
+        [*SCRIPT, *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=ENVIRONMENT,
     )
     assert (done.returncode, done.stderr) == (0, "")
     reports = json.loads(out.read_text())["policies"]

@@ -23,10 +23,14 @@ POOL_KEYS = (
 )
 CLUSTER_KEYS = "known: name, network_ms"
 FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools"
+STATES = "known: disk, host, remote, running, sleeping"
+MOST = "max_sequences (256)"
+STEP_HINT = "each sequence decodes a token a step"
 COUNT_HINT = "leave replicas out to count endpoints"
 GATEWAY_KEYS = (
     "connect_timeout_s, health_interval_s, host, max_body_mb, policy, port, seed, window_s"
 )
+FAULTS = ("[faults]\nstall = 1", "[faults]\nerror_ratio = 2.0")
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "fleets").glob("*.toml"))
 
 
@@ -194,6 +198,30 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
         ("block_tokens = 0", "pools[0].block_tokens: expected a number above 0, found 0"),
         ("max_sequences = -1", "pools[0].max_sequences: expected a number above 0, found -1"),
         ("max_batch_tokens = 0", "pools[0].max_batch_tokens: expected a number above 0, found 0"),
+        ("kv_blocks = 0", "pools[0].kv_blocks: expected a number above 0, found 0"),
+        ("block_tokens = 24", "pools[0].block_tokens: expected a divisor of 256, found 24"),
+        (
+            "max_batch_tokens = 100",
+            f"pools[0].max_batch_tokens: expected at least {MOST}, found 100 ({STEP_HINT})",
+        ),
+        (
+            'state = "asleep"',
+            f'pools[0].state: unknown state "asleep" (did you mean "sleeping"? {STATES})',
+        ),
+        (
+            'scheduling = "lifo"',
+            'pools[0].scheduling: unknown scheduling "lifo" (known: fcfs, priority)',
+        ),
+        ("[emulator]\nspeedup = 0", "emulator.speedup: expected a number above 0, found 0.0"),
+        ("[gateway]\nwindow_s = -1", "gateway.window_s: expected at least 0, found -1.0"),
+        (
+            '[[clusters]]\nname = "c"\nnetwork_ms = -4',
+            "clusters[0].network_ms: expected at least 0, found -4.0",
+        ),
+        (
+            '[[nodes]]\nname = "n"\ngpu = "h100"\ngpus = 0',
+            "nodes[0].gpus: expected a number above 0, found 0",
+        ),
         ("memory_ratio = 1.5", "pools[0].memory_ratio: expected 0 to 1, found 1.5"),
         ("memory_ratio = 0", "pools[0].memory_ratio: expected 0 to 1, found 0.0"),
         (
@@ -282,13 +310,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_model_or_gpu_that_is_not_known_is_refused_with_the_nearest(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    assert f'{message} (did you mean "{old}"? known: ' in refusal(tmp_path, POOL.replace(old, new))
+    found = refusal(tmp_path, POOL.replace(old, new))
+
+    assert found.startswith(f'fleet.toml: pools[0]: {message} (did you mean "{old}"? known: ')
 
 
 def test_weights_that_do_not_fit_are_refused_with_what_is_missing(tmp_path: Path) -> None:
-    assert refusal(tmp_path, POOL.replace("3.1-8b", "3.1-70b")).endswith(
-        "tensor_parallel: llama-3.1-70b-instruct on 1 x a100-80g needs 134.4 GiB on each GPU for "
-        "weights and activations, 72.0 GiB are available "
+    assert refusal(tmp_path, POOL.replace("3.1-8b", "3.1-70b")) == (
+        "fleet: pools.a.tensor_parallel: llama-3.1-70b-instruct on 1 x a100-80g needs 134.4 GiB "
+        "on each GPU for weights and activations, 72.0 GiB are available "
         "(raise tensor_parallel or choose a larger GPU)"
     )
 
@@ -324,7 +354,7 @@ def test_a_pool_without_endpoints_cannot_be_served_from(tmp_path: Path) -> None:
 def test_an_engine_file_is_checked_too(tmp_path: Path) -> None:
     path = tmp_path / "engine.toml"
     messages = []
-    for line in ("speedup = 0", "speedups = 1"):
+    for line in ("speedup = 0", "speedups = 1", "kv_blocks = 0", *FAULTS):
         path.write_text(f'model = "llama-3.1-8b-instruct"\ngpu = "h100"\n{line}\n')
         with pytest.raises(InputError) as refused:
             load_engine(path)
@@ -333,4 +363,7 @@ def test_an_engine_file_is_checked_too(tmp_path: Path) -> None:
     assert messages == [
         "engine.toml: speedup: expected a number above 0, found 0.0",
         'engine.toml: unknown key "speedups" (did you mean "speedup"',
+        "engine.toml: kv_blocks: expected a number above 0, found 0",
+        'engine.toml: faults: unknown key "stall" (did you mean "stall_s"',
+        "engine.toml: faults: error_ratio must be between 0 and 1, got 2.0",
     ]

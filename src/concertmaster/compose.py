@@ -70,7 +70,11 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
     pools = []
     replicas: dict[ReplicaId, tuple[Pool, Node, Readiness]] = {}
     for section in file.pools:
-        pool = build_pool(section)
+        try:
+            pool = build_pool(section)
+        except InputError as error:
+            where = f"pools.{section.name}.{error.where}"
+            raise InputError("fleet", where, error.problem, error.hint) from None
         pools.append(pool)
         for i in range(section.count):
             node = yard.place(section, clusters[section.cluster or default], i)

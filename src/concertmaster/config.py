@@ -2,14 +2,18 @@
 
 import re
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from concertmaster.core.errors import InputError, unknown_name
+from concertmaster.core.errors import InputError, InvalidRequestError, unknown_name
 from concertmaster.core.fleet import Readiness
+from concertmaster.core.request import PREFIX_CHUNK_TOKENS
 from concertmaster.engines.faults import Faults
+from concertmaster.physics.hardware import GPUS
+from concertmaster.physics.models import MODELS
 
 
 class ClusterSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,7 +124,15 @@ def load_fleet(path: Path) -> FleetFile:
     _check_unique(path, "nodes", [node.name for node in fleet.nodes])
     for i, pool in enumerate(fleet.pools):
         _check_pool(path, f"pools[{i}]", pool)
+    for i, node in enumerate(fleet.nodes):
+        _check_known(path, f"nodes[{i}]", "gpu", node.gpu, GPUS)
+        _check_positive(path, f"nodes[{i}].gpus", node.gpus)
+    for i, cluster in enumerate(fleet.clusters):
+        _check_least(path, f"clusters[{i}].network_ms", cluster.network_ms, 0)
     _check_clusters(path, fleet)
+    _check_positive(path, "emulator.speedup", fleet.emulator.speedup)
+    if fleet.gateway.window_s is not None:
+        _check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
     return fleet
 
 
@@ -132,6 +144,9 @@ def load_engine(path: Path) -> EngineFile:
     """
     engine = _load(path, EngineFile)
     _check_positive(path, "speedup", engine.speedup)
+    _check_known(path, "", "model", engine.model, MODELS)
+    _check_known(path, "", "gpu", engine.gpu, GPUS)
+    _check_engine(path, "", engine)
     return engine
 
 
@@ -145,10 +160,20 @@ def _load(path: Path, kind: type[_File]) -> _File:
         raise InputError(str(path), "", "expected a TOML file, found a folder") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(str(path), "", f"not a TOML file: {error}") from None
+    for key in raw.get("faults", ()) if kind is EngineFile else ():
+        _check_known(path, "faults", "key", key, Faults.__dataclass_fields__)
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         raise _explain(str(path), str(error), raw, kind) from None
+    except InvalidRequestError as error:
+        raise InputError(str(path), "", str(error)) from None
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "state": tuple(Readiness),
+    "scheduling": ("fcfs", "priority"),
+}
 
 
 def _explain(file: str, message: str, raw: object, kind: type[msgspec.Struct]) -> InputError:
@@ -161,7 +186,10 @@ def _explain(file: str, message: str, raw: object, kind: type[msgspec.Struct]) -
     missing = re.search(r"missing required field `(.*)`", text)
     if missing:
         return InputError(file, where, f'missing key "{missing.group(1)}"')
-    return InputError(file, where, text[:1].lower() + text[1:], f"found {_value_at(raw, where)!r}")
+    key, found = where.rpartition(".")[2], _value_at(raw, where)
+    if key in _CHOICES:
+        return unknown_name(file, where, key, str(found), _CHOICES[key])
+    return InputError(file, where, text[:1].lower() + text[1:], f"found {found!r}")
 
 
 def _keys_at(where: str, kind: type[msgspec.Struct]) -> set[str]:
@@ -202,11 +230,31 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
                 f"{where}.endpoints[{i}]",
                 f"expected http://HOST:PORT, found {endpoint!r}",
             )
+    _check_known(path, where, "model", pool.model, MODELS)
+    _check_known(path, where, "gpu", pool.gpu, GPUS)
+    _check_engine(path, f"{where}.", pool)
+
+
+def _check_engine(path: Path, where: str, engine: PoolSection | EngineFile) -> None:
+    """Check what engine models would refuse; ``where`` ends in a dot unless it is empty."""
     for key in ("tensor_parallel", "block_tokens", "max_batch_tokens", "max_sequences"):
-        _check_positive(path, f"{where}.{key}", getattr(pool, key))
-    if not 0 < pool.memory_ratio <= 1:
+        _check_positive(path, f"{where}{key}", getattr(engine, key))
+    if engine.kv_blocks is not None:
+        _check_positive(path, f"{where}kv_blocks", engine.kv_blocks)
+    if not 0 < engine.memory_ratio <= 1:
         raise InputError(
-            str(path), f"{where}.memory_ratio", f"expected 0 to 1, found {pool.memory_ratio}"
+            str(path), f"{where}memory_ratio", f"expected 0 to 1, found {engine.memory_ratio}"
+        )
+    if PREFIX_CHUNK_TOKENS % engine.block_tokens:
+        problem = f"expected a divisor of {PREFIX_CHUNK_TOKENS}, found {engine.block_tokens}"
+        raise InputError(str(path), f"{where}block_tokens", problem)
+    if engine.max_batch_tokens < engine.max_sequences:
+        raise InputError(
+            str(path),
+            f"{where}max_batch_tokens",
+            f"expected at least max_sequences ({engine.max_sequences}), "
+            f"found {engine.max_batch_tokens}",
+            "each sequence decodes a token a step",
         )
 
 
@@ -225,6 +273,16 @@ def _check_unique(path: Path, where: str, names: list[str]) -> None:
             raise InputError(str(path), where, f'the name "{name}" is used twice')
 
 
+def _check_known(path: Path, where: str, kind: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise unknown_name(str(path), where, kind, name, known)
+
+
+def _check_least(path: Path, where: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise InputError(str(path), where, f"expected at least {least}, found {value}")
+
+
 def _check_positive(path: Path, where: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:
         raise InputError(str(path), where, f"expected a number above 0, found {value}")

@@ -190,11 +190,8 @@ class Scheduler:
         able = able_pools(pools, request)
         if not able:
             return "too_long"
-        for pool in able:
-            for replica in self._by_pool[pool.pool_id]:
-                if replica.alive:
-                    return able
-        return "no_replica"
+        living = [pool for pool in able if any(r.alive for r in self._by_pool[pool.pool_id])]
+        return living or "no_replica"
 
     def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
         running = self._running.get(request_id)

@@ -37,6 +37,7 @@ def engine_head(message: Message, request_id: str) -> bytes:
 
 
 def identity_headers(request_id: str, identity: Identity) -> bytes:
+    """Say whose call it is, and how sure that is."""
     return b"x-request-id: %b\r\nx-concertmaster-workflow-id: %b\r\n%b" % (
         request_id.encode("latin-1"),
         identity.workflow_id.encode("latin-1", "replace"),
