@@ -309,6 +309,13 @@ def test_long_ids_are_cut_and_odd_bytes_are_kept() -> None:
     assert odd.workflow_id == "caf\xe9"
 
 
+def test_an_id_from_a_body_cannot_end_a_line_of_a_header() -> None:
+    for body in ({"session_id": " a\r\nset-cookie: b\x00 "}, {"metadata": {"trace_id": "a\n\n"}}):
+        found = identify({}, body)
+        assert found is not None
+        assert found.workflow_id in {"aset-cookie: b", "a"}
+
+
 # Our own headers, beside any dialect.
 
 

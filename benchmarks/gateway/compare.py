@@ -107,7 +107,11 @@ def commands(peers: Path, folder: Path) -> dict[str, list[str]]:
 @contextlib.contextmanager
 def running(command: list[str], port: int, log: Path) -> Iterator[None]:
     """Run a server until the block ends."""
-    env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    env = os.environ | {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env=env)  # noqa: S603
         try:

@@ -337,9 +337,14 @@ def _string(fields: Mapping[str, Any], key: str) -> str:
 
 
 def _id(value: object) -> str:
-    """Return a text or number as an id; "" for anything else."""
-    is_id = isinstance(value, str | int) and not isinstance(value, bool)
-    return str(value)[:_MAX_ID_CHARS] if is_id else ""
+    """Return a text or number as an id; "" for anything else.
+
+    An id goes into a header of the answer, so it must not hold the end of a line.
+    """
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return ""
+    text = str(value)[:_MAX_ID_CHARS].strip()
+    return text if text.isprintable() else "".join(filter(str.isprintable, text))
 
 
 def _text(headers: Mapping[bytes, bytes], name: bytes) -> str:
