@@ -227,6 +227,8 @@ def compare(
         policy_named(name)
     if len(set(policies)) < len(policies):
         raise InputError("--policy", "", "a policy is named twice", "name each once")
+    if jobs is not None and jobs < 1:
+        raise InputError("--jobs", "", f"expected at least 1, found {jobs}")
     if seeds < 1:
         raise InputError("--seeds", "", f"expected at least 1, found {seeds}")
     if plot is not None:

@@ -224,7 +224,8 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
             "leave replicas out to count endpoints",
         )
     for i, endpoint in enumerate(pool.endpoints):
-        if not re.fullmatch(r"http://[^/:\s]+(:\d+)?/?", endpoint):
+        match = re.fullmatch(r"http://[^/:\s]+(?::(\d+))?/?", endpoint)
+        if match is None or not 0 < int(match[1] or 80) < 65_536:
             raise InputError(
                 str(path),
                 f"{where}.endpoints[{i}]",

@@ -142,10 +142,7 @@ class Gateway:
             self._side_door(agent, message)
             return
         if self.draining:
-            status, body, headers = openai_api.refusal(
-                "no_replica", detail=": the gateway is shutting down", retry_after_s=1.0
-            )
-            agent.answer(openai_api.response(status, body, headers))
+            agent.answer(openai_api.shutting_down())
             return
         now_s = self._clock()
         try:
@@ -304,6 +301,7 @@ class Gateway:
         request = exchange.request
         self._end(exchange, exchange.status)
         self.metrics.finished(now_s, exchange, output_tokens)
+        self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
         if exchange.tool_call_ids:
             self._inference.note_tool_calls(
                 exchange.tool_call_ids, request.workflow_id, request.stage or 0
@@ -311,7 +309,6 @@ class Gateway:
         if exchange.status == 200:
             model = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool.model.name
             self._predictor.learn(request, model, output_tokens)
-        self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
 
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
         """Tell the core that an attempt failed, and that its replica is gone if it is."""

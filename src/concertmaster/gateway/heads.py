@@ -21,6 +21,7 @@ _DROPPED_HEADERS = frozenset(
         b"transfer-encoding",
         b"upgrade",
         b"x-request-id",
+        b"x-vllm-priority",
     }
 )
 

@@ -209,6 +209,13 @@ def refusal(
     return status, error_body(message, kind, code=code), headers
 
 
+def shutting_down() -> bytes:
+    """Answer a call that comes while the gateway drains."""
+    message = "the gateway is shutting down: try another one"
+    body = error_body(message, "overloaded_error", code="shutting_down")
+    return response(503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")])
+
+
 def caller_error(error: CallerError) -> tuple[int, bytes]:
     """Status and body of a mistake of the caller's."""
     return error.status, error_body(

@@ -1,6 +1,7 @@
 """Connections to engines: kept alive, bytes passed through, the parser only finds the ends."""
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, cast
@@ -14,6 +15,8 @@ from concertmaster.gateway.openai_api import completion_tokens, tool_call_ids
 _MAX_ERROR_BYTES = 65_536
 _RETRIED_STATUS = 429
 _TAIL_BYTES = 4096
+_FRAMED = re.compile(rb"\r\n(content-length|transfer-encoding):")
+_REQUEST_ID = re.compile(rb"\r\nx-request-id:[^\r]*", re.IGNORECASE)
 _END_OF_FRAME = b"\n\r\n"
 """Last bytes of a chunk that ends a frame: here a frame of our own could follow."""
 
@@ -59,6 +62,8 @@ class EngineConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._head = b""
         self._last = b""
+        self._interim = 0
+        self._ends_with_connection = False
         self._headers_done = self._done = self._refused = self._keep_alive = False
         exchange.engine = self
         self._transport.write(data)
@@ -71,6 +76,10 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Note that the answer is whole, and whether the engine keeps the connection."""
+        if self._parser.get_status_code() < 200:  # an interim answer: the real one follows
+            self._interim += 1
+            self._headers_done = False
+            return
         self._done = True
         self._keep_alive = self._parser.should_keep_alive()
 
@@ -103,6 +112,9 @@ class EngineConnection(asyncio.Protocol):
     def _begin_answer(self, exchange: Exchange, data: bytes) -> bool:
         """Hold the head back until it is whole and known to be no retriable error."""
         self._head += data
+        while self._interim:
+            self._head = self._head.partition(b"\r\n\r\n")[2]
+            self._interim -= 1
         if not self._headers_done:
             return False
         if not self._refused:
@@ -115,6 +127,11 @@ class EngineConnection(asyncio.Protocol):
         end = self._head.find(b"\r\n\r\n") + 2
         if exchange.streams and not self._done and len(self._head) == end + 2:
             return False  # engines answer 200 before they begin: until a token is out, retry
+        head = self._head[:end].lower()
+        self._ends_with_connection = not _FRAMED.search(head)
+        if b"\r\nx-request-id:" in head:
+            self._head = _REQUEST_ID.sub(b"", self._head, count=1)
+            end = self._head.find(b"\r\n\r\n") + 2
         exchange.caller.write(self._head[:end] + exchange.response_headers + self._head[end:])
         exchange.started = True
         if exchange.streams and exchange.status == 200:
@@ -132,8 +149,10 @@ class EngineConnection(asyncio.Protocol):
             self._link.give_back(self)
         else:
             self._close()
-        self._link.outcomes.finished(exchange, tokens)
-        exchange.caller.finished(keep_alive=keep_alive)
+        try:
+            self._link.outcomes.finished(exchange, tokens)
+        finally:
+            exchange.caller.finished(keep_alive=keep_alive)
 
     def _refuse(self, exchange: Exchange) -> None:
         body = self._head.partition(b"\r\n\r\n")[2][:_MAX_ERROR_BYTES]
@@ -154,6 +173,10 @@ class EngineConnection(asyncio.Protocol):
         if self._reused and not self._head and not exchange.started:
             self._exchange = exchange.engine = None
             self._link.send_fresh(exchange, self._sent)
+            return
+        if exc is None and exchange.started and self._ends_with_connection:
+            self._keep_alive = False
+            self._finish(exchange, b"")
             return
         self._fail("the engine closed the connection", alive=True)
 
@@ -226,12 +249,12 @@ class EngineLink:
 
     def send_fresh(self, exchange: Exchange, data: bytes) -> None:
         """Connect, then write."""
-        task = asyncio.get_running_loop().create_task(self._connect(exchange, data))
+        connecting = self._connect(exchange, data, exchange.attempt)
+        task = asyncio.get_running_loop().create_task(connecting)
         self._connecting[task] = None
         task.add_done_callback(lambda done: self._connecting.pop(done, None))
 
-    async def _connect(self, exchange: Exchange, data: bytes) -> None:
-        attempt = exchange.attempt
+    async def _connect(self, exchange: Exchange, data: bytes, attempt: int) -> None:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
