@@ -4,14 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import a_curve, a_pool, a_replica, a_request
+from builders import a_curve, a_pool, a_replica, a_request, a_waiting_call
 from concertmaster.core.cost import RateCurve
 from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import InFlight, Replica
 from concertmaster.core.memory import KvLedger, PrefixIndex
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, RequestId
+from concertmaster.policies.filters import FitsKvCache
 
-R1 = RequestId("r1")
+R1, R2 = RequestId("r1"), RequestId("r2")
 
 
 def a_call_in_flight(name: str = "r1", prompt_tokens: int = 100, expected: int = 50) -> InFlight:
@@ -260,3 +261,37 @@ def test_a_curve_without_an_order_is_refused(
         RateCurve(fixed_s=0.0, linear_tokens=tokens, linear_s=seconds)
 
     assert str(refusal.value) == message
+
+
+def test_a_prefix_that_two_calls_share_is_held_once_until_the_last_lets_go() -> None:
+    ledger = KvLedger(capacity_blocks=200, block_tokens=16)
+    ledger.reserve(R1, 600, (7, 8))
+    ledger.reserve(R2, 700, (7, 8))
+    ledger.validate()
+    assert ledger.reserved_blocks == 32 + (38 - 32) + (44 - 32)
+    assert ledger.shared_blocks((7, 8, 9)) == 32
+    assert ledger.shared_blocks((9, 8)) == 0
+
+    ledger.release(R1)
+    ledger.validate()
+    assert ledger.reserved_blocks == 44
+
+    ledger.grow(R2, 720)
+    ledger.release(R2)
+    ledger.validate()
+    assert ledger.reserved_blocks == 0
+    assert ledger.shared_blocks((7,)) == 0
+
+
+def test_a_replica_that_holds_the_prefix_has_room_where_another_has_not() -> None:
+    pool = a_pool(kv_blocks=80)
+    warm, cold = a_replica("warm", pool=pool), a_replica("cold", pool=pool)
+    first = a_request("first", prompt_tokens=800, prefix_hashes=(1, 2, 3))
+    other = a_request("other", prompt_tokens=800, prefix_hashes=(4, 5, 6))
+    for replica, request in ((warm, first), (cold, other)):
+        call = InFlight(request=request, prefill_tokens=800, decode_tokens=10, expected_tokens=10)
+        replica.admit(0.0, call, 810)
+
+    again = a_request("next", prompt_tokens=850, prefix_hashes=(1, 2, 3))
+    newcomer = a_waiting_call("next", request=again)
+    assert FitsKvCache().keep(newcomer, pool, [warm, cold]) == [warm]

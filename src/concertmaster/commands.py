@@ -235,6 +235,10 @@ def compare(
         plots.check_plot_path(plot)
     built = compose.build_fleet(load_fleet(fleet), name=fleet.stem)
     _show_notes(ask.load(0))
+    if seeds > 1 and ask.arrivals in {None, "trace"}:
+        _note(
+            "recorded arrivals are the same under every seed: add --arrivals poisson to vary them"
+        )
     results = _run_all(built, ask, policies, seeds, jobs or os.cpu_count() or 1)
     reports = {name: [report for report, _ in results[name]] for name in policies}
     comparison = compare_reports(reports)

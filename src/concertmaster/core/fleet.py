@@ -93,6 +93,16 @@ class Pool:
         object.__setattr__(self, "decode_token_s", self.curve.step_s(1, 0))
         object.__setattr__(self, "most_tokens", min(self.model.context_tokens, self.kv_tokens))
 
+    def cacheable(self, request: Request) -> tuple[int, ...]:
+        """Hashes of the chunks of a prompt that its engines keep and share.
+
+        An engine always computes the last token, so the chunk that ends a prompt is left out.
+        """
+        hashes = request.prefix_hashes
+        if not hashes or not self.prefix_caching:
+            return ()
+        return hashes[: (request.prompt_tokens - 1) // PREFIX_CHUNK_TOKENS]
+
     @property
     def kv_tokens(self) -> int:
         """KV room of one replica, in tokens."""
@@ -200,8 +210,9 @@ class Replica:
     def admit(self, now_s: float, call: InFlight, kv_tokens: int) -> None:
         """Enter a call into every ledger."""
         request = call.request
-        self.kv.reserve(request.request_id, kv_tokens)
-        self.prefixes.touch(request.prefix_hashes)
+        hashes = self.pool.cacheable(request)
+        self.kv.reserve(request.request_id, kv_tokens, hashes)
+        self.prefixes.touch(hashes)
         self.in_flight[request.request_id] = call
         self.prefill_tokens += call.prefill_tokens
         self.decode_tokens += call.decode_tokens

@@ -9,7 +9,8 @@ from concertmaster.core.request import PREFIX_CHUNK_TOKENS, RequestId
 class KvLedger:
     """KV blocks promised to the calls of one replica.
 
-    A promise is made in tokens and kept in whole blocks, as engines allocate them.
+    A promise is made in tokens and kept in whole blocks, as engines allocate them. Prefix
+    chunks that several calls in flight begin with are held once, as engines share them.
     Growth may pass the capacity: the engine then preempts, and the ledger shows it.
     """
 
@@ -17,7 +18,10 @@ class KvLedger:
         self.capacity_blocks = capacity_blocks
         self.block_tokens = block_tokens
         self.reserved_blocks = 0
-        self._held: dict[RequestId, int] = {}
+        self._chunk_blocks = PREFIX_CHUNK_TOKENS // block_tokens
+        self._own_blocks: dict[RequestId, int] = {}
+        self._prefixes: dict[RequestId, Sequence[int]] = {}
+        self._holders: dict[int, int] = {}
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold ``tokens`` tokens.
@@ -32,28 +36,70 @@ class KvLedger:
         """Blocks not promised to anyone; 0 while growth has passed the capacity."""
         return max(0, self.capacity_blocks - self.reserved_blocks)
 
-    def reserve(self, request_id: RequestId, tokens: int) -> None:
-        """Promise room for a call that holds none yet."""
-        assert request_id not in self._held, f"{request_id} already holds a promise"
-        blocks = self.blocks_for(tokens)
-        self._held[request_id] = blocks
-        self.reserved_blocks += blocks
+    def shared_blocks(self, prefix_hashes: Sequence[int]) -> int:
+        """Blocks of a prompt's leading chunks that calls in flight hold already.
+
+        >>> ledger = KvLedger(capacity_blocks=100, block_tokens=16)
+        >>> ledger.reserve(RequestId("r"), 600, prefix_hashes=(7, 8))
+        >>> ledger.shared_blocks((7, 9)), ledger.reserved_blocks
+        (16, 38)
+        """
+        shared = 0
+        for prefix_hash in prefix_hashes:
+            if prefix_hash not in self._holders:
+                break
+            shared += 1
+        return shared * self._chunk_blocks
+
+    def reserve(
+        self, request_id: RequestId, tokens: int, prefix_hashes: Sequence[int] = ()
+    ) -> None:
+        """Promise room for a call that holds none yet.
+
+        Args:
+            request_id: The call.
+            tokens: Its prompt and the answer to make room for.
+            prefix_hashes: Leading chunks of its prompt, fewer tokens than the whole.
+        """
+        assert request_id not in self._own_blocks, f"{request_id} already holds a promise"
+        own_blocks = self.blocks_for(tokens) - len(prefix_hashes) * self._chunk_blocks
+        assert own_blocks > 0, f"{request_id} has a prefix longer than itself"
+        self._own_blocks[request_id] = own_blocks
+        self.reserved_blocks += own_blocks
+        if prefix_hashes:
+            self._prefixes[request_id] = prefix_hashes
+            for prefix_hash in prefix_hashes:
+                holders = self._holders.get(prefix_hash, 0)
+                self._holders[prefix_hash] = holders + 1
+                self.reserved_blocks += 0 if holders else self._chunk_blocks
 
     def grow(self, request_id: RequestId, tokens: int) -> None:
         """Raise a promise to at least ``tokens`` tokens."""
-        more = self.blocks_for(tokens) - self._held[request_id]
+        chunks = len(self._prefixes.get(request_id, ()))
+        own_blocks = self.blocks_for(tokens) - chunks * self._chunk_blocks
+        more = own_blocks - self._own_blocks[request_id]
         if more > 0:
-            self._held[request_id] += more
+            self._own_blocks[request_id] += more
             self.reserved_blocks += more
 
     def release(self, request_id: RequestId) -> None:
         """Take a promise back."""
-        self.reserved_blocks -= self._held.pop(request_id)
+        self.reserved_blocks -= self._own_blocks.pop(request_id)
+        for prefix_hash in self._prefixes.pop(request_id, ()):
+            holders = self._holders.pop(prefix_hash) - 1
+            if holders:
+                self._holders[prefix_hash] = holders
+            else:
+                self.reserved_blocks -= self._chunk_blocks
 
     def validate(self) -> None:
         """Check that the total is the sum of its parts."""
-        assert self.reserved_blocks == sum(self._held.values()), "KV ledger does not add up"
-        assert all(blocks > 0 for blocks in self._held.values()), "an empty KV promise"
+        chunk_blocks = len(self._holders) * self._chunk_blocks
+        total = sum(self._own_blocks.values()) + chunk_blocks
+        assert self.reserved_blocks == total, "KV ledger does not add up"
+        assert all(blocks > 0 for blocks in self._own_blocks.values()), "an empty KV promise"
+        held = sum(len(hashes) for hashes in self._prefixes.values())
+        assert sum(self._holders.values()) == held, "a shared chunk has lost a holder"
 
 
 class PrefixIndex:

@@ -382,7 +382,7 @@ class Scheduler:
         """Write a dispatched call into the ledgers."""
         request, model = call.request, replica.pool.model.name
         expected_tokens = call.expected_tokens(model)
-        hit_tokens = replica.prefixes.hit_tokens(request.prefix_hashes)
+        hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         in_flight = InFlight(
             request=request,
             prefill_tokens=max(1, request.prompt_tokens - hit_tokens),

@@ -152,7 +152,8 @@ def read_ask(
         CallerError: vLLM would refuse it too, or an ``x-emulator-`` header is no number.
     """
     body = parse(data, ChatBody if kind == "chat.completion" else TextBody)
-    _check(emulator, body)
+    priority = body.priority or _header_priority(headers)
+    _check(emulator, body, priority)
     text = body.text()
     prompt_tokens = _header_int(headers, "x-emulator-prompt-tokens") or tokens_in(text)
     most_tokens = _most_output_tokens(emulator, body, prompt_tokens)
@@ -162,7 +163,7 @@ def read_ask(
         prompt_tokens=prompt_tokens,
         output_tokens=min(natural_tokens, most_tokens),
         prefix_hashes=_header_hashes(headers) or prefix_hashes(text),
-        priority=body.priority,
+        priority=priority,
     )
     ran_to_cap = natural_tokens > most_tokens or (body.ignore_eos and natural_tokens == most_tokens)
     return Ask(
@@ -174,14 +175,14 @@ def read_ask(
     )
 
 
-def _check(emulator: Emulator, body: CompletionBody) -> None:
+def _check(emulator: Emulator, body: CompletionBody, priority: int) -> None:
     if body.model is not None and body.model != emulator.model_name:
         raise ModelNotFoundError(f"The model `{body.model}` does not exist.", param="model")
     if body.n not in {None, 1}:
         raise InvalidRequestError(f"n must be 1: one answer a request, got {body.n}.", param="n")
-    if body.priority and emulator.settings.scheduling == "fcfs":
+    if priority and emulator.settings.scheduling == "fcfs":
         raise InvalidRequestError(
-            f"Got priority {body.priority} but Priority scheduling is not enabled.",
+            f"Got priority {priority} but Priority scheduling is not enabled.",
             param="priority",
         )
 
@@ -233,6 +234,16 @@ def _named_output_tokens(headers: dict[str, str], model: str) -> int | None:
     shared, *own = value.split(";")
     by_model = dict(part.split("=", 1) for part in own if "=" in part)
     return _header_int({name: by_model.get(model, shared)}, name)
+
+
+def _header_priority(headers: dict[str, str]) -> int:
+    name = "x-vllm-priority"
+    try:
+        return int(headers.get(name, "0"))
+    except ValueError:
+        raise InvalidRequestError(
+            f"{name}: expected an integer, got {headers[name]!r}", param="priority"
+        ) from None
 
 
 def _header_int(headers: dict[str, str], name: str) -> int | None:

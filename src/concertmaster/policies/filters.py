@@ -18,7 +18,14 @@ class FitsKvCache:
     name: str = "fits_kv_cache"
 
     def keep(self, call: Waiting, pool: Pool, replicas: Iterable[Replica]) -> list[Replica]:
-        """Compare blocks with blocks."""
+        """Compare blocks with blocks; a prefix that calls in flight hold there is free."""
         blocks = -(-call.kv_tokens(pool.model.name) // pool.block_tokens)
-        most_reserved = pool.kv_blocks - blocks
-        return [r for r in replicas if r.kv.reserved_blocks <= most_reserved or not r.in_flight]
+        room = pool.kv_blocks - blocks
+        hashes = pool.cacheable(call.request)
+        if not hashes:
+            return [r for r in replicas if r.kv.reserved_blocks <= room or not r.in_flight]
+        return [
+            r
+            for r in replicas
+            if not r.in_flight or r.kv.reserved_blocks <= room + r.kv.shared_blocks(hashes)
+        ]

@@ -42,7 +42,7 @@ class PrefillMiss:
     def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         """Seconds of the tokens to compute, chunk by chunk."""
         request, pool = call.request, replica.pool
-        hashes = request.prefix_hashes
+        hashes = pool.cacheable(request)
         return pool.curve.prefill_s(
             request.prompt_tokens,
             cached_tokens=replica.prefixes.hit_tokens(hashes) if hashes else 0,

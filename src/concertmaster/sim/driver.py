@@ -276,6 +276,7 @@ class Simulation:
     # Incidents and weights
 
     def _strike(self, now_s: float, event: Event) -> None:
+        self._gauges.pay(now_s)
         if isinstance(event, ReplicaDied):
             self._engines[event.replica_id].clear()
             self._polls_s.pop(event.replica_id, None)

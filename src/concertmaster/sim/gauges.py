@@ -25,6 +25,7 @@ class FleetGauges:
         self._replicas = list(replicas)
         self._engines = engines
         self._sampled_s = 0.0
+        self._paid_s = 0.0
 
     def sample(self, now_s: float) -> None:
         """Add the time since the last sample at what is held now."""
@@ -56,8 +57,14 @@ class FleetGauges:
     def finish(self, now_s: float) -> None:
         """Close the integrals at the end of the run."""
         self.totals.preemptions = sum(engine.preemptions for engine in self._engines.values())
-        self.totals.gpu_s = now_s * sum(
+        self.pay(now_s)
+
+    def pay(self, now_s: float) -> None:
+        """Add GPU time up to now; call it before the set of running replicas changes."""
+        gpus = sum(
             replica.pool.tensor_parallel
             for replica in self._replicas
-            if replica.readiness is Readiness.RUNNING
+            if replica.alive and replica.readiness is Readiness.RUNNING
         )
+        self.totals.gpu_s = (self.totals.gpu_s or 0.0) + gpus * (now_s - self._paid_s)
+        self._paid_s = now_s
