@@ -315,7 +315,11 @@ def explain(*, trace: Path, request: str) -> None:
 
 def _show_notes(workload: Workload) -> None:
     for note in workload.notes:
-        show.say(show.console(stderr=True), f"note: {note}")
+        _note(note)
+
+
+def _note(text: str) -> None:
+    show.say(show.console(stderr=True), f"note: {text}")
 
 
 def _every(step: int, tell: Callable[[int], None]) -> Callable[[int], None]:
