@@ -84,7 +84,7 @@ def serve(
     _check_port(settings.port)
     _check_servable(settings.policy)
     fleet = compose.build_fleet(file, name=config.stem)
-    urls = compose.endpoints(file)
+    urls = compose.endpoints(file, where=str(config))
     with ExitStack() as stack:
         writer = None
         if trace is not None:

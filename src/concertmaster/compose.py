@@ -188,7 +188,7 @@ def simulate(
     return simulation.run(policy=policy_name, seed=seed)
 
 
-def endpoints(file: FleetFile) -> dict[ReplicaId, str]:
+def endpoints(file: FleetFile, *, where: str = "fleet") -> dict[ReplicaId, str]:
     """Return the address of each replica, for a fleet that is served.
 
     Raises:
@@ -198,7 +198,7 @@ def endpoints(file: FleetFile) -> dict[ReplicaId, str]:
     for i, section in enumerate(file.pools):
         if not section.endpoints:
             raise InputError(
-                "fleet",
+                where,
                 f"pools[{i}].endpoints",
                 f'pool "{section.name}" has no endpoints to serve from',
                 'add endpoints = ["http://HOST:PORT", ...]',

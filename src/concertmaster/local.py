@@ -8,7 +8,7 @@ import multiprocessing
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +74,9 @@ def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what i
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *facts), daemon=True)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is ours
     process.start()
+    signal.signal(signal.SIGINT, on_interrupt)
     theirs.close()
     try:
         if not ours.poll(START_TIMEOUT_S):
@@ -94,7 +96,6 @@ def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what i
 
 
 def _run_engines(pipe: Connection, file: FleetFile) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     fleet = compose.build_fleet(file, name="local")
     compose.run_loop(_serve_engines(pipe, fleet, file.emulator.speedup))
 
@@ -106,14 +107,13 @@ async def _serve_engines(pipe: Connection, fleet: Fleet, speedup: float) -> None
         server = await serve_emulator(emulator, "127.0.0.1", 0)
         servers.append(server)
         urls[replica_id] = f"http://127.0.0.1:{server.port}"
-    pipe.send(urls)
+    _tell(pipe, urls)
     await _parent_gone(pipe)
     for server in servers:
         server.close()
 
 
 def _run_gateway(pipe: Connection, job: _Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     compose.run_loop(_serve_gateway(pipe, job))
 
 
@@ -137,13 +137,18 @@ async def _serve_gateway(pipe: Connection, job: _Job) -> None:
         try:
             _, bound = await compose.listening(serving.__aenter__(), f"127.0.0.1:{port}", port)
         except InputError as error:
-            pipe.send(error)
+            _tell(pipe, error)
             return
         try:
-            pipe.send(f"http://127.0.0.1:{bound}")
+            _tell(pipe, f"http://127.0.0.1:{bound}")
             await _parent_gone(pipe)
         finally:
             await serving.__aexit__(None, None, None)
+
+
+def _tell(pipe: Connection, what: object) -> None:
+    with suppress(OSError):  # the parent was interrupted: its end is closed, which ends us
+        pipe.send(what)
 
 
 async def _parent_gone(pipe: Connection) -> None:
