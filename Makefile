@@ -48,3 +48,17 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/engine_model.py
 	$(BIN)/python benchmarks/parity.py
+
+NATIVE := $(addprefix core/,cost.py fleet.py memory.py queue.py scheduler.py window.py workflow.py) \
+  policies/*.py policies/recipes/*.py predictors/*.py sim/*.py \
+  $(addprefix physics/,batching.py fast.py prefix_cache.py stretch.py) \
+  $(addprefix workload/,agents.py progress.py) \
+  $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py upstream.py)
+
+.PHONY: native test-native
+native: setup ## compile the hot path into .native (needs a C compiler); run with PYTHONPATH=.native
+	rm -rf .native && mkdir .native && cp -r src/concertmaster .native/
+	cd .native && ../$(BIN)/mypyc $(addprefix concertmaster/,$(NATIVE)) > build.log 2>&1 || (tail -20 build.log; exit 1)
+
+test-native: native ## the tests, with the compiled hot path
+	$(BIN)/pytest --numprocesses 2 --override-ini 'pythonpath=.native tests' tests

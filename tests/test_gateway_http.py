@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from concertmaster.gateway import agent
+from concertmaster.gateway import agent, openai_api
 from gateway_rig import (
     CHAT,
     TEXT,
@@ -251,7 +251,7 @@ def test_a_fault_of_our_own_is_a_500_and_a_line_in_the_log(
     async def main() -> None:
         async with over_upstreams(may_log=True) as (rig, _):
             with monkeypatch.context() as patch:
-                patch.setattr(rig.gateway._predictor, "predict", broken)
+                patch.setattr(openai_api, "parse_call", broken)
                 reply = await rig.call()
             assert reply.status == 500
             assert reply.error == {

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
+NATIVE = HERE.parents[1] / ".native"
+"""What ``make native`` compiles; measured as ``compiled`` if it is there."""
 UPSTREAM_PORT = 9901
 PORTS = {
     "direct": UPSTREAM_PORT,
@@ -30,6 +32,7 @@ PORTS = {
     "sglang-router": 9903,
     "litellm": 9904,
     "nginx": 9905,
+    "compiled": 9906,
 }
 START_TIMEOUT_S = 90.0
 
@@ -68,14 +71,8 @@ def commands(peers: Path, folder: Path) -> dict[str, list[str]]:
     python = Path(sys.executable)
     all_of_them = {
         "direct": [str(python), str(HERE / "upstream.py"), str(UPSTREAM_PORT)],
-        "concertmaster": [
-            str(python.parent / "concertmaster"),
-            "serve",
-            "-c",
-            str(HERE / "fleet.toml"),
-            "--port",
-            str(PORTS["concertmaster"]),
-        ],
+        "concertmaster": serve(python, PORTS["concertmaster"]),
+        "compiled": ["/usr/bin/env", f"PYTHONPATH={NATIVE}", *serve(python, PORTS["compiled"])],
         "sglang-router": [
             str(peers / "bin/sglang-router"),
             "launch",
@@ -101,7 +98,15 @@ def commands(peers: Path, folder: Path) -> dict[str, list[str]]:
         ],
         "nginx": ["/usr/sbin/nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)],
     }
+    if not NATIVE.exists():
+        del all_of_them["compiled"]
     return {name: command for name, command in all_of_them.items() if Path(command[0]).exists()}
+
+
+def serve(python: Path, port: int) -> list[str]:
+    """Start our gateway on the benchmark's fleet."""
+    program, fleet = str(python.parent / "concertmaster"), str(HERE / "fleet.toml")
+    return [program, "serve", "-c", fleet, "--port", str(port)]
 
 
 @contextlib.contextmanager
