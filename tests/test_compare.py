@@ -96,6 +96,23 @@ def test_refused_calls_count_as_missed_and_not_as_fast() -> None:
     assert report["e2e_s"]["mean"] == 6.0
 
 
+def test_calls_that_fit_nowhere_are_counted_as_refused_by_memory() -> None:
+    calls = [a_call_record("a"), a_call_record("b", **{**REFUSED, "reason": "too_long"})]
+
+    assert build_report(a_run(*calls))["kv"]["refused"] == 1
+
+
+def test_what_nobody_could_look_at_is_null_and_not_zero() -> None:
+    run = a_run(a_call_record("a"))
+    run.gauges = None
+
+    report = build_report(run)
+
+    for group in ("kv", "weights", "fleet"):
+        measured = {key for key, value in report[group].items() if value is not None}
+        assert measured <= {"refused"}, group
+
+
 def test_a_late_answer_is_served_but_not_met() -> None:
     report = build_report(
         a_run(a_call_record("late", deadline_s=5.9), a_call_record("just", deadline_s=6.0))
@@ -138,13 +155,13 @@ def test_classes_are_reported_apart() -> None:
     assert by_class["batch"]["queue_wait_s"]["mean"] == 5.0
 
 
-def test_a_run_of_nothing_reports_nulls_rather_than_zeros() -> None:
+def test_a_run_of_nothing_has_no_ratios_and_held_no_memory() -> None:
     report = build_report(a_run(duration_s=0.0))
 
     assert report["slo_attainment_ratio"] is None
     assert report["goodput_rps"] is None
     assert report["makespan_s"]["p99"] is None
-    assert report["kv"]["reserved_gb_s"] is None
+    assert report["kv"]["reserved_gb_s"] == 0.0
 
 
 @pytest.mark.parametrize(

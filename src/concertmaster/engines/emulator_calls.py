@@ -38,10 +38,6 @@ class CompletionBody(msgspec.Struct):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
-    def text(self) -> str:
-        """Flatten what the model reads."""
-        raise NotImplementedError
-
 
 class ChatBody(CompletionBody, kw_only=True):
     """A chat completion."""
@@ -151,7 +147,9 @@ def read_ask(
     Raises:
         CallerError: vLLM would refuse it too, or an ``x-emulator-`` header is no number.
     """
-    body = parse(data, ChatBody if kind == "chat.completion" else TextBody)
+    body: ChatBody | TextBody = (
+        parse(data, ChatBody) if kind == "chat.completion" else parse(data, TextBody)
+    )
     priority = body.priority or _header_priority(headers)
     _check(emulator, body, priority)
     text = body.text()

@@ -21,7 +21,7 @@ from concertmaster.gateway.server import scaled_clock
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Call, WorkflowPlan, Workload
-from concertmaster.workload.records import CallRecord, Gauges, RunRecords
+from concertmaster.workload.records import CallRecord, RunRecords
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0
@@ -92,7 +92,7 @@ class Replay:
             seed=seed,
             calls=self._agents.calls,
             workflows=self._agents.workflows,
-            gauges=Gauges(),
+            gauges=None,
             decision_s=[],
             duration_s=now_s,
             wall_s=now_s / self.speedup,

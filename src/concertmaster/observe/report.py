@@ -61,7 +61,7 @@ def build_report(run: RunRecords) -> Report:
             for service_class in ServiceClass
         },
         "queue_wait_s": summary(_durations(calls, lambda call: call.dispatched_s)),
-        **_gauges(run.gauges),
+        **_gauges(run.gauges, calls),
         "scheduler": _decisions(run.decision_s),
         "wall_s": run.wall_s,
     }
@@ -109,26 +109,34 @@ def _class_report(calls: Sequence[CallRecord], workflows: Sequence[WorkflowRecor
     }
 
 
-def _gauges(gauges: Gauges) -> Report:
-    return {
-        "kv": {
-            "reserved_gb_s": gauges.kv_reserved_gb_s,
-            "used_gb_s": gauges.kv_used_gb_s,
-            "reserved_peak_gb": gauges.kv_reserved_peak_gb,
-            "preemptions": gauges.preemptions,
-            "refused": 0,
-        },
-        "weights": {
-            "cold_starts": gauges.cold_starts,
-            "wakes": gauges.wakes,
-            "ready_wait_s": gauges.ready_wait_s,
-        },
-        "fleet": {
-            "gpu_s": gauges.gpu_s,
-            "replica_starts": gauges.replica_starts,
-            "replica_stops": gauges.replica_stops,
-        },
+_GAUGE_KEYS = {
+    "kv": {
+        "reserved_gb_s": "kv_reserved_gb_s",
+        "used_gb_s": "kv_used_gb_s",
+        "reserved_peak_gb": "kv_reserved_peak_gb",
+        "preemptions": "preemptions",
+    },
+    "weights": {"cold_starts": "cold_starts", "wakes": "wakes", "ready_wait_s": "ready_wait_s"},
+    "fleet": {
+        "gpu_s": "gpu_s",
+        "replica_starts": "replica_starts",
+        "replica_stops": "replica_stops",
+    },
+}
+_DOES_NOT_FIT = frozenset({"too_long", "context_length_exceeded"})
+"""The core's word for a call that no KV cache or context holds, and the gateway's on the wire."""
+
+
+def _gauges(gauges: Gauges | None, calls: Sequence[CallRecord]) -> Report:
+    """Group the gauges; nulls where nobody could look, and the refusals that the calls tell."""
+    report: Report = {
+        group: {
+            key: None if gauges is None else getattr(gauges, field) for key, field in keys.items()
+        }
+        for group, keys in _GAUGE_KEYS.items()
     }
+    report["kv"]["refused"] = sum(call.reason in _DOES_NOT_FIT for call in calls)
+    return report
 
 
 def _decisions(decision_s: Sequence[float]) -> Report:

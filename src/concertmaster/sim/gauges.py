@@ -15,13 +15,7 @@ class FleetGauges:
     def __init__(
         self, replicas: Iterable[Replica], engines: Mapping[ReplicaId, BatchingEngine]
     ) -> None:
-        self.totals = Gauges(
-            kv_reserved_gb_s=0.0,
-            kv_used_gb_s=0.0,
-            kv_reserved_peak_gb=0.0,
-            preemptions=0,
-            gpu_s=0.0,
-        )
+        self.totals = Gauges()
         self._replicas = list(replicas)
         self._engines = engines
         self._sampled_s = 0.0
@@ -38,9 +32,9 @@ class FleetGauges:
                 used_gb += self._engines[replica.replica_id].kv_used_blocks * block_gb
         span_s, totals = now_s - self._sampled_s, self.totals
         self._sampled_s = now_s
-        totals.kv_reserved_gb_s = (totals.kv_reserved_gb_s or 0.0) + reserved_gb * span_s
-        totals.kv_used_gb_s = (totals.kv_used_gb_s or 0.0) + used_gb * span_s
-        totals.kv_reserved_peak_gb = max(totals.kv_reserved_peak_gb or 0.0, reserved_gb)
+        totals.kv_reserved_gb_s += reserved_gb * span_s
+        totals.kv_used_gb_s += used_gb * span_s
+        totals.kv_reserved_peak_gb = max(totals.kv_reserved_peak_gb, reserved_gb)
 
     def skip_to(self, now_s: float) -> None:
         """Note that nothing was held since the last sample."""
@@ -66,5 +60,5 @@ class FleetGauges:
             for replica in self._replicas
             if replica.alive and replica.readiness is Readiness.RUNNING
         )
-        self.totals.gpu_s = (self.totals.gpu_s or 0.0) + gpus * (now_s - self._paid_s)
+        self.totals.gpu_s += gpus * (now_s - self._paid_s)
         self._paid_s = now_s

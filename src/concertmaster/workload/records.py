@@ -69,29 +69,33 @@ class WorkflowRecord:
 
 @dataclass(slots=True, kw_only=True)
 class Gauges:
-    """Integrals and counts that a driver keeps while it runs; ``None`` is not measured."""
+    """Integrals and counts of a driver that sees into its fleet."""
 
-    kv_reserved_gb_s: float | None = None
-    kv_used_gb_s: float | None = None
-    kv_reserved_peak_gb: float | None = None
-    preemptions: int | None = None
+    kv_reserved_gb_s: float = 0.0
+    kv_used_gb_s: float = 0.0
+    kv_reserved_peak_gb: float = 0.0
+    preemptions: int = 0
     cold_starts: int = 0
     wakes: int = 0
     ready_wait_s: float = 0.0
-    gpu_s: float | None = None
+    gpu_s: float = 0.0
     replica_starts: int = 0
     replica_stops: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class RunRecords:
-    """Everything a run leaves behind."""
+    """Everything a run leaves behind.
+
+    Attributes:
+        gauges: ``None`` if the driver could not see into the fleet.
+    """
 
     policy: str
     seed: int
     calls: list[CallRecord]
     workflows: list[WorkflowRecord]
-    gauges: Gauges
+    gauges: Gauges | None
     decision_s: list[float]
     duration_s: float
     wall_s: float
