@@ -290,6 +290,10 @@ def test_explain_says_where_a_call_went_and_knows_which_calls_there_are(
     assert hint is not None
     known = hint[2]
     told = shell("explain", trace, known)
+    shell("explain", trace, known, "--json", str(tmp_path / "one.json"))
+    story = json.loads((tmp_path / "one.json").read_text())
+    assert "RequestArrived" in story[0]["event"]
+    assert story[-1]["event"]["RequestFinished"]["request_id"] == known
     assert (told.code, told.err) == (0, "")
     assert told.out.startswith(f"{known}   workflow ")
     assert "cost, seconds" in told.out

@@ -175,12 +175,14 @@ def replay(
 def explain(
     trace: Annotated[Path, typer.Argument(help="Trace file.")],
     request: Annotated[str, typer.Argument(help="Id of a call in it.")],
+    *,
+    json: Json = None,
 ) -> None:
     """Say why a call went where it went.
 
     Example: concertmaster explain runs/one.trace.jsonl coding-0001/0
     """
-    commands.explain(trace=trace, request=request)
+    commands.explain(trace=trace, request=request, json=json)
 
 
 def main() -> None:

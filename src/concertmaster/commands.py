@@ -308,9 +308,12 @@ def _is_address(url: str) -> bool:
     return named and parts.scheme == "http" and parts.path in {"", "/"}
 
 
-def explain(*, trace: Path, request: str) -> None:
+def explain(*, trace: Path, request: str, json: Path | None) -> None:
     """Print why a call went where it went."""
-    show.explain(show.console(), TraceReader(trace), request)
+    reader = TraceReader(trace)
+    show.explain(show.console(), reader, request)
+    if json is not None:
+        show.write_json(show.story(reader, request), json)
 
 
 def _show_notes(workload: Workload) -> None:

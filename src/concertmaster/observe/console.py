@@ -16,7 +16,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.events import RequestArrived, RequestCancelled, RequestFinished
 from concertmaster.core.forecast import Quantiles
 from concertmaster.observe.report import Report
-from concertmaster.observe.trace import Entry, TraceReader
+from concertmaster.observe.trace import Entry, TraceReader, as_line
 from concertmaster.workload.records import RunRecords
 
 WIDTH = 100
@@ -216,6 +216,15 @@ def explain(out: Console, reader: TraceReader, request_id: str) -> None:
         _show_end(out, entry, request_id)
     if reader.broken_at is not None:
         out.print(f"the trace breaks off at line {reader.broken_at}; what follows is not known")
+
+
+def story(reader: TraceReader, request_id: str) -> list[dict[str, object]]:
+    """Return every event that concerns a call, with its actions, as a trace writes them."""
+    return [
+        as_line(entry.now_s, entry.event, entry.actions)
+        for entry in reader.entries()
+        if _concerns(entry, request_id)
+    ]
 
 
 def _concerns(entry: Entry, request_id: str) -> bool:

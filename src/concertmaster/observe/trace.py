@@ -4,7 +4,7 @@ The first line is a header with the format version. A trace replays through the 
 without weights or engines, and ``explain`` reads from it why a call went where it went.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,15 @@ class _Line(msgspec.Struct, frozen=True):
     actions: list[dict[str, Any]]
 
 
+def as_line(now_s: float, event: Event, actions: Sequence[Action]) -> dict[str, object]:
+    """Return one event as a line of a trace holds it, each part under the name of its kind."""
+    return {
+        "now_s": now_s,
+        "event": {type(event).__name__: event},
+        "actions": [{type(action).__name__: action} for action in actions],
+    }
+
+
 class TraceWriter:
     """Writes a trace line by line; use it as a context manager.
 
@@ -77,11 +86,7 @@ class TraceWriter:
 
     def __call__(self, now_s: float, event: Event, actions: list[Action]) -> None:
         """Append one event."""
-        line = {
-            "now_s": now_s,
-            "event": {type(event).__name__: event},
-            "actions": [{type(action).__name__: action} for action in actions],
-        }
+        line = as_line(now_s, event, actions)
         self._file.write(self._encode(line) + b"\n")
 
 
