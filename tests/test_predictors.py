@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from builders import a_call, a_plan, a_request, a_workload
 from concertmaster.core.forecast import NO_FORECAST, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
-from concertmaster.predictors.interface import Predictor
+from concertmaster.predictors.interface import Completion, Predictor
 from concertmaster.predictors.recent import MIN_LENGTHS, RecentLengths
 from concertmaster.sim.clairvoyant import Clairvoyant
 from concertmaster.workload.plan import ModelOutcome
@@ -62,7 +62,7 @@ def test_predicting_teaches_nothing(
     for role, tokens in history:
         asked.predict(asked_by(role))
         for predictor in (asked, unasked):
-            predictor.learn(asked_by(role), M, tokens)
+            predictor.learn(asked_by(role), Completion(model=M, output_tokens=tokens))
 
     for role in ("coder", "critic", "new"):
         assert asked.predict(asked_by(role)) == unasked.predict(asked_by(role))
@@ -76,7 +76,7 @@ def test_the_same_history_gives_the_same_answer(
     one, other = make(), make()
     for predictor in (one, other):
         for role, tokens in history:
-            predictor.learn(asked_by(role), M, tokens)
+            predictor.learn(asked_by(role), Completion(model=M, output_tokens=tokens))
 
     assert one.predict(asked_by()) == other.predict(asked_by())
 
@@ -88,7 +88,7 @@ def test_a_higher_level_never_promises_fewer_tokens(
 ) -> None:
     predictor = make()
     for role, tokens in history:
-        predictor.learn(asked_by(role), M, tokens)
+        predictor.learn(asked_by(role), Completion(model=M, output_tokens=tokens))
 
     forecast = predictor.predict(asked_by())
     tokens_at = [forecast.output_at(M, level, 4096) for level in (0.05, 0.5, 0.9, 0.99)]
@@ -101,7 +101,7 @@ def test_a_higher_level_never_promises_fewer_tokens(
 def taught(*answers: tuple[str, str, int], **settings: int) -> RecentLengths:
     predictor = RecentLengths(**settings)
     for app, role, tokens in answers:
-        predictor.learn(asked_by(role, app), M, tokens)
+        predictor.learn(asked_by(role, app), Completion(model=M, output_tokens=tokens))
     return predictor
 
 
@@ -145,7 +145,7 @@ def test_old_answers_leave_the_window() -> None:
 def test_fresh_answers_count_before_an_eighth_of_the_window_has_changed() -> None:
     predictor = taught(*[("chat", "coder", 900)] * 200)
     for _ in range(125):
-        predictor.learn(asked_by(), M, 10)
+        predictor.learn(asked_by(), Completion(model=M, output_tokens=10))
 
     assert predictor.predict(asked_by()).output_at(M, 0.5, 4096) == 10
 

@@ -205,13 +205,19 @@ class Forecast:
         output_tokens_on: Of this call, by model.
         success: Probability that the model solves it, by model.
         remaining_tokens: Output tokens of the workflow from here on, this call included.
-        source: Which step of the fallback answered ("role", "app", "global", "none").
+        remaining_calls: Calls of the workflow from here on, this call included.
+        remaining_tool_s: Seconds of tools and people between those calls.
+        tool_call: Probability that the answer asks for a tool; ``None`` if nothing is predicted.
+        source: Which step of the fallback answered ("role", "app", "model", "global", "none").
     """
 
     output_tokens: Quantiles | None = None
     output_tokens_on: Mapping[ModelName, Quantiles] = field(default_factory=dict)
     success: Mapping[ModelName, float] = field(default_factory=dict)
     remaining_tokens: Quantiles | None = None
+    remaining_calls: Quantiles | None = None
+    remaining_tool_s: Quantiles | None = None
+    tool_call: float | None = None
     source: str = "none"
 
     def output_law(self, model: ModelName) -> Quantiles | None:

@@ -46,6 +46,9 @@ class Request:
         models: Models that may serve it; empty means any model of the fleet.
         role: What the agent was doing, in its own words ("planner"); "" if unknown.
         app: The application the workflow belongs to; "" if unknown.
+        template: The shape of the workflow, in the caller's words ("react-10-turns"); "" if
+            unknown.
+        step: What kind of step the role takes, where it takes several ("vote"); "" if unknown.
         stage: Position among the calls of its workflow, from 0; ``None`` if unknown.
         parents: Calls of the same workflow that it waited for, as far as known.
         prefix_hashes: Chained hashes of the prompt's leading chunks of
@@ -61,6 +64,8 @@ class Request:
     models: tuple[ModelName, ...] = ()
     role: str = ""
     app: str = ""
+    template: str = ""
+    step: str = ""
     stage: int | None = None
     parents: tuple[RequestId, ...] = ()
     service_class: ServiceClass = ServiceClass.INTERACTIVE

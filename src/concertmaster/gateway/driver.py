@@ -30,7 +30,7 @@ from concertmaster.gateway.identity import Normalizer, with_hints
 from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.upstream import EngineLink
-from concertmaster.predictors.interface import Predictor
+from concertmaster.predictors.interface import Completion, Predictor
 
 PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
@@ -308,7 +308,8 @@ class Gateway:
             )
         if exchange.status == 200:
             model = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool.model.name
-            self._predictor.learn(request, model, output_tokens)
+            completion = Completion(model=model, output_tokens=output_tokens, finished_s=now_s)
+            self._predictor.learn(request, completion)
 
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
         """Tell the core that an attempt failed, and that its replica is gone if it is."""

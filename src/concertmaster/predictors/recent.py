@@ -3,7 +3,8 @@
 from collections import deque
 
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
-from concertmaster.core.request import ModelName, Request
+from concertmaster.core.request import Request, WorkflowId
+from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 MIN_LENGTHS = 8
@@ -53,7 +54,7 @@ class RecentLengths:
         self._max_groups = max_groups
         self._by_group: dict[tuple[str, ...], _Window] = {}
 
-    def predict(self, request: Request) -> Forecast:
+    def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
         """Answer with the finest group that has seen enough; none at all before that."""
         for _, group in _steps(request):
             window = self._by_group.get(group)
@@ -61,7 +62,7 @@ class RecentLengths:
                 return window.forecast
         return NO_FORECAST
 
-    def learn(self, request: Request, model: ModelName, output_tokens: int) -> None:
+    def learn(self, request: Request, completion: Completion) -> None:
         """Remember one length in each group of the call."""
         for source, group in _steps(request):
             window = self._by_group.get(group)
@@ -69,7 +70,10 @@ class RecentLengths:
                 if len(self._by_group) >= self._max_groups:
                     continue
                 window = self._by_group[group] = _Window(self._window, source)
-            window.add(output_tokens)
+            window.add(completion.output_tokens)
+
+    def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
+        """Nothing is kept of a workflow."""
 
 
 def _steps(request: Request) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -25,7 +25,7 @@ from concertmaster.core.fleet import Pool, ReplicaId
 from concertmaster.core.request import Request, RequestId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
-from concertmaster.predictors.interface import Predictor
+from concertmaster.predictors.interface import Completion, Predictor
 from concertmaster.sim.gauges import FleetGauges
 from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Call, Workload
@@ -246,12 +246,16 @@ class Simulation:
         del self._requests[request.request_id]
         record.finished_s, record.outcome = now_s, "served"
         replica = self._scheduler.replicas[ReplicaId(record.replica_id)]
-        self._predictor.learn(request, replica.pool.model.name, record.output_tokens)
+        completion = Completion(
+            model=replica.pool.model.name, output_tokens=record.output_tokens, finished_s=now_s
+        )
+        self._predictor.learn(request, completion)
         self._feed(now_s, RequestFinished(request.request_id, attempt, record.output_tokens))
         freed = self._agents.finish(now_s, request, call, replica.pool.model.name)
         for child in freed:
             self._at(now_s + child.tool_s, self._make_call, (request.workflow_id, child))
         if self._agents.is_over(request.workflow_id):
+            self._predictor.close(request.workflow_id)
             self._feed(now_s, WorkflowClosed(request.workflow_id))
             if self._progress is not None:
                 self._progress(self._agents.over)
