@@ -28,6 +28,7 @@ from concertmaster.core.scheduler import Scheduler
 from concertmaster.core.workflow import Workflow
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.catalog import policy
+from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
 from concertmaster.workload.plan import Call, ModelOutcome, WorkflowPlan, Workload
 
 READY_S: Mapping[Readiness, float] = {
@@ -138,6 +139,32 @@ def a_policy(
     if max_waiting is not None:
         changes["admission"] = BoundedLine(max_waiting=max_waiting)
     return replace(policy(name), **changes)  # type: ignore[arg-type]
+
+
+class Notebook:
+    """A predictor that writes down all that it is told."""
+
+    def __init__(self, *, reads_prompts: bool = True) -> None:
+        self.reads_prompts = reads_prompts
+        self.asked: list[tuple[Request, Prompt]] = []
+        self.learnt: list[tuple[Request, Completion, Prompt]] = []
+        self.closed: list[tuple[WorkflowId, float | None]] = []
+
+    def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
+        self.asked.append((request, prompt))
+        return NO_FORECAST
+
+    def learn(
+        self,
+        request: Request,
+        completion: Completion,
+        prompt: Prompt = NO_PROMPT,
+        forecast: Forecast = NO_FORECAST,
+    ) -> None:
+        self.learnt.append((request, completion, prompt))
+
+    def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
+        self.closed.append((workflow_id, success))
 
 
 class CheckedScheduler:

@@ -24,6 +24,7 @@ from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.emulator_api import EmulatorServer, serve
 from concertmaster.gateway.driver import Gateway
 from concertmaster.gateway.server import running_gateway
+from concertmaster.predictors.interface import Predictor
 from concertmaster.predictors.recent import RecentLengths
 from concertmaster.sim.driver import engine_settings
 
@@ -349,6 +350,7 @@ async def a_rig(
     *,
     fleet: Fleet | None = None,
     policy: Policy | None = None,
+    predictor: Predictor | None = None,
     speedup: float = 1.0,
     drain_s: float = 0.0,
     may_log: bool = False,
@@ -374,7 +376,7 @@ async def a_rig(
         async with (
             running_gateway(
                 scheduler,
-                RecentLengths(),
+                predictor or RecentLengths(),
                 {ReplicaId(name): url for name, url in urls.items()},
                 section,
                 speedup=speedup,

@@ -175,6 +175,8 @@ def test_what_the_core_is_told_of_a_call_is_what_its_headers_say() -> None:
                 x_concertmaster_workflow_id="flow",
                 x_concertmaster_app="review",
                 x_concertmaster_role="critic",
+                x_concertmaster_template="loop",
+                x_concertmaster_step="vote",
                 x_concertmaster_stage="3",
                 x_concertmaster_parent="flow/1, flow/2",
                 x_concertmaster_deadline_ms="2500",
@@ -182,6 +184,7 @@ def test_what_the_core_is_told_of_a_call_is_what_its_headers_say() -> None:
             )
             request = next(e.request for e in rig.history if hasattr(e, "request"))
             assert (request.workflow_id, request.app, request.role) == ("flow", "review", "critic")
+            assert (request.template, request.step) == ("loop", "vote")
             assert (request.stage, request.parents) == (3, ("flow/1", "flow/2"))
             assert request.deadline_s == pytest.approx(request.arrival_s + 2.5)
             assert (request.service_class, request.max_output_tokens) == ("batch", 7)

@@ -34,6 +34,7 @@ FAMILIES = {
     "concertmaster_inflight_decode_tokens",
     "concertmaster_kv_reserved_ratio",
     "concertmaster_replica_alive",
+    "concertmaster_replica_pace",
 }
 
 

@@ -316,6 +316,54 @@ def test_an_id_from_a_body_cannot_end_a_line_of_a_header() -> None:
         assert found.workflow_id in {"aset-cookie: b", "a"}
 
 
+@pytest.mark.parametrize(
+    ("headers", "body", "is_final"),
+    [
+        ({"x-dynamo-session-id": "s", "x-dynamo-session-final": "True"}, {}, True),
+        ({"x-dynamo-session-id": "s", "x-dynamo-session-final": "false"}, {}, False),
+        ({"x-dynamo-session-id": "s"}, {}, False),
+        ({"x-session-id": "s", "x-dynamo-session-final": "true"}, {}, False),
+        (
+            {
+                "x-dynamo-session-id": "s",
+                "x-dynamo-parent-session-id": "p",
+                "x-dynamo-session-final": "true",
+            },
+            {},
+            False,
+        ),
+        ({}, {"nvext": {"session_control": {"session_id": "s", "action": "close"}}}, True),
+        ({}, {"nvext": {"session_control": {"session_id": "s", "action": "bind"}}}, False),
+        (
+            {},
+            {
+                "nvext": {
+                    "agent_context": {"session_id": "s", "parent_trajectory_id": "p"},
+                    "session_control": {"action": "close"},
+                }
+            },
+            False,
+        ),
+    ],
+)
+def test_the_last_call_of_a_session_is_the_workflows_last_unless_a_sub_agent_says_so(
+    headers: dict[str, str], body: dict[str, object], *, is_final: bool
+) -> None:
+    found = identify(headers, body)
+
+    assert found is not None
+    assert found.is_final == is_final
+
+
+def test_metadata_may_say_role_template_and_step() -> None:
+    said = {"session_id": "s", "role": "critic", "template": "loop", "step": "vote"}
+
+    found = identify(body={"metadata": said})
+
+    assert found is not None
+    assert (found.role, found.template, found.step) == ("critic", "loop", "vote")
+
+
 # Our own headers, beside any dialect.
 
 
@@ -324,6 +372,8 @@ def test_our_headers_say_role_stage_parents_app_deadline_and_class() -> None:
         {
             "X-Concertmaster-App": "review",
             "X-Concertmaster-Role": "critic",
+            "X-Concertmaster-Template": "loop",
+            "X-Concertmaster-Step": "vote",
             "X-Concertmaster-Stage": "2",
             "X-Concertmaster-Parent": "r0, r1,,",
             "X-Concertmaster-Deadline-Ms": "1500",
@@ -335,6 +385,8 @@ def test_our_headers_say_role_stage_parents_app_deadline_and_class() -> None:
         workflow_id="w",  # type: ignore[arg-type]
         app="review",
         role="critic",
+        template="loop",
+        step="vote",
         stage=2,
         parents=("r0", "r1"),  # type: ignore[arg-type]
         deadline_s=1.5,
@@ -394,7 +446,7 @@ def test_the_longest_deadline_and_the_last_stage_are_allowed() -> None:
 
 def test_every_header_and_field_that_is_read_is_documented() -> None:
     text = (Path(__file__).parents[1] / "docs/identity.md").read_text().lower()
-    names = {part.decode() for dialect in DIALECTS for part in dialect[1:5] if part}
+    names = {part.decode() for dialect in DIALECTS for part in dialect[1:6] if part}
     names |= {name.decode() for name in _HINT_HEADERS}
     fields = set(CallBody.__struct_fields__) - {
         *("model", "messages", "prompt", "stream", "max_tokens", "max_completion_tokens")

@@ -89,7 +89,11 @@ def test_a_call_is_made_once_its_parents_are_answered_and_its_tool_is_done() -> 
 
 def test_what_the_gateway_is_told_of_a_call_is_what_the_plan_says() -> None:
     plan = a_plan(
-        "flow", a_call(0, role="critic", max_output_tokens=99), app="review", deadline_s=30.0
+        "flow",
+        a_call(0, role="critic", step="vote", max_output_tokens=99),
+        app="review",
+        template="loop",
+        deadline_s=30.0,
     )
 
     async def main() -> Heard:
@@ -108,7 +112,9 @@ def test_what_the_gateway_is_told_of_a_call_is_what_the_plan_says() -> None:
     assert named == {
         "x-concertmaster-workflow-id": "flow",
         "x-concertmaster-app": "review",
+        "x-concertmaster-template": "loop",
         "x-concertmaster-role": "critic",
+        "x-concertmaster-step": "vote",
         "x-concertmaster-stage": "0",
         "x-concertmaster-parent": "",
         "x-concertmaster-class": "interactive",

@@ -10,6 +10,7 @@ from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, W
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import (
     Event,
+    PaceObserved,
     ReplicaDemoted,
     ReplicaDied,
     ReplicaDraining,
@@ -38,6 +39,8 @@ EVENTS: list[Event] = [
             models=(ModelName("m"),),
             role="planner",
             app="chat",
+            template="react",
+            step="vote",
             stage=2,
             parents=(R1,),
             service_class=ServiceClass.BATCH,
@@ -60,6 +63,7 @@ EVENTS: list[Event] = [
     ReplicaReady(P0),
     ReplicaDemoted(P0, Readiness.SLEEPING),
     ReplicaDraining(P0),
+    PaceObserved(((P0, 1.3), (P1, 0.25))),
     WorkflowClosed(WorkflowId("w1")),
     TimerFired(),
 ]

@@ -148,8 +148,9 @@ def test_an_agent_tells_the_scheduler_only_what_a_caller_knows() -> None:
     plan = a_plan(
         "w1",
         a_call(0),
-        a_call(1, role="critic", prefix_hashes=(7,), output_tokens=33, max_output_tokens=64),
+        a_call(1, role="critic", step="vote", prefix_hashes=(7,), max_output_tokens=64),
         app="chat",
+        template="loop",
         arrival_s=2.0,
         deadline_s=30.0,
     )
@@ -166,6 +167,8 @@ def test_an_agent_tells_the_scheduler_only_what_a_caller_knows() -> None:
         max_output_tokens=64,
         role="critic",
         app="chat",
+        template="loop",
+        step="vote",
         stage=1,
         parents=(RequestId("w1/0"),),
         prefix_hashes=(7,),
@@ -198,4 +201,26 @@ def test_a_call_without_an_answer_ends_its_workflow_the_same_way(outcome: CallOu
 
     assert (record.outcome, record.reason) == (outcome, "why")
     assert agents.workflows[0].outcome == outcome
+    assert not agents.is_over(W1)
+    assert agents.is_settled(W1)
+    assert agents.success(W1) is None
+
+
+def test_a_workflow_that_lost_a_call_is_settled_once_its_other_branches_are_through() -> None:
+    plan = a_diamond()
+    agents = Agents(a_workload(plan))
+    agents.begin(plan)
+    requests = {}
+    for stage in range(3):
+        assert not agents.is_settled(W1)
+        requests[stage], record = agents.call(0.0, W1, plan.calls[stage])
+        if stage == 2:
+            agents.refuse(record, "failed", "why")
+        elif stage == 0:
+            agents.finish(1.0, requests[0], plan.calls[0], M)
+    assert not agents.is_settled(W1)
+
+    agents.finish(2.0, requests[1], plan.calls[1], M)
+
+    assert agents.is_settled(W1)
     assert not agents.is_over(W1)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from concertmaster.core.errors import InputError
 from concertmaster.core.request import ModelName, ServiceClass
 from concertmaster.workload import columns, routing, servegen, traces
 from concertmaster.workload.arrivals import ArrivalSpec
@@ -205,6 +206,32 @@ def test_prompts_of_one_role_share_what_their_texts_share(
     assert sum(one == other for one, other in pairs) == shared_chunks
 
 
+def test_what_predictors_may_see_is_read(tmp_path: Path) -> None:
+    rows = [
+        call("w", 0, input_kinds="text", output_kinds="text+tool_use", prompt_chars=9000),
+        call("w", 1, input_kinds="text+tool_result+tool_use", output_kinds="text"),
+        call("w", 2, input_kinds="", output_kinds="", stop="tool_use"),
+        call("w", 3, output_kinds="thinking", stop="tool_use"),
+        call("w", 4, stop="end_turn"),
+        call("w", 5, stop=""),
+    ]
+    named = [row | {"harness": "react", "stage_name": f"step {i}"} for i, row in enumerate(rows)]
+
+    plan = untimed(lines(tmp_path / "w.jsonl", named))["w"]
+
+    assert (plan.template, plan.calls[2].step) == ("react", "step 2")
+    assert [one.prompt_chars for one in plan.calls] == [9000, 0, 0, 0, 0, 0]
+    assert [one.after_tool for one in plan.calls] == [False, True, None, None, None, None]
+    assert [one.tool_call for one in plan.calls] == [True, False, True, True, False, None]
+
+
+def test_a_workflow_has_one_harness(tmp_path: Path) -> None:
+    rows = [call("w", 0, harness="react"), call("w", 1, harness="plan")]
+
+    with pytest.raises(InputError, match=r"harness: expected react as in line 1"):
+        untimed(lines(tmp_path / "w.jsonl", rows))
+
+
 def test_outcomes_are_read_a_model(tmp_path: Path) -> None:
     outcomes = {"small": {"correct": 0, "output_tokens": 70}}
     rows = [call("w", 0, outcomes=outcomes, success=0.5, arrival_s=4.0), call("v", 0, arrival_s=9)]
@@ -290,9 +317,17 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         call("w", 1, arrival_s=0, app="x", role="r", prefix_hit_tokens=600, tool_s=1.25),
         call("v", 0, arrival_s=2, service_class="batch", deadline_s=9, max_output_tokens=64),
         call("v", 7, parents=[0], arrival_s=2, service_class="batch", deadline_s=9, success=1)
-        | {"outcomes": {"m": {"correct": 0.25, "output_tokens": 3}}, "prompt_text": "é"},
+        | {
+            "outcomes": {"m": {"correct": 0.25, "output_tokens": 3}},
+            "prompt_text": "é",
+            "prompt_chars": 900,
+        },
+        call("v", 8, parents=[0], arrival_s=2, service_class="batch", deadline_s=9, success=1)
+        | {"stage_name": "vote", "input_kinds": "text", "output_kinds": "tool_use"},
     ]
-    first = load(lines(tmp_path / "in.jsonl", [row | {"success": 1} for row in rows]))
+    first = load(
+        lines(tmp_path / "in.jsonl", [row | {"success": 1, "harness": "h"} for row in rows])
+    )
     for name in ("out.jsonl", "out.jsonl.zst"):
         write_jsonl(first, tmp_path / name)
         assert load(str(tmp_path / name)).workflows == first.workflows

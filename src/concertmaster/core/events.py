@@ -90,6 +90,17 @@ class ReplicaDraining:
 
 
 @fact(frozen=True, slots=True)
+class PaceObserved:
+    """Completions show how far replicas are from their rate curves.
+
+    Attributes:
+        paces: Replica and its pace: 1.0 as the curve says, 1.3 takes 30 % longer; above 0.
+    """
+
+    paces: tuple[tuple[ReplicaId, float], ...]
+
+
+@fact(frozen=True, slots=True)
 class WorkflowClosed:
     """The caller says that no call of this workflow will follow."""
 
@@ -111,6 +122,7 @@ Event: TypeAlias = (
     | ReplicaReady
     | ReplicaDemoted
     | ReplicaDraining
+    | PaceObserved
     | WorkflowClosed
     | TimerFired
 )

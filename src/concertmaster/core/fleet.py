@@ -157,8 +157,10 @@ class Replica:
         prefill_tokens: Prompt tokens in flight that are not computed yet.
         decode_tokens: Predicted output tokens in flight.
         context_tokens: KV tokens that the calls in flight hold by forecast.
-        prefill_clear_s: Instant by which the prefill handed over so far should be done.
+        prefill_clear_s: Instant by which the prefill handed over so far should be done, at the
+            pace of each dispatch.
         last_dispatch: Serial number of the last dispatch to it, over the whole fleet; 0 if none.
+        pace: Factor on the seconds of its rate curve, as completions show; above 0.
     """
 
     __slots__ = (
@@ -171,6 +173,7 @@ class Replica:
         "last_dispatch",
         "network_s",
         "node",
+        "pace",
         "pool",
         "prefill_clear_s",
         "prefill_tokens",
@@ -201,6 +204,7 @@ class Replica:
         self.context_tokens = 0
         self.prefill_clear_s = 0.0
         self.last_dispatch = 0
+        self.pace = 1.0
 
     @property
     def running_requests(self) -> int:
@@ -217,7 +221,7 @@ class Replica:
         self.prefill_tokens += call.prefill_tokens
         self.decode_tokens += call.decode_tokens
         self.context_tokens += request.prompt_tokens + call.expected_tokens
-        backlog_s = call.prefill_tokens * self.pool.prefill_token_s
+        backlog_s = call.prefill_tokens * self.pool.prefill_token_s * self.pace
         self.prefill_clear_s = max(now_s, self.prefill_clear_s) + backlog_s
 
     def stream(self, request_id: RequestId, streamed_tokens: int) -> int:

@@ -6,6 +6,7 @@ A call's key is ``urgency_s + aging * arrival_s``, smallest first. Urgency lies 
 """
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -134,12 +135,13 @@ class Lane:
 
 
 class WaitingLine:
-    """All lanes, and when their calls expire."""
+    """All lanes, when their calls expire, and how fast calls get through."""
 
     def __init__(self) -> None:
         self.lanes: dict[tuple[PoolId, ...], Lane] = {}
         self._by_id: dict[RequestId, Waiting] = {}
         self._expiry: list[tuple[float, int, Waiting]] = []
+        self._finish_times_s: deque[float] = deque(maxlen=64)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -179,6 +181,18 @@ class WaitingLine:
         while (expires_s := self.next_expiry_s()) is not None and expires_s <= now_s:
             expired.append(self.remove(self._expiry[0][2].request.request_id))
         return expired
+
+    def note_finish(self, now_s: float) -> None:
+        """Take in that a call has left the fleet with its answer."""
+        self._finish_times_s.append(now_s)
+
+    def drain_s(self, now_s: float) -> float:
+        """Seconds until the line is through at the rate of the latest finishes; 1 to 120."""
+        times_s = self._finish_times_s
+        if not times_s:
+            return 1.0
+        seconds_each = (now_s - times_s[0]) / len(times_s)
+        return min(max(1.0, seconds_each * len(self)), 120.0)
 
     def _drop_stale(self) -> None:
         expiry = self._expiry

@@ -9,7 +9,6 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 """
 
 import random
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import assert_never
 
@@ -17,6 +16,7 @@ from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, W
 from concertmaster.core.events import (
     Event,
     FailReason,
+    PaceObserved,
     RejectReason,
     ReplicaDemoted,
     ReplicaDied,
@@ -77,7 +77,6 @@ class Scheduler:
         self._window = Window(self.replicas.values(), policy.window_s)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._waking: dict[ReplicaId, None] = {}
-        self._finish_times_s: deque[float] = deque(maxlen=64)
         self._serial = 0
         self._dispatches = 0
         self._now_s = 0.0
@@ -124,17 +123,17 @@ class Scheduler:
             case RequestFinished(request_id, attempt, output_tokens):
                 self._stream(request_id, attempt, output_tokens)
                 if self._release(now_s, request_id, attempt) is not None:
-                    self._finish_times_s.append(now_s)
+                    self.line.note_finish(now_s)
                 return []
             case RequestCancelled(request_id):
                 return self._cancel(now_s, request_id)
             case RequestFailed(request_id, attempt, retriable):
                 call = self._release(now_s, request_id, attempt, settle=False)
-                return (
-                    [] if call is None else self._retry(call, "engine_error", retriable=retriable)
-                )
+                return self._retry(call, "engine_error", retriable=retriable) if call else []
             case ReplicaDied(replica_id):
-                return self._die(now_s, self.replicas[replica_id])
+                replica = self.replicas[replica_id]
+                replica.alive = False
+                return self._demote(now_s, replica, replica.readiness)
             case ReplicaReady(replica_id):
                 self._revive(now_s, self.replicas[replica_id])
                 return []
@@ -144,6 +143,10 @@ class Scheduler:
                 self.replicas[replica_id].draining = True
                 self._window.update(now_s, self.replicas[replica_id])
                 return self._wake_for_line()
+            case PaceObserved(paces):
+                for replica_id, pace in paces:
+                    self.replicas[replica_id].pace = pace
+                return []
             case WorkflowClosed(workflow_id):
                 self.workflows.close(workflow_id)
                 return []
@@ -198,11 +201,12 @@ class Scheduler:
         if running is None or running[0].attempt != attempt or not tokens:
             return
         call, replica = running
-        workflow, pool = call.workflow, replica.pool
-        workflow.attained_s += replica.in_flight[request_id].prefill_tokens * pool.prefill_token_s
+        workflow, pool, pace = call.workflow, replica.pool, replica.pace
+        prefill_tokens = replica.in_flight[request_id].prefill_tokens
+        workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
         fresh_tokens = replica.stream(request_id, tokens)
         workflow.output_tokens += fresh_tokens
-        workflow.attained_s += fresh_tokens * pool.decode_token_s
+        workflow.attained_s += fresh_tokens * pool.decode_token_s * pace
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
         if request_id in self.line:
@@ -213,10 +217,6 @@ class Scheduler:
             return []
         self._release(now_s, request_id, running[0].attempt)
         return [Cancel(request_id, running[1].replica_id)]
-
-    def _die(self, now_s: float, replica: Replica) -> list[Action]:
-        replica.alive = False
-        return self._demote(now_s, replica, replica.readiness)
 
     def _revive(self, now_s: float, replica: Replica) -> None:
         replica.alive, replica.draining = True, False
@@ -264,15 +264,7 @@ class Scheduler:
 
     def _reject(self, now_s: float, request: Request, reason: RejectReason) -> Reject:
         hopeless = reason in ("too_long", "model_not_found")
-        return Reject(request.request_id, reason, None if hopeless else self._drain_s(now_s))
-
-    def _drain_s(self, now_s: float) -> float:
-        """Seconds until the line is through at the rate of the latest finishes; 1 to 120."""
-        times_s = self._finish_times_s
-        if not times_s:
-            return 1.0
-        seconds_each = (now_s - times_s[0]) / len(times_s)
-        return min(max(1.0, seconds_each * len(self.line)), 120.0)
+        return Reject(request.request_id, reason, None if hopeless else self.line.drain_s(now_s))
 
     # Waiting and dispatch
 

@@ -18,6 +18,7 @@ from concertmaster.core.events import (
     RequestFinished,
     TimerFired,
     TokensStreamed,
+    WorkflowClosed,
 )
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import Request, RequestId
@@ -27,10 +28,13 @@ from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.health import HealthWatch
 from concertmaster.gateway.identity import Normalizer, with_hints
+from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
+from concertmaster.gateway.prompts import read_prompt
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.predictors.interface import Completion, Predictor
+from concertmaster.predictors.rates import PaceWatch
 
 PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
@@ -52,6 +56,8 @@ class Gateway:
         speedup: How much faster that clock runs than the wall's; 1.0 but for emulated fleets.
         side_door: Answers everything that is not a call to a model.
         observe: Told of every event and the actions it led to.
+        workflow_idle_s: Seconds without an open call after which a workflow is over.
+        follow_pace: Whether the core is told how far replicas are from their rate curves.
     """
 
     def __init__(
@@ -67,6 +73,8 @@ class Gateway:
         max_body_bytes: int = 20_000_000,
         connect_timeout_s: float = 5.0,
         health_interval_s: float = 2.0,
+        workflow_idle_s: float = IDLE_S,
+        follow_pace: bool = True,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = GatewayMetrics()
@@ -79,6 +87,8 @@ class Gateway:
         self._observe = observe
         self._normalizer = Normalizer()
         self._inference = WorkflowInference()
+        self._idle = IdleWatch(idle_s=workflow_idle_s)
+        self._pace = PaceWatch(scheduler) if follow_pace else None
         self._links = {
             replica_id: EngineLink(
                 url, self, heads.error_frame, connect_timeout_s=connect_timeout_s
@@ -154,7 +164,8 @@ class Gateway:
             return
         agent.exchange = exchange
         self._exchanges[exchange.request.request_id] = exchange
-        forecast = self._predictor.predict(exchange.request)
+        forecast = self._predictor.predict(exchange.request, exchange.prompt)
+        exchange.forecast = forecast
         self._feed(now_s, RequestArrived(exchange.request, forecast))
 
     def _open(
@@ -179,6 +190,8 @@ class Gateway:
             models=models,
             role=identity.role,
             app=identity.app,
+            template=identity.template,
+            step=identity.step,
             stage=identity.stage,
             parents=identity.parents,
             service_class=identity.service_class,
@@ -194,6 +207,9 @@ class Gateway:
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)
+        if self._predictor.reads_prompts:
+            exchange.prompt = read_prompt(call)
+        self._idle.begin(now_s, request.workflow_id, is_final=identity.is_final)
         return exchange
 
     # The core
@@ -203,6 +219,8 @@ class Gateway:
         self._feed(self._clock(), event)
 
     def _feed(self, now_s: float, event: Event) -> None:
+        if self._pace is not None:
+            self._pace.note(now_s, event)
         actions = self.scheduler.handle(now_s, event)
         if self._observe is not None:
             self._observe(now_s, event, actions)
@@ -262,6 +280,8 @@ class Gateway:
         if replica.pool.priority_scheduling and action.priority:
             head += b"x-vllm-priority: %d\r\n" % action.priority
         link.send(exchange, head + b"\r\n" + body)
+        if self._pace is not None and not exchange.streams:
+            self._pace.unheard(now_s, action.request_id)
         self.metrics.dispatched(now_s - exchange.arrived_s, self._clock() - now_s)
 
     def _refuse(
@@ -308,8 +328,13 @@ class Gateway:
             )
         if exchange.status == 200:
             model = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool.model.name
-            completion = Completion(model=model, output_tokens=output_tokens, finished_s=now_s)
-            self._predictor.learn(request, completion)
+            completion = Completion(
+                model=model,
+                output_tokens=output_tokens,
+                finished_s=now_s,
+                tool_call=bool(exchange.tool_call_ids),
+            )
+            self._predictor.learn(request, completion, exchange.prompt, exchange.forecast)
 
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
         """Tell the core that an attempt failed, and that its replica is gone if it is."""
@@ -326,8 +351,10 @@ class Gateway:
     def _end(self, exchange: Exchange, status: int) -> None:
         exchange.over = True
         exchange.status = status
-        self._exchanges.pop(exchange.request.request_id, None)
-        self.metrics.answered(status, self._clock() - exchange.arrived_s)
+        now_s, request = self._clock(), exchange.request
+        self._exchanges.pop(request.request_id, None)
+        self._idle.settle(now_s, request.workflow_id)
+        self.metrics.answered(status, now_s - exchange.arrived_s)
         if exchange.engine is not None:
             exchange.engine.cancel()
 
@@ -345,4 +372,15 @@ class Gateway:
                     progress.append((request_id, exchange.attempt, exchange.tokens))
             if progress:
                 self.feed(TokensStreamed(tuple(progress)))
+            now_s = self._clock()
+            paces = None if self._pace is None else self._pace.due(now_s)
+            if paces is not None:
+                self._feed(now_s, paces)
+            self._close_workflows(now_s)
             self.metrics.fold()
+
+    def _close_workflows(self, now_s: float) -> None:
+        """Tell the predictor and the core which workflows are over."""
+        for workflow_id in self._idle.over(now_s):
+            self._predictor.close(workflow_id)
+            self._feed(now_s, WorkflowClosed(workflow_id))

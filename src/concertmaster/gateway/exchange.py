@@ -2,7 +2,9 @@
 
 from typing import Protocol
 
+from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request
+from concertmaster.predictors.interface import NO_PROMPT, Prompt
 
 
 class Caller(Protocol):
@@ -25,6 +27,8 @@ class Exchange:
         head: Request head for the engine, without content-length and model.
         attempt: Current attempt, as the core counts; 0 before the first dispatch.
         tokens: Output tokens seen in the stream of this attempt.
+        prompt: What the predictor may read of it, until it has learnt what came of the call.
+        forecast: What was predicted of it.
         started: True once the caller has been sent any byte of an answer.
         error_text: What the last engine that refused it said.
         tool_call_ids: Tool calls that the answer asks for; a later call may answer them.
@@ -39,9 +43,11 @@ class Exchange:
         "engine",
         "error_text",
         "first_token_s",
+        "forecast",
         "head",
         "model_named",
         "over",
+        "prompt",
         "replica_id",
         "request",
         "response_headers",
@@ -69,6 +75,8 @@ class Exchange:
         self.body = body
         self.model_named = model_named
         self.streams = streams
+        self.prompt: Prompt = NO_PROMPT
+        self.forecast: Forecast = NO_FORECAST
         self.arrived_s = request.arrival_s
         self.dispatched_s: float | None = None
         self.first_token_s: float | None = None

@@ -33,7 +33,10 @@ class Identity(NamedTuple):
         agent: The agent within the workflow; "" for the root or if unknown.
         parent_agent: Who started that agent: another, or the root, which goes by the
             workflow's id; "" for the root itself.
+        template: The shape of the workflow, in the client's words; "" if unknown.
+        step: What kind of step the role takes; "" if unknown.
         deadline_s: Time granted from arrival on; ``None`` if none was given.
+        is_final: Whether the client says that this is the workflow's last call.
         confidence: 1.0 if the client said so, less if it was inferred.
         dialect: Which client's or gateway's words were understood.
     """
@@ -43,10 +46,13 @@ class Identity(NamedTuple):
     parent_agent: str = ""
     role: str = ""
     app: str = ""
+    template: str = ""
+    step: str = ""
     stage: int | None = None
     parents: tuple[RequestId, ...] = ()
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     deadline_s: float | None = None
+    is_final: bool = False
     confidence: float = 1.0
     dialect: str = ""
 
@@ -62,6 +68,7 @@ class Dialect(NamedTuple):
     agent: bytes = b""
     parent: bytes = b""
     role: bytes = b""
+    final: bytes = b""
     parent_is_workflow: bool = False
 
 
@@ -86,6 +93,7 @@ DIALECTS = (
         b"x-dynamo-session-id",
         agent=b"x-dynamo-session-id",
         parent=b"x-dynamo-parent-session-id",
+        final=b"x-dynamo-session-final",
         parent_is_workflow=True,
     ),
     Dialect("litellm", b"x-litellm-session-id"),
@@ -110,6 +118,8 @@ _HINT_HEADERS = frozenset(
         b"x-concertmaster-parent",
         b"x-concertmaster-role",
         b"x-concertmaster-stage",
+        b"x-concertmaster-step",
+        b"x-concertmaster-template",
         b"x-smg-priority",
     }
 )
@@ -164,6 +174,7 @@ class Normalizer:
             agent=agent,
             parent_agent=(parent or workflow_id) if agent else "",
             role=_text(headers, dialect.role),
+            is_final=not agent and _text(headers, dialect.final).lower() == "true",
             dialect=dialect.name,
         )
 
@@ -191,6 +202,8 @@ def with_hints(headers: Mapping[bytes, bytes], call: CallBody, identity: Identit
     return identity._replace(
         app=_text(headers, b"x-concertmaster-app") or identity.app,
         role=_text(headers, b"x-concertmaster-role") or identity.role,
+        template=_text(headers, b"x-concertmaster-template") or identity.template,
+        step=_text(headers, b"x-concertmaster-step") or identity.step,
         stage=identity.stage if stage is None else stage,
         parents=_parents(headers) or identity.parents,
         deadline_s=_deadline_s(headers) or identity.deadline_s,
@@ -291,14 +304,17 @@ def _by_xargs(xargs: Mapping[str, Any]) -> Identity | None:
 def _by_nvext(nvext: Mapping[str, Any]) -> Identity | None:
     context = _nested(nvext, "agent_context")
     session = _string(context, "session_id")
-    session = session or _string(_nested(nvext, "session_control"), "session_id")
+    control = _nested(nvext, "session_control")
+    session = session or _string(control, "session_id")
     if not session:
         return None
+    parent = _string(context, "parent_trajectory_id")
     return _identity(
         session,
         "dynamo",
         agent=_string(context, "trajectory_id"),
-        parent_agent=_string(context, "parent_trajectory_id"),
+        parent_agent=parent,
+        is_final=not parent and control.get("action") == "close",
     )
 
 
@@ -312,7 +328,8 @@ def _by_metadata(metadata: Mapping[str, Any]) -> Identity | None:
     for key in _SESSION_KEYS:
         session = _string(metadata, key)
         if session:
-            return _identity(session, "metadata", role=_string(metadata, "role"))
+            hints = {key: _string(metadata, key) for key in ("role", "template", "step")}
+            return _identity(session, "metadata", **hints)
     return None
 
 

@@ -151,6 +151,7 @@ class _Exposition(Collector):
                 ("inflight_decode_tokens", "Output tokens still predicted."),
                 ("kv_reserved_ratio", "KV promised to calls, of all."),
                 ("replica_alive", "1 if the replica serves."),
+                ("replica_pace", "Seconds it takes over seconds by its rate curve."),
             )
         }
         for replica in scheduler.replicas.values():
@@ -161,6 +162,7 @@ class _Exposition(Collector):
                 replica.decode_tokens,
                 ledger.reserved_blocks / ledger.capacity_blocks,
                 int(replica.alive),
+                replica.pace,
             )
             for gauge, value in zip(gauges.values(), values, strict=True):
                 gauge.add_metric(labels, value)

@@ -47,6 +47,11 @@ class CallBody(msgspec.Struct):
     metadata: msgspec.Raw = msgspec.Raw()
     vllm_xargs: msgspec.Raw = msgspec.Raw()
     nvext: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
+    reasoning_effort: object = None
+    reasoning: msgspec.Raw = msgspec.Raw()
+    thinking: msgspec.Raw = msgspec.Raw()
+    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
 
     def models(self) -> tuple[ModelName, ...]:
         """Models that may serve it; empty for ``auto``."""

@@ -10,10 +10,19 @@ from concertmaster.core.fleet import Replica
 from concertmaster.core.queue import Waiting
 
 SHORTLIST = 16
-"""Replicas of one pool that are scored. They are interchangeable but for their load and what
-they have cached, so of a large pool the least loaded and those with the prefix will do."""
+"""Replicas of one pool that are scored. They differ in their load, their pace and what they have
+cached alone, so of a large pool the least loaded and those with the prefix will do."""
 
-_tokens_in_flight = attrgetter("decode_tokens", "prefill_tokens", "last_dispatch", "replica_id")
+
+def _paced_tokens(replica: Replica) -> tuple[float, float, int, str]:
+    """Tokens in flight, worth as much more as the replica is slower than its curve."""
+    pace = replica.pace
+    return (
+        replica.decode_tokens * pace,
+        replica.prefill_tokens * pace,
+        replica.last_dispatch,
+        replica.replica_id,
+    )
 
 
 def shortlist(call: Waiting, replicas: Sequence[Replica]) -> Sequence[Replica]:
@@ -23,7 +32,7 @@ def shortlist(call: Waiting, replicas: Sequence[Replica]) -> Sequence[Replica]:
     first_hash = call.request.prefix_hashes[:1]
     kept: list[Replica] = []
     for _, in_pool in groupby(replicas, key=attrgetter("pool.pool_id")):
-        ranked = sorted(in_pool, key=_tokens_in_flight)
+        ranked = sorted(in_pool, key=_paced_tokens)
         kept += ranked[:SHORTLIST]
         if first_hash:
             holders = (r for r in ranked[SHORTLIST:] if r.prefixes.hit_tokens(first_hash))

@@ -1,4 +1,4 @@
-"""Scorers: seconds that a replica would add to a call, one replica at a time."""
+"""Scorers: seconds that a replica would add to a call, one replica at a time, at its pace."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ class PrefillMiss:
         """Seconds of the tokens to compute, chunk by chunk."""
         request, pool = call.request, replica.pool
         hashes = pool.cacheable(request)
-        return pool.curve.prefill_s(
+        return replica.pace * pool.curve.prefill_s(
             request.prompt_tokens,
             cached_tokens=replica.prefixes.hit_tokens(hashes) if hashes else 0,
             chunk_tokens=pool.max_batch_tokens,
@@ -58,8 +58,8 @@ class Prefill:
 
     def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         """Seconds of all prompt tokens."""
-        pool = replica.pool
-        return pool.curve.prefill_s(call.request.prompt_tokens, chunk_tokens=pool.max_batch_tokens)
+        pool, tokens = replica.pool, call.request.prompt_tokens
+        return replica.pace * pool.curve.prefill_s(tokens, chunk_tokens=pool.max_batch_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Decode:
         pool = replica.pool
         tokens = call.expected_tokens(pool.model.name)
         kv_tokens = replica.context_tokens + call.request.prompt_tokens
-        return tokens * pool.curve.step_s(len(replica.in_flight) + 1, kv_tokens)
+        return replica.pace * (tokens * pool.curve.step_s(len(replica.in_flight) + 1, kv_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class InFlightTokens:
             return 0.0
         curve = replica.pool.curve
         extra_s = curve.step_s(running + 1, replica.context_tokens) - curve.step_s(1, 0)
-        return max(0.0, extra_s) * replica.decode_tokens / running
+        return replica.pace * (max(0.0, extra_s) * replica.decode_tokens / running)
 
 
 @dataclass(frozen=True, slots=True)

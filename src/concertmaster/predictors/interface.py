@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from concertmaster.core.facts import fact
-from concertmaster.core.forecast import Forecast
+from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import ModelName, Request, WorkflowId
 
 
@@ -45,13 +45,25 @@ class Completion:
 
 
 class Predictor(Protocol):
-    """What will a call, and the rest of its workflow, need?"""
+    """What will a call, and the rest of its workflow, need?
+
+    Attributes:
+        reads_prompts: Whether it looks at prompts; if not, drivers hand it ``NO_PROMPT``.
+    """
+
+    reads_prompts: bool
 
     def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
         """Answer from what is known at arrival. Must not change any later answer."""
 
-    def learn(self, request: Request, completion: Completion) -> None:
-        """Take in one outcome; they come late and in the order of finishing."""
+    def learn(
+        self,
+        request: Request,
+        completion: Completion,
+        prompt: Prompt = NO_PROMPT,
+        forecast: Forecast = NO_FORECAST,
+    ) -> None:
+        """Take in one outcome with what was forecast; they come in the order of finishing."""
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
         """Take in that a workflow is over, and its grade in 0…1 where someone graded it."""

@@ -49,6 +49,8 @@ class RecentLengths:
         max_groups: Apps and roles to remember; those beyond fall back to the next step.
     """
 
+    reads_prompts = False
+
     def __init__(self, *, window: int = 200, max_groups: int = 1000) -> None:
         self._window = window
         self._max_groups = max_groups
@@ -62,7 +64,13 @@ class RecentLengths:
                 return window.forecast
         return NO_FORECAST
 
-    def learn(self, request: Request, completion: Completion) -> None:
+    def learn(
+        self,
+        request: Request,
+        completion: Completion,
+        prompt: Prompt = NO_PROMPT,
+        forecast: Forecast = NO_FORECAST,
+    ) -> None:
         """Remember one length in each group of the call."""
         for source, group in _steps(request):
             window = self._by_group.get(group)

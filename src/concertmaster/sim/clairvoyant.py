@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from concertmaster.core.forecast import Forecast, Quantiles
+from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.request import Request, WorkflowId
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
 from concertmaster.workload.plan import Call, WorkflowPlan
@@ -10,6 +10,8 @@ from concertmaster.workload.plan import Call, WorkflowPlan
 
 class Clairvoyant:
     """Knows each call's length and success on every model, and what its workflow still needs."""
+
+    reads_prompts = False
 
     def __init__(self, plans: Iterable[WorkflowPlan]) -> None:
         self._calls: dict[tuple[WorkflowId, int], tuple[Call, int, int]] = {}
@@ -35,7 +37,13 @@ class Clairvoyant:
             source="truth",
         )
 
-    def learn(self, request: Request, completion: Completion) -> None:
+    def learn(
+        self,
+        request: Request,
+        completion: Completion,
+        prompt: Prompt = NO_PROMPT,
+        forecast: Forecast = NO_FORECAST,
+    ) -> None:
         """Nothing is left to learn."""
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:

@@ -22,14 +22,17 @@ from concertmaster.core.events import (
     WorkflowClosed,
 )
 from concertmaster.core.fleet import Pool, ReplicaId
-from concertmaster.core.request import Request, RequestId
+from concertmaster.core.forecast import Forecast
+from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
-from concertmaster.predictors.interface import Completion, Predictor
+from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.predictors.rates import PaceWatch
 from concertmaster.sim.gauges import FleetGauges
+from concertmaster.sim.prompts import prompt_of
 from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Call, Workload
-from concertmaster.workload.records import CallRecord, RunRecords
+from concertmaster.workload.records import CallOutcome, CallRecord, RunRecords
 
 PROGRESS_S = 1.0
 """How often engines tell how far their calls have come; the gateway does the same."""
@@ -49,6 +52,7 @@ class Simulation:
         incidents: Events from outside (deaths, recoveries), with their instants.
         observe: Told of every event and the actions it led to.
         progress: Told the share of workflows that are over, now and then.
+        follow_pace: Whether the core is told how far replicas are from their rate curves.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Simulation:
         incidents: Iterable[tuple[float, Event]] = (),
         observe: Observer | None = None,
         progress: Callable[[int], None] | None = None,
+        follow_pace: bool = True,
     ) -> None:
         self._scheduler = scheduler
         self._predictor = predictor
@@ -72,7 +77,9 @@ class Simulation:
         }
         self._gauges = FleetGauges(scheduler.replicas.values(), self._engines)
         self._polls_s: dict[ReplicaId, float] = {}
+        self._pace = PaceWatch(scheduler) if follow_pace else None
         self._requests: dict[RequestId, tuple[Request, Call, CallRecord, int]] = {}
+        self._foreseen: dict[RequestId, tuple[Prompt, Forecast]] = {}
         self._agenda: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
         self._scheduled = 0
         self._timer_s: float | None = None
@@ -111,6 +118,8 @@ class Simulation:
 
     def _feed(self, now_s: float, event: Event) -> None:
         self._fed_s = now_s
+        if self._pace is not None:
+            self._pace.note(now_s, event)
         begun_s = time.perf_counter()
         actions = self._scheduler.handle(now_s, event)
         if actions:
@@ -142,9 +151,9 @@ class Simulation:
             case Dispatch():
                 self._dispatch(now_s, action)
             case Reject(request_id, reason):
-                self._agents.refuse(self._drop(request_id), "rejected", reason)
+                self._refuse(request_id, "rejected", reason)
             case Fail(request_id, reason):
-                self._agents.refuse(self._drop(request_id), "failed", reason)
+                self._refuse(request_id, "failed", reason)
             case Cancel(request_id, replica_id):
                 self._engines[replica_id].cancel(now_s, request_id)
                 self._poll_later(now_s, replica_id)
@@ -163,10 +172,21 @@ class Simulation:
         workflow_id, call = named
         request, record = self._agents.call(now_s, workflow_id, call)
         self._requests[request.request_id] = (request, call, record, 0)
-        self._feed(now_s, RequestArrived(request, self._predictor.predict(request)))
+        prompt = prompt_of(call) if self._predictor.reads_prompts else NO_PROMPT
+        forecast = self._predictor.predict(request, prompt)
+        self._foreseen[request.request_id] = prompt, forecast
+        self._feed(now_s, RequestArrived(request, forecast))
 
-    def _drop(self, request_id: RequestId) -> CallRecord:
-        return self._requests.pop(request_id)[2]
+    def _refuse(self, request_id: RequestId, outcome: CallOutcome, reason: str) -> None:
+        request, _, record, _ = self._requests.pop(request_id)
+        self._foreseen.pop(request_id, None)
+        self._agents.refuse(record, outcome, reason)
+        self._close_if_settled(request.workflow_id)
+
+    def _close_if_settled(self, workflow_id: WorkflowId) -> None:
+        """Tell the predictor once that no call of a workflow is open or will follow."""
+        if self._agents.is_settled(workflow_id):
+            self._predictor.close(workflow_id, self._agents.success(workflow_id))
 
     # Engines
 
@@ -247,15 +267,19 @@ class Simulation:
         record.finished_s, record.outcome = now_s, "served"
         replica = self._scheduler.replicas[ReplicaId(record.replica_id)]
         completion = Completion(
-            model=replica.pool.model.name, output_tokens=record.output_tokens, finished_s=now_s
+            model=replica.pool.model.name,
+            output_tokens=record.output_tokens,
+            finished_s=now_s,
+            tool_call=call.tool_call,
         )
-        self._predictor.learn(request, completion)
+        prompt, forecast = self._foreseen.pop(request.request_id)
+        self._predictor.learn(request, completion, prompt, forecast)
         self._feed(now_s, RequestFinished(request.request_id, attempt, record.output_tokens))
         freed = self._agents.finish(now_s, request, call, replica.pool.model.name)
         for child in freed:
             self._at(now_s + child.tool_s, self._make_call, (request.workflow_id, child))
+        self._close_if_settled(request.workflow_id)
         if self._agents.is_over(request.workflow_id):
-            self._predictor.close(request.workflow_id)
             self._feed(now_s, WorkflowClosed(request.workflow_id))
             if self._progress is not None:
                 self._progress(self._agents.over)
@@ -274,6 +298,9 @@ class Simulation:
         self._ticking = bool(self._requests)
         if progress:
             self._feed(now_s, TokensStreamed(tuple(progress)))
+        paces = None if self._pace is None else self._pace.due(now_s)
+        if paces is not None:
+            self._feed(now_s, paces)
         if self._ticking:
             self._at(now_s + PROGRESS_S, self._tick, None)
 

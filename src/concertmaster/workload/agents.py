@@ -14,6 +14,7 @@ class Agents:
         self.workflows: list[WorkflowRecord] = []
         self.over = 0
         self._running: dict[WorkflowId, tuple[WorkflowProgress, WorkflowRecord]] = {}
+        self._open_calls: dict[WorkflowId, int] = {}
 
     def begin(self, plan: WorkflowPlan) -> list[Call]:
         """Start a workflow; return its first calls."""
@@ -28,7 +29,9 @@ class Agents:
         self.workflows.append(record)
         progress = WorkflowProgress(plan)
         self._running[plan.workflow_id] = (progress, record)
-        return progress.first()
+        first = progress.first()
+        self._open_calls[plan.workflow_id] = len(first)
+        return first
 
     def call(self, now_s: float, workflow_id: WorkflowId, call: Call) -> tuple[Request, CallRecord]:
         """Make a call: what the scheduler sees of it, and an open record."""
@@ -41,6 +44,8 @@ class Agents:
             max_output_tokens=call.max_output_tokens,
             role=call.role,
             app=progress.plan.app,
+            template=progress.plan.template,
+            step=call.step,
             stage=call.stage,
             parents=tuple(RequestId(f"{workflow_id}/{parent}") for parent in call.parents),
             service_class=progress.plan.service_class,
@@ -63,6 +68,7 @@ class Agents:
         """Take in an answer; return the calls that it sets free."""
         progress, record = self._running[request.workflow_id]
         freed = progress.finish(call.stage, model)
+        self._open_calls[request.workflow_id] += len(freed) - 1
         if progress.is_complete:
             record.finished_s, record.outcome = now_s, "completed"
             record.success = progress.success()
@@ -72,6 +78,7 @@ class Agents:
     def refuse(self, call: CallRecord, outcome: CallOutcome, reason: str) -> None:
         """Take in that a call got no answer: its workflow ends there."""
         call.outcome, call.reason = outcome, reason
+        self._open_calls[call.workflow_id] -= 1
         record = self._running[call.workflow_id][1]
         if record.outcome == "failed" and outcome == "rejected":
             record.outcome = "rejected"
@@ -79,3 +86,11 @@ class Agents:
     def is_over(self, workflow_id: WorkflowId) -> bool:
         """Say whether every call of a workflow has been answered."""
         return self._running[workflow_id][0].is_complete
+
+    def is_settled(self, workflow_id: WorkflowId) -> bool:
+        """Say whether no call of a workflow is open or to come: it is over, or lost a call."""
+        return self._open_calls[workflow_id] == 0
+
+    def success(self, workflow_id: WorkflowId) -> float | None:
+        """Return the grade of a workflow that is over; ``None`` if it is not or has no grade."""
+        return self._running[workflow_id][1].success

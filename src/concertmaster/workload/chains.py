@@ -122,6 +122,7 @@ def workflow(
     return WorkflowPlan(
         workflow_id=WorkflowId(f"{question.question_id}:{template}"),
         app=f"{question.source}:{template}",
+        template=str(template),
         arrival_s=0.0,
         calls=tuple(calls),
     )

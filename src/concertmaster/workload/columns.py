@@ -16,11 +16,14 @@ REQUIRED = ("workflow_id", "stage_index", "parents", "prompt_tokens", "output_to
 COLUMNS = (
     *REQUIRED,
     "app",
+    "harness",
+    "task_group",
     "service_class",
     "arrival_s",
     "deadline_s",
     "success",
     "role",
+    "stage_name",
     "model",
     "max_output_tokens",
     "tool_s",
@@ -29,6 +32,9 @@ COLUMNS = (
     "wall_s",
     "prompt_text",
     "prompt_chars",
+    "input_kinds",
+    "output_kinds",
+    "stop",
     "token_source",
     "prefix_hit_tokens",
     "prefix_from",
@@ -50,7 +56,12 @@ class StagedColumns:
     output_tokens: list[int] = field(init=False)
     caps_tokens: list[int | None] = field(init=False)
     apps: list[str] = field(init=False)
+    templates: list[str] = field(init=False)
+    tasks: list[str] = field(init=False)
     roles: list[str] = field(init=False)
+    steps: list[str] = field(init=False)
+    after_tools: list[bool | None] = field(init=False)
+    tool_calls: list[bool | None] = field(init=False)
     models: list[ModelName | None] = field(init=False)
     classes: list[ServiceClass] = field(init=False)
     arrivals_s: list[float | None] = field(init=False)
@@ -81,6 +92,9 @@ class StagedColumns:
         self.stages = table.wholes("stage_index")
         self.parents = _parents(table)
         self.roles = table.texts("role")
+        self.steps = table.texts("stage_name")
+        self.after_tools = [_names(kinds, "tool_result") for kinds in table.texts("input_kinds")]
+        self.tool_calls = _tool_calls(table)
         self.models = [known_model(name) for name in table.texts("model")]
         self.caps_tokens = table.wholes_or_none("max_output_tokens", least=1)
         self.outcomes = _outcomes(table)
@@ -92,6 +106,8 @@ class StagedColumns:
         table = self.table
         self.workflow_ids = table.names("workflow_id")
         self.apps = table.texts("app")
+        self.templates = table.texts("harness")
+        self.tasks = table.texts("task_group")
         self.classes = service_classes(table)
         self.deadlines_s = table.numbers_or_none("deadline_s")
         self.successes = table.numbers_or_none("success", most=1.0)
@@ -100,6 +116,8 @@ class StagedColumns:
         """Return the columns that say something of the whole workflow."""
         return (
             ("app", self.apps),
+            ("harness", self.templates),
+            ("task_group", self.tasks),
             ("arrival_s", self.arrivals_s),
             ("service_class", self.classes),
             ("deadline_s", self.deadlines_s),
@@ -139,6 +157,24 @@ def at_least_one(table: Table, column: str) -> tuple[list[int], tuple[str, ...]]
     for row in zeros:
         values[row] = 1
     return values, counted_note(table, f"{column} 0 read as 1", zeros)
+
+
+def _names(kinds: str, kind: str) -> bool | None:
+    """Say whether a list like ``text+tool_use`` names a kind; ``None`` if it is empty.
+
+    >>> _names("text+tool_use", "tool_use"), _names("text", "tool_use"), _names("", "tool_use")
+    (True, False, None)
+    """
+    return kind in kinds.split("+") if kinds else None
+
+
+def _tool_calls(table: Table) -> list[bool | None]:
+    """Read what the answer was made of; where that is not said, why it stopped."""
+    kinds, stops = table.texts("output_kinds"), table.texts("stop")
+    return [
+        _names(kind or stop, "tool_use") or stop == "tool_use" if kind or stop else None
+        for kind, stop in zip(kinds, stops, strict=True)
+    ]
 
 
 def _parents(table: Table) -> list[tuple[int, ...]]:

@@ -27,6 +27,10 @@ def _rows(plan: WorkflowPlan) -> Iterator[dict[str, object]]:
         "app": plan.app,
         "arrival_s": plan.arrival_s,
     }
+    if plan.template:
+        shared["harness"] = plan.template
+    if plan.task:
+        shared["task_group"] = plan.task
     if plan.service_class is not ServiceClass.INTERACTIVE:
         shared["service_class"] = plan.service_class.value
     if plan.deadline_s is not None:
@@ -49,8 +53,16 @@ def _call_columns(call: Call) -> dict[str, object]:
         columns["max_output_tokens"] = call.max_output_tokens
     if call.tool_s:
         columns["tool_s"] = call.tool_s
+    if call.step:
+        columns["stage_name"] = call.step
     if call.prompt_text:
         columns["prompt_text"] = call.prompt_text
+    if call.prompt_chars:
+        columns["prompt_chars"] = call.prompt_chars
+    if call.after_tool is not None:
+        columns["input_kinds"] = "tool_result" if call.after_tool else "text"
+    if call.tool_call is not None:
+        columns["output_kinds"] = "tool_use" if call.tool_call else "text"
     if call.model is not None:
         columns["model"] = call.model
     if call.outcomes:

@@ -47,8 +47,14 @@ class Call:
         stage: Unique number within the workflow; gaps are allowed.
         parents: Stages that must have finished before this call can be made.
         role: What the agent does here, in the workload's own words; "" if unknown.
+        step: What kind of step the role takes; "" if unknown.
         output_tokens: Length of the answer of any model without an entry in ``outcomes``.
         tool_s: Tool or human time between the last parent's end and this call.
+        prompt_text: The prompt, or its head and tail; "" if it was not recorded.
+        prompt_chars: Characters of the whole prompt; 0 if unknown.
+        after_tool: Whether the last message is the result of a tool; ``None`` if unknown.
+        tool_call: Whether the recorded answer asked for a tool; ``None`` if unknown. Known
+            to nobody before the call is answered.
         prefix_hashes: As in ``Request``: chained hashes of the leading prompt chunks of
             ``PREFIX_CHUNK_TOKENS`` tokens; equal hashes mean an equal prefix up to there.
         outcomes: What each model would answer, where that is known.
@@ -61,8 +67,12 @@ class Call:
     max_output_tokens: int
     parents: tuple[int, ...] = ()
     role: str = ""
+    step: str = ""
     tool_s: float = 0.0
     prompt_text: str = ""
+    prompt_chars: int = 0
+    after_tool: bool | None = None
+    tool_call: bool | None = None
     prefix_hashes: tuple[int, ...] = ()
     outcomes: Mapping[ModelName, ModelOutcome] = field(default_factory=lambda: NO_OUTCOMES)
     model: ModelName | None = None
@@ -81,12 +91,16 @@ class WorkflowPlan:
         arrival_s: When the user asks, on the workload's clock.
         deadline_s: Seconds after ``arrival_s`` by which the last answer is due, or ``None``.
         success: Grade in 0…1 that was recorded; ``None`` if nobody graded it.
+        task: What several workflows are attempts at; "" if it is this one's alone.
+        template: The shape of the workflow, in the workload's own words; "" if unknown.
     """
 
     workflow_id: WorkflowId
     arrival_s: float
     calls: tuple[Call, ...]
     app: str = ""
+    template: str = ""
+    task: str = ""
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     deadline_s: float | None = None
     success: float | None = None

@@ -1,0 +1,396 @@
+"""The fast clock: how far completions show each replica to be from its rate curve.
+
+A rate curve is fitted before a replica serves. A card that throttles, a neighbour on the same
+host or another version of the engine make it slower or faster than that, and this is seen
+within minutes. ``PaceTracker`` turns pairs of expected and actual seconds into a factor,
+``PaceWatch`` finds such pairs among the events that a driver feeds to the core.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+from concertmaster.core.events import (
+    Event,
+    PaceObserved,
+    ReplicaDemoted,
+    ReplicaDied,
+    RequestCancelled,
+    RequestFailed,
+    RequestFinished,
+    TokensStreamed,
+)
+from concertmaster.core.fleet import PoolId, Replica, ReplicaId
+from concertmaster.core.request import RequestId
+from concertmaster.core.scheduler import Scheduler
+
+MIN_PACE, MAX_PACE = 0.25, 8.0
+"""Bounds of a pace: what lies beyond says that the curve is of another machine."""
+
+MIN_STEPS = 8
+"""Steps that a call must have decoded to say anything; below, the ends of steps are noise."""
+
+TOLD_RATIO = 1.03
+"""The core is told of a pace once it has moved by more than this factor."""
+
+TRUSTED_RATIO = 1.05
+"""A curve is taken to be right until its replica is further off than this."""
+
+_UNHEARD = 0
+"""Attempt of a call that is not heard of before its end."""
+
+_OWN_PRIOR = 2.0
+_POOL_PRIOR = 6.0
+"""Observations that the pool's pace, and 1.0, count for."""
+
+
+class _Recent:
+    """The latest observations of one replica, as logarithms of actual over expected."""
+
+    __slots__ = ("_half_life_s", "_seen", "_stale", "centre")
+
+    def __init__(self, window: int, half_life_s: float) -> None:
+        self._seen: deque[tuple[float, float]] = deque(maxlen=window)
+        self._half_life_s = half_life_s
+        self._stale = False
+        self.centre = 0.0
+
+    def add(self, now_s: float, log_ratio: float) -> None:
+        self._seen.append((now_s, log_ratio))
+        self._stale = True
+
+    def count(self, now_s: float) -> float:
+        """Observations that still count: one of a half-life ago counts for half."""
+        return math.fsum(0.5 ** ((now_s - at_s) / self._half_life_s) for at_s, _ in self._seen)
+
+    def refresh(self) -> None:
+        """Bring the centre up to date; it moves with what is observed, not with time."""
+        if self._stale:
+            last_s = self._seen[-1][0]
+            self.centre = _median(
+                (log_ratio, 0.5 ** ((last_s - at_s) / self._half_life_s))
+                for at_s, log_ratio in self._seen
+            )
+            self._stale = False
+
+
+class PaceTracker:
+    """The pace of every replica: 1.0 as its curve says, 1.3 takes 30 % longer.
+
+    The median of the latest observations in log space, each worth half as much after a
+    half-life: a fifth of them may be anything. Few observations are drawn towards the pace
+    of the pool (the median of its replicas), and few of the whole pool towards 1.0.
+
+    Args:
+        pools: Pool of every replica.
+        window: Observations to remember of each replica.
+        half_life_s: After which an observation counts for half.
+    """
+
+    def __init__(
+        self, pools: Mapping[ReplicaId, PoolId], *, window: int = 32, half_life_s: float = 180.0
+    ) -> None:
+        self._pools = dict(pools)
+        self._window = window
+        self._half_life_s = half_life_s
+        self._recent: dict[PoolId, dict[ReplicaId, _Recent]] = {}
+        self._pool_log: dict[PoolId, tuple[float, float]] = {}
+
+    def observe(
+        self, now_s: float, replica_id: ReplicaId, expected_s: float, actual_s: float
+    ) -> None:
+        """Take in how long something took, and how long it should have taken.
+
+        Args:
+            now_s: When it ended; never earlier than the observation before.
+            replica_id: One of those that were named at the start.
+            expected_s: By the rate curve; above 0.
+            actual_s: On the clock; above 0.
+        """
+        pool_id = self._pools[replica_id]
+        in_pool = self._recent.setdefault(pool_id, {})
+        recent = in_pool.get(replica_id)
+        if recent is None:
+            recent = in_pool[replica_id] = _Recent(self._window, self._half_life_s)
+        recent.add(now_s, math.log(actual_s / expected_s))
+        self._pool_log.pop(pool_id, None)
+
+    def pace(self, now_s: float, replica_id: ReplicaId) -> float:
+        """Return the factor on the curve's seconds, from ``MIN_PACE`` to ``MAX_PACE``."""
+        pool_id = self._pools[replica_id]
+        log_pace = self._log_of_pool(now_s, pool_id)
+        recent = self._recent.get(pool_id, {}).get(replica_id)
+        if recent is not None:
+            recent.refresh()
+            count = recent.count(now_s)
+            log_pace += (recent.centre - log_pace) * count / (count + _OWN_PRIOR)
+        return min(max(math.exp(log_pace), MIN_PACE), MAX_PACE)
+
+    def forget(self, replica_id: ReplicaId) -> None:
+        """Drop what was observed of a replica: what comes back may be another machine."""
+        pool_id = self._pools[replica_id]
+        if self._recent.get(pool_id, {}).pop(replica_id, None) is not None:
+            self._pool_log.pop(pool_id, None)
+
+    def _log_of_pool(self, now_s: float, pool_id: PoolId) -> float:
+        """Logarithm of the pace of a pool; computed once an instant."""
+        known = self._pool_log.get(pool_id)
+        if known is not None and known[0] == now_s:
+            return known[1]
+        counted = []
+        for recent in self._recent.get(pool_id, {}).values():
+            recent.refresh()
+            counted.append((recent.centre, recent.count(now_s)))
+        count = math.fsum(weight for _, weight in counted)
+        log_pace = _median(counted) * count / (count + _POOL_PRIOR) if counted else 0.0
+        self._pool_log[pool_id] = (now_s, log_pace)
+        return log_pace
+
+
+def _median(weighted: Iterable[tuple[float, float]]) -> float:
+    """Return the value with half of the weight on either side, at least one value given."""
+    ranked = sorted(weighted)
+    half = math.fsum(weight for _, weight in ranked) / 2
+    below = 0.0
+    for value, weight in ranked:
+        below += weight
+        if below >= half:
+            return value
+    return ranked[-1][0]
+
+
+class _Watched:
+    """A call that decodes, and where the counts of its replica stood at its first token."""
+
+    __slots__ = ("attempt", "begun_s", "meter", "prefill_steps", "prompt_tokens", "steps", "tokens")
+
+    def __init__(self, meter: "_Meter", now_s: float, attempt: int, prompt_tokens: int) -> None:
+        self.meter = meter
+        self.begun_s = now_s
+        self.attempt = attempt
+        self.prompt_tokens = prompt_tokens
+        self.tokens = 1
+        self.steps = meter.steps
+        self.prefill_steps = meter.prefill_steps
+
+
+class _Meter:
+    """How many steps the curve would have let one replica do.
+
+    ``steps`` is the integral of time over the seconds of a step that decodes the batch at
+    hand; ``prefill_steps`` counts what prefills added to steps, in steps of that kind. A
+    call that decodes ``n`` tokens while they grow by ``a`` and ``b`` saw ``n + b`` steps'
+    worth of work in the time of ``a``, so the replica's pace was ``a / (n + b)``, whatever
+    came and went meanwhile.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica_id = replica.replica_id
+        self._replica = replica
+        self._batch = 0
+        self._kv_tokens = 0
+        self._grown_tokens = 0.0  # since the latest news of how far calls have come
+        self._now_s = 0.0
+        self._step_s = replica.pool.decode_token_s
+        self.steps = self.prefill_steps = 0.0
+        self._fresh: list[_Watched] = []  # began with the latest step that ended a prefill
+        self._fresh_s = -math.inf
+        self._step_tokens = 0  # that this step has computed, as far as is known
+        self.ended: list[tuple[float, float, _Watched]] = []
+        self._samples: list[tuple[float, float]] = []
+
+    def begin(
+        self, now_s: float, attempt: int, prompt_tokens: int, prefill_tokens: int
+    ) -> _Watched:
+        """Let a call into the batch; its prefill was part of the step that ends now."""
+        self._run_to(now_s)
+        self._charge(now_s, prompt_tokens, prefill_tokens)
+        watched = _Watched(self, now_s, attempt, prompt_tokens)
+        self._fresh.append(watched)
+        self._batch += 1
+        self._kv_tokens += prompt_tokens + 1
+        return watched
+
+    def progress(self, now_s: float, watched: _Watched, tokens: int) -> None:
+        """Take in how far a call has come."""
+        self._run_to(now_s)
+        self._kv_tokens += tokens - watched.tokens
+        self._grown_tokens = 0.0
+        watched.tokens = tokens
+
+    def end(self, now_s: float, watched: _Watched, output_tokens: int) -> None:
+        """Let a call out; 0 output tokens if how many there were says nothing."""
+        self._run_to(now_s)
+        self._batch -= 1
+        self._kv_tokens -= watched.prompt_tokens + watched.tokens
+        if not self._batch:
+            self._grown_tokens = 0.0
+        if output_tokens > MIN_STEPS:
+            watched.tokens = output_tokens
+            self.ended.append((now_s, self.steps, watched))
+
+    def take(self, now_s: float) -> list[tuple[float, float]]:
+        """Return expected and actual seconds of the calls that ended since the last time."""
+        self._settle(now_s)
+        samples, self._samples = self._samples, []
+        return samples
+
+    def _settle(self, now_s: float) -> None:
+        """Evaluate the calls that ended with an earlier step.
+
+        A call that ends with a step may be heard of before those whose prefill was part of it.
+        """
+        late = []
+        for ended in self.ended:
+            ended_s, steps, watched = ended
+            if now_s - ended_s <= self._step_s / 2:
+                late.append(ended)
+                continue
+            actual_s, curve_steps = ended_s - watched.begun_s, steps - watched.steps
+            work = watched.tokens - 1 + self.prefill_steps - watched.prefill_steps
+            if actual_s > 0 and curve_steps > 0:
+                self._samples.append((actual_s * work / curve_steps, actual_s))
+        self.ended = late
+
+    def _run_to(self, now_s: float) -> None:
+        span_s = now_s - self._now_s
+        if span_s <= 0:
+            return
+        self._now_s = now_s
+        if self._batch:
+            grown_tokens = self._batch * span_s / (self._step_s * self._replica.pace)
+            kv_tokens = self._kv_tokens + self._grown_tokens + grown_tokens / 2
+            self._step_s = self._replica.pool.curve.step_s(self._batch, round(kv_tokens))
+            self.steps += span_s / self._step_s
+            self._grown_tokens += grown_tokens
+
+    def _charge(self, now_s: float, prompt_tokens: int, prefill_tokens: int) -> None:
+        """Count what a prefill added to steps; prefills that end at once shared the last one."""
+        pool, curve = self._replica.pool, self._replica.pool.curve
+        if now_s - self._fresh_s > self._step_s / 2:
+            self._settle(now_s)
+            self._fresh = []
+            self._fresh_s = now_s
+            self._step_tokens = self._batch + len(self.ended)
+        batch, shared = self._batch - len(self._fresh) + len(self.ended), self._step_tokens
+        chunk = max(1, pool.max_batch_tokens - batch)
+        full, rest = divmod(prefill_tokens, chunk)
+        pairs = prefill_tokens * (prompt_tokens - prefill_tokens + (prefill_tokens + 1) / 2)
+        extra_s = curve.prefill_pair_s * pairs
+        extra_s += full * (curve.linear_at_s(batch + chunk) - curve.linear_at_s(batch))
+        extra_s += curve.linear_at_s(shared + rest) - curve.linear_at_s(shared)
+        self._step_tokens += rest
+        added = extra_s / self._step_s
+        self.prefill_steps += added
+        for watched in self._fresh:
+            watched.prefill_steps += added
+
+
+class PaceWatch:
+    """Measures replicas by the events that a driver feeds to the core.
+
+    A call is measured from its first token to its last: what goes before depends on what
+    else its engine was handed.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        replicas = scheduler.replicas
+        self._scheduler = scheduler
+        self._tracker = PaceTracker({r.replica_id: r.pool.pool_id for r in replicas.values()})
+        self._meters = {replica_id: _Meter(replica) for replica_id, replica in replicas.items()}
+        self._calls: dict[RequestId, _Watched] = {}
+        self._heard: dict[ReplicaId, None] = {}
+        self._off_curve: dict[ReplicaId, None] = {}
+
+    def note(self, now_s: float, event: Event) -> None:
+        """Take in an event; call it before the core is told, whose ledgers it reads."""
+        match event:
+            case TokensStreamed(progress):
+                for request_id, attempt, tokens in progress:
+                    self._stream(now_s, request_id, attempt, tokens)
+            case RequestFinished(request_id, attempt, output_tokens):
+                self._end(now_s, request_id, attempt, output_tokens)
+            case RequestFailed(request_id, attempt):
+                self._end(now_s, request_id, attempt, 0)
+            case RequestCancelled(request_id):
+                self._end(now_s, request_id, None, 0)
+            case ReplicaDied(replica_id) | ReplicaDemoted(replica_id):
+                self._restart(replica_id)
+            case _:
+                pass
+
+    def unheard(self, now_s: float, request_id: RequestId) -> None:
+        """Note that a dispatched call will not be heard of before its end.
+
+        It is taken to decode at once and to hold half of the answer that is expected of it.
+        """
+        replica_id = self._scheduler.in_flight(request_id)
+        if replica_id is None:
+            return
+        call = self._scheduler.replicas[replica_id].in_flight[request_id]
+        kv_tokens = call.request.prompt_tokens + call.expected_tokens // 2
+        meter = self._meters[replica_id]
+        self._calls[request_id] = meter.begin(now_s, _UNHEARD, kv_tokens, call.prefill_tokens)
+
+    def due(self, now_s: float) -> PaceObserved | None:
+        """Return what the core is to be told, if a pace has moved enough; ask once a second."""
+        self._observe(now_s)
+        paces: list[tuple[ReplicaId, float]] = []
+        for replica_id in {**self._heard, **self._off_curve}:
+            told = self._scheduler.replicas[replica_id].pace
+            pace = round(self._tracker.pace(now_s, replica_id), 4)
+            if not _differ(pace, 1.0, TRUSTED_RATIO if told == 1.0 else TOLD_RATIO):
+                pace = 1.0
+            if pace == 1.0:
+                self._off_curve.pop(replica_id, None)
+            else:
+                self._off_curve[replica_id] = None
+            if pace != told and (pace == 1.0 or _differ(pace, told, TOLD_RATIO)):
+                paces.append((replica_id, pace))
+        self._heard = {r: None for r in self._heard if self._meters[r].ended}
+        return PaceObserved(tuple(paces)) if paces else None
+
+    def _observe(self, now_s: float) -> None:
+        for replica_id in self._heard:
+            for expected_s, actual_s in self._meters[replica_id].take(now_s):
+                self._tracker.observe(now_s, replica_id, expected_s, actual_s)
+
+    def _stream(self, now_s: float, request_id: RequestId, attempt: int, tokens: int) -> None:
+        watched = self._calls.get(request_id)
+        if watched is not None:
+            if watched.attempt == attempt and tokens > watched.tokens:
+                watched.meter.progress(now_s, watched, tokens)
+        elif tokens == 1:
+            replica_id = self._scheduler.in_flight(request_id)
+            if replica_id is not None:
+                call = self._scheduler.replicas[replica_id].in_flight[request_id]
+                self._calls[request_id] = self._meters[replica_id].begin(
+                    now_s, attempt, call.request.prompt_tokens, call.prefill_tokens
+                )
+
+    def _end(
+        self, now_s: float, request_id: RequestId, attempt: int | None, output_tokens: int
+    ) -> None:
+        """Strike a call; ``None`` for whatever attempt it is at."""
+        watched = self._calls.get(request_id)
+        if watched is None:
+            return
+        is_unheard = watched.attempt == _UNHEARD
+        if attempt not in (watched.attempt, None) and not is_unheard:
+            return
+        del self._calls[request_id]
+        meter = watched.meter
+        meter.end(now_s, watched, 0 if is_unheard else output_tokens)
+        self._heard[meter.replica_id] = None
+
+    def _restart(self, replica_id: ReplicaId) -> None:
+        """Begin anew with a replica that is gone; its calls are not watched any more."""
+        replica = self._scheduler.replicas[replica_id]
+        for request_id in replica.in_flight:
+            self._calls.pop(request_id, None)
+        self._meters[replica_id] = _Meter(replica)
+        self._tracker.forget(replica_id)
+
+
+def _differ(pace: float, other: float, ratio: float) -> bool:
+    return not other / ratio <= pace <= other * ratio
