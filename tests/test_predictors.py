@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from builders import a_call, a_plan, a_request, a_workload
 from concertmaster.core.forecast import NO_FORECAST, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.predictors.evidence import Evidence
 from concertmaster.predictors.interface import Completion, Predictor
+from concertmaster.predictors.learned import LearnedPredictor
 from concertmaster.predictors.recent import MIN_LENGTHS, RecentLengths
 from concertmaster.sim.clairvoyant import Clairvoyant
 from concertmaster.workload.plan import ModelOutcome
+from learned_builders import some_heads
 
 M, SMALL = ModelName("m"), ModelName("small")
 
@@ -30,6 +33,8 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "recent": RecentLengths,
     "recent, window of eight": lambda: RecentLengths(window=8),
     "recent, one group": lambda: RecentLengths(max_groups=1),
+    "learned, laws alone": lambda: LearnedPredictor(Evidence(), None),
+    "learned, with heads": lambda: LearnedPredictor(Evidence(), some_heads(seed=1)),
     "clairvoyant": the_oracle,
 }
 

@@ -77,6 +77,8 @@ class Quantiles:
             return values[0]
         if i == len(levels):
             return values[-1]
+        if levels[i] == level:
+            return values[i]
         share = (level - levels[i - 1]) / (levels[i] - levels[i - 1])
         return values[i - 1] + share * (values[i] - values[i - 1])
 

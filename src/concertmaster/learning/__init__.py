@@ -1,0 +1,1 @@
+"""Learning from completions: labels, drift, challengers, training in the background."""

@@ -1,0 +1,219 @@
+"""Empirical laws of counts, by group, each leaning on the coarser group it belongs to.
+
+A group that was never seen answers with its parent's law, one that was seen a little with a
+blend, and one that was seen often with its own. What a group is worth is counted in
+workflows, not in calls, because the calls of one workflow resemble each other.
+
+Learnt predictors work in *ranks*: the level that a count has in the law of its group. A
+rank means the same for every app, so what is learnt of ranks carries over to apps that
+nobody has seen.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Path = tuple[str, ...]
+"""A group and those it belongs to: ("app", "app/template", …), coarse to fine."""
+
+_UNIT_BINS = 17
+_BINS_PER_OCTAVE = 8
+_MOST = 4_000_000.0
+
+
+def _edges() -> tuple[float, ...]:
+    """Bins of one count up to 16, then an eighth of an octave wide."""
+    edges = [i - 0.5 for i in range(_UNIT_BINS + 1)]
+    while edges[-1] < _MOST:
+        edges.append(edges[-1] * 2 ** (1 / _BINS_PER_OCTAVE))
+    return tuple(edges)
+
+
+EDGES = _edges()
+BINS = len(EDGES) - 1
+_EDGE_ARRAY = np.array(EDGES)
+
+LEAN_WORKFLOWS = 3.0
+"""Workflows at which a group's own law and its parent's weigh the same."""
+
+MOST_WORKFLOWS = 3000.0
+"""What a group may be worth; beyond, what it has seen is halved, so that it follows drift."""
+
+
+FULL_WORKFLOWS = 50.0
+"""What one app adds to the law of all apps tends to as many workflows as this."""
+
+
+def _prior() -> Floats:
+    """Return a law so wide that it says nothing: log-normal about 150, a factor 12 either way."""
+    middles = np.log(np.maximum(_EDGE_ARRAY[1:] + _EDGE_ARRAY[:-1], 1.0) / 2)
+    widths = np.diff(np.log(np.maximum(_EDGE_ARRAY, 0.3)))
+    mass = np.exp(-0.5 * ((middles - 5.0) / 2.5) ** 2) * widths
+    return np.concatenate(([0.0], np.cumsum(mass) / mass.sum()))
+
+
+_PRIOR = _prior()
+
+
+class _Group:
+    """What was seen of one group: counts below each edge, and what they are worth."""
+
+    __slots__ = ("below", "seen", "workflows")
+
+    def __init__(self) -> None:
+        self.below: Floats = np.zeros(BINS + 1)
+        self.seen = 0.0
+        self.workflows = 0.0
+
+    def add(self, first: int, count: float, worth: float) -> None:
+        self.below[first:] += count
+        self.seen += count
+        self.workflows += worth
+        if self.workflows > MOST_WORKFLOWS:
+            self.below *= 0.5
+            self.seen *= 0.5
+            self.workflows *= 0.5
+
+
+class Law:
+    """A distribution of counts: the blend of a group's own and its parents'.
+
+    Attributes:
+        workflows: What the finest group that was seen is worth.
+        depth: How many groups of the path were seen.
+    """
+
+    __slots__ = ("_below", "depth", "workflows")
+
+    def __init__(self, below: Floats, *, workflows: float, depth: int) -> None:
+        self._below = below
+        self.workflows = workflows
+        self.depth = depth
+
+    def rank(self, count: float) -> float:
+        """Return the level of a count, inside 0…1, spread evenly over its bin."""
+        i = min(max(bisect_right(EDGES, count) - 1, 0), BINS - 1)
+        low, high = float(self._below[i]), float(self._below[i + 1])
+        share = (count - EDGES[i]) / (EDGES[i + 1] - EDGES[i])
+        return low + min(max(share, 0.0), 1.0) * (high - low)
+
+    def at(self, levels: npt.ArrayLike) -> Floats:
+        """Return the counts at some levels, not below 0."""
+        found: Floats = np.interp(np.asarray(levels, dtype=np.float64), self._below, _EDGE_ARRAY)
+        return np.maximum(found, 0.0)
+
+
+class LawTree:
+    """The laws of one quantity.
+
+    Args:
+        lean_workflows: Workflows at which a group's own law weighs as much as its parent's.
+        most_groups: Groups to remember; those beyond answer with their parent.
+    """
+
+    def __init__(
+        self, *, lean_workflows: float = LEAN_WORKFLOWS, most_groups: int = 20_000
+    ) -> None:
+        self._lean = lean_workflows
+        self._most_groups = most_groups
+        self._groups: dict[Path, _Group] = {(): _Group()}
+
+    def law(self, path: Path) -> Law:
+        """Blend the groups along a path, as far as they were seen."""
+        below, workflows, depth = _PRIOR, 0.0, -1
+        for end in range(len(path) + 1):
+            group = self._groups.get(path[:end])
+            if group is None:
+                break
+            if group.seen:
+                own = group.workflows / (group.workflows + self._lean)
+                below = (1 - own) * below + (own / group.seen) * group.below
+                workflows, depth = group.workflows, end
+        return Law(below, workflows=workflows, depth=depth)
+
+    def add(self, path: Path, count: float, *, worth: float = 1.0) -> None:
+        """Take in a count; ``worth`` is what it adds to the evidence, in workflows."""
+        first = min(max(bisect_right(EDGES, count), 1), BINS)
+        known = self._groups.get(path[:1])
+        share = (1 + known.workflows / FULL_WORKFLOWS) ** -2 if known is not None else 1.0
+        self._groups[()].add(first, share, worth * share)
+        for end in range(1, len(path) + 1):
+            group = self._groups.get(path[:end])
+            if group is None:
+                if len(self._groups) >= self._most_groups:
+                    return
+                group = self._groups[path[:end]] = _Group()
+            group.add(first, 1.0, worth)
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return all that was seen, to keep."""
+        paths = list(self._groups)
+        counts = np.stack([np.diff(self._groups[path].below) for path in paths])
+        return {
+            "paths": np.array([SEPARATOR.join(path) for path in paths]),
+            "depths": np.array([len(path) for path in paths], dtype=np.int8),
+            "counts": counts.astype(np.float32),
+            "workflows": np.array([self._groups[path].workflows for path in paths]),
+        }
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, npt.NDArray[np.generic]],
+        *,
+        lean_workflows: float = LEAN_WORKFLOWS,
+    ) -> "LawTree":
+        """Restore what ``arrays`` kept."""
+        tree = cls(lean_workflows=lean_workflows)
+        counts = np.asarray(arrays["counts"], dtype=np.float64)
+        below = np.concatenate((np.zeros((len(counts), 1)), np.cumsum(counts, axis=1)), axis=1)
+        for i, (joined, depth) in enumerate(zip(arrays["paths"], arrays["depths"], strict=True)):
+            path = tuple(str(joined).split(SEPARATOR)) if depth else ()
+            group = tree._groups[path] = _Group()
+            group.below = below[i]
+            group.seen = float(below[i, -1])
+            group.workflows = float(arrays["workflows"][i])
+        return tree
+
+
+SEPARATOR = "\x1f"
+
+
+def logit(levels: npt.ArrayLike) -> Floats:
+    """Log odds of levels, kept off 0 and 1 by 0.0005.
+
+    >>> float(logit(0.5))
+    0.0
+    """
+    clipped = np.clip(np.asarray(levels, dtype=np.float64), 0.0005, 0.9995)
+    odds: Floats = np.log(clipped / (1 - clipped))
+    return odds
+
+
+def expit(odds: npt.ArrayLike) -> Floats:
+    """Levels of log odds."""
+    levels: Floats = 1 / (1 + np.exp(-np.asarray(odds, dtype=np.float64)))
+    return levels
+
+
+def path_of(*names: str) -> Path:
+    """Return a path whose groups are each named within the one before.
+
+    >>> path_of("chat", "", "planner")
+    ('chat', '', 'planner')
+    """
+    return tuple(name.replace(SEPARATOR, " ") for name in names)
+
+
+def stage_bucket(stage: int) -> str:
+    """Name a stage, exactly up to 5 and then two names an octave.
+
+    >>> [stage_bucket(stage) for stage in (0, 5, 6, 9, 40)]
+    ['0', '5', '6', '7', '11']
+    """
+    if stage < 6:
+        return str(stage)
+    return str(6 + int(2 * np.log2(stage / 6)))

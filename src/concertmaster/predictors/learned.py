@@ -1,0 +1,142 @@
+"""The predictor that was trained: laws of groups, heads on top, kept honest by calibration.
+
+Where the heads say nothing the law of the call's group answers, and that law leans on
+coarser groups; so the step of the fallback is the finest group that was seen.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
+from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.predictors.calibration import Calibration
+from concertmaster.predictors.evidence import TARGETS, Evidence, group_of
+from concertmaster.predictors.heads import HEAD_TARGETS, LEVELS, Heads
+from concertmaster.predictors.history import Closed
+from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
+from concertmaster.predictors.laws import Law, Path, expit, logit
+
+_LAW_ODDS = logit(LEVELS)
+
+Success = Callable[[str, Sequence[ModelName]], dict[ModelName, float]]
+
+
+class LearnedPredictor:
+    """Forecasts a call and the rest of its workflow.
+
+    Args:
+        evidence: What was seen so far.
+        heads: The fitted part; without it laws alone answer.
+        calibration: Offsets and trust, of training and of what came since.
+        models: Models of the fleet: each gets quantiles of its own.
+        adapt: Whether labels move laws and calibration; histories they move in any case.
+    """
+
+    reads_prompts = True
+
+    def __init__(
+        self,
+        evidence: Evidence,
+        heads: Heads | None,
+        calibration: Calibration | None = None,
+        *,
+        models: Sequence[ModelName] = (),
+        success: Success | None = None,
+        adapt: bool = True,
+    ) -> None:
+        self.evidence = evidence
+        self.calibration = calibration or Calibration(LEVELS)
+        self._heads = heads
+        self._models = tuple(models)
+        self._success = success
+        self._adapt = adapt
+
+    def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
+        """Answer from what is known at arrival."""
+        return self.foresee(request, prompt)[0]
+
+    def foresee(
+        self, request: Request, prompt: Prompt = NO_PROMPT
+    ) -> tuple[Forecast, npt.NDArray[np.float32] | None]:
+        """Answer, and tell the ``FIGURES`` that the heads saw; ``None`` without heads."""
+        look = self.evidence.look(request, prompt)
+        asks, odds, figures = None, {}, None
+        if self._heads is not None:
+            figures = self._heads.figures(look.features, prompt.text)
+            asks = float(figures[-1])
+            odds = dict(zip(HEAD_TARGETS, self._heads.odds(figures), strict=True))
+        group = group_of(request)
+        levels = {target: self._levels(target, group, odds.get(target)) for target in TARGETS}
+        laws = {target: quantiles(look.laws[target], levels[target]) for target in TARGETS}
+        models = request.models or self._models
+        forecast = Forecast(
+            output_tokens=laws["output_tokens"].cap(request.max_output_tokens),
+            output_tokens_on=self._by_model(request, models, levels["output_tokens"]),
+            remaining_tokens=laws["remaining_tokens"],
+            remaining_calls=laws["remaining_calls"],
+            remaining_tool_s=laws["remaining_tool_s"],
+            success=self._success(prompt.text, models) if self._success is not None else {},
+            tool_call=asks,
+            source=look.step,
+        )
+        return forecast, figures
+
+    def learn(
+        self,
+        request: Request,
+        completion: Completion,
+        prompt: Prompt = NO_PROMPT,
+        forecast: Forecast = NO_FORECAST,
+    ) -> None:
+        """Take in one outcome and hold it against its forecast."""
+        stated = forecast.output_law(completion.model)
+        if self._adapt and stated is not None:
+            law = self.evidence.output_law(request, completion.model)
+            self.calibration.learn(
+                "output_tokens",
+                group_of(request),
+                stated,
+                quantiles(law, LEVELS),
+                completion.output_tokens,
+            )
+        self.evidence.learn(request, completion, prompt, forecast, keep=self._adapt)
+
+    def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
+        """Take in that a workflow is over, and hold what remained against its forecasts."""
+        for closed in self.evidence.close(workflow_id, keep=self._adapt):
+            if self._adapt:
+                self._settle(closed)
+
+    def _settle(self, closed: Closed) -> None:
+        for target, truth in closed.truth.items():
+            stated = closed.stated.get(target)
+            if stated is not None:
+                law = quantiles(self.evidence.laws[target].law(closed.path), LEVELS)
+                self.calibration.learn(target, closed.group, stated, law, truth, worth=closed.share)
+
+    def _levels(
+        self, target: str, group: Path, head_odds: npt.NDArray[np.float32] | None
+    ) -> npt.NDArray[np.float64]:
+        """Return the ranks whose counts are the quantiles: heads and law, then the offsets."""
+        odds = _LAW_ODDS
+        if head_odds is not None:
+            trust = self.calibration.trust(target, group)
+            odds = trust * head_odds + (1 - trust) * odds
+        return expit(np.maximum.accumulate(odds + self.calibration.offsets(target, group)))
+
+    def _by_model(
+        self, request: Request, models: Sequence[ModelName], levels: npt.NDArray[np.float64]
+    ) -> dict[ModelName, Quantiles]:
+        return {
+            model: quantiles(self.evidence.output_law(request, model), levels).cap(
+                request.max_output_tokens
+            )
+            for model in models
+        }
+
+
+def quantiles(law: Law, levels: npt.ArrayLike) -> Quantiles:
+    """Read a law at the given ranks as quantiles at ``LEVELS``."""
+    return Quantiles(LEVELS, tuple(law.at(levels).tolist()))
