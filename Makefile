@@ -12,7 +12,7 @@ help: ## list the targets
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-.PHONY: setup demo check lint types layers test fix bench golden docs
+.PHONY: setup store demo check lint types layers test fix bench golden docs
 setup: .venv/.ready ## make the environment in .venv
 
 demo: setup ## the main job on this machine: agents, gateway, emulated engines, two policies
@@ -37,6 +37,12 @@ fix: setup ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+DATA ?= ../shared/data/public
+store: setup ## train the forecasts that ship, from the public data in DATA
+	$(BIN)/concertmaster train -w $(DATA)/workflow_stages.parquet \
+	  -w $(DATA)/workflow_stages_codingagent.parquet -r $(DATA) \
+	  -o src/concertmaster/predictors/default
+
 golden: setup ## write the golden traces anew; say why under "Changed results"
 	$(BIN)/python tests/test_golden.py --rewrite
 
@@ -50,7 +56,7 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/parity.py
 
 NATIVE := $(addprefix core/,cost.py fleet.py memory.py queue.py scheduler.py window.py workflow.py) \
-  policies/*.py policies/recipes/*.py predictors/*.py sim/*.py \
+  policies/*.py policies/recipes/*.py $(addprefix predictors/,interface.py recent.py) sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py stretch.py) \
   $(addprefix workload/,agents.py progress.py) \
   $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py upstream.py)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from concertmaster import __version__, commands
+from concertmaster import __version__, commands, commands_learning, compose
 from concertmaster.core.errors import InputError
 from concertmaster.observe.console import console
 
@@ -31,6 +31,14 @@ Rate = Annotated[float | None, typer.Option(help="Mean workflows a second, with 
 RateScale = Annotated[float, typer.Option(help="Divides every gap between arrivals.")]
 Limit = Annotated[int | None, typer.Option(help="Most workflows to keep.")]
 Seed = Annotated[int, typer.Option(help="Fixes all randomness.")]
+Routing = Annotated[
+    list[Path] | None,
+    typer.Option("-r", "--routing", help="Folder of a routing set; may be given again."),
+]
+Models = Annotated[
+    str,
+    typer.Option(help="Forecasts: folder of a store, default (shipped), or recent (lengths)."),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report here.")]
 
 
@@ -75,13 +83,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Overrides gateway.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Overrides gateway.port.")] = None,
     policy: Annotated[str | None, typer.Option("-p", help="Overrides gateway.policy.")] = None,
+    models: Annotated[str | None, typer.Option(help="Overrides gateway.models.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write every event and decision here.")] = None,
 ) -> None:
     """Stand between agents and engines: the gateway.
 
     Example: concertmaster serve -c examples/fleets/local.toml --port 8000
     """
-    commands.serve(config=config, host=host, port=port, policy=policy, trace=trace)
+    commands.serve(config=config, host=host, port=port, policy=policy, models=models, trace=trace)
 
 
 @app.command()
@@ -108,6 +117,7 @@ def simulate(
     rate: Rate = None,
     rate_scale: RateScale = 1.0,
     limit: Limit = None,
+    models: Models = compose.RECENT,
     seed: Seed = 0,
     json: Json = None,
     trace: Annotated[Path | None, typer.Option(help="Write every event and decision here.")] = None,
@@ -121,7 +131,14 @@ def simulate(
     """
     what = commands.Ask(workload, arrivals, rate, rate_scale, limit)
     commands.simulate(
-        fleet=fleet, ask=what, policy=policy, seed=seed, json=json, trace=trace, reference=reference
+        fleet=fleet,
+        ask=what,
+        policy=policy,
+        models=models,
+        seed=seed,
+        json=json,
+        trace=trace,
+        reference=reference,
     )
 
 
@@ -136,6 +153,7 @@ def compare(
     rate: Rate = None,
     rate_scale: RateScale = 1.0,
     limit: Limit = None,
+    models: Models = compose.RECENT,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw makespans to a .png or .svg.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
@@ -146,7 +164,79 @@ def compare(
     """
     what = commands.Ask(workload, arrivals, rate, rate_scale, limit)
     commands.compare(
-        fleet=fleet, ask=what, policies=policy, seeds=seeds, json=json, plot=plot, jobs=jobs
+        fleet=fleet,
+        ask=what,
+        policies=policy,
+        models=models,
+        seeds=seeds,
+        json=json,
+        plot=plot,
+        jobs=jobs,
+    )
+
+
+@app.command()
+def train(
+    *,
+    workload: Workloads,
+    routing: Routing = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the store to.")],
+    encoder: Annotated[
+        str, typer.Option(help="default, hashed, or a table that distill wrote.")
+    ] = "default",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Hold no fifth of the groups back.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Learn to forecast calls from recorded workflows, and success from graded answers.
+
+    Example: concertmaster train -w workflow_stages.parquet -r routing -o runs/store
+    """
+    commands_learning.train(
+        workloads=workload,
+        routing=routing or [],
+        out=out,
+        encoder=encoder,
+        everything=everything,
+        seed=seed,
+    )
+
+
+@app.command()
+def evaluate(
+    *,
+    model: Annotated[
+        str, typer.Option("-m", "--models", help="Folder of a store, or default: the shipped one.")
+    ] = commands_learning.SHIPPED,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option("-w", "--workload", help="FILE, FILE#NAME, or sample; may be given again."),
+    ] = None,
+    routing: Routing = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Only groups that training holds back.")
+    ] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Measure once more while it learns.")
+    ] = False,
+    seed: Seed = 0,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder to draw pictures into.")] = None,
+) -> None:
+    """Say how good the forecasts of a store are, on data that it was not trained on.
+
+    Example: concertmaster evaluate -m runs/store -w workflow_stages.parquet --held-out
+    """
+    commands_learning.evaluate(
+        model=model,
+        workloads=workload or [],
+        routing=routing or [],
+        held_out=held_out,
+        online=online,
+        seed=seed,
+        json=json,
+        plot=plot,
     )
 
 
