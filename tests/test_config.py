@@ -28,7 +28,8 @@ MOST = "max_sequences (256)"
 STEP_HINT = "each sequence decodes a token a step"
 COUNT_HINT = "leave replicas out to count endpoints"
 GATEWAY_KEYS = (
-    "connect_timeout_s, health_interval_s, host, max_body_mb, policy, port, seed, window_s"
+    "connect_timeout_s, feedback, forecast_budget_ms, health_interval_s, host, max_body_mb, "
+    "models, policy, port, seed, window_s"
 )
 FAULTS = ("[faults]\nstall = 1", "[faults]\nerror_ratio = 2.0")
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "fleets").glob("*.toml"))

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -31,7 +32,6 @@ from concertmaster.observe.report import Report, build_report
 from concertmaster.observe.trace import Header, TraceReader, TraceWriter
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
-from concertmaster.predictors.recent import RecentLengths
 from concertmaster.sim.driver import engine_settings
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.load import load_workloads
@@ -73,13 +73,19 @@ def demo(
 
 
 def serve(
-    *, config: Path, host: str | None, port: int | None, policy: str | None, trace: Path | None
+    *,
+    config: Path,
+    host: str | None,
+    port: int | None,
+    policy: str | None,
+    models: str | None,
+    trace: Path | None,
 ) -> None:
     """Run the gateway until it is told to stop."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     file = load_fleet(config)
     settings = file.gateway
-    changes = {"host": host, "port": port, "policy": policy}
+    changes = {"host": host, "port": port, "policy": policy, "models": models}
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     _check_port(settings.port)
     _check_servable(settings.policy)
@@ -100,10 +106,12 @@ def serve(
             record_candidates=writer is not None,
         )
 
+        predictor = compose.serving_predictor(settings, fleet)
+
         async def run() -> None:
             gateway = running_gateway(
                 scheduler,
-                RecentLengths(),
+                predictor,
                 urls,
                 settings,
                 speedup=file.emulator.speedup,
@@ -174,6 +182,7 @@ def simulate(
     fleet: Path,
     ask: Ask,
     policy: str,
+    models: str,
     seed: int,
     json: Path | None,
     trace: Path | None,
@@ -195,6 +204,7 @@ def simulate(
             workload,
             policy,
             seed=seed,
+            models=models,
             observe=observe,
             progress=_every(50, bar.update),
             make_engine=(lambda p: ReferenceEngine(p.curve, engine_settings(p)))
@@ -217,6 +227,7 @@ def compare(
     fleet: Path,
     ask: Ask,
     policies: list[str],
+    models: str,
     seeds: int,
     json: Path | None,
     plot: Path | None,
@@ -239,7 +250,8 @@ def compare(
         _note(
             "recorded arrivals are the same under every seed: add --arrivals poisson to vary them"
         )
-    results = _run_all(built, ask, policies, seeds, jobs or os.cpu_count() or 1)
+    run = partial(_run_one, built, ask, models)
+    results = _run_all(run, policies, seeds, jobs or os.cpu_count() or 1)
     reports = {name: [report for report, _ in results[name]] for name in policies}
     comparison = compare_reports(reports)
     title = f"{built.name}: {' + '.join(ask.specs)}"
@@ -256,7 +268,7 @@ Result = tuple[Report, list[float]]
 
 
 def _run_all(
-    fleet: Fleet, ask: Ask, policies: Sequence[str], seeds: int, jobs: int
+    run: Callable[[str, int], Result], policies: Sequence[str], seeds: int, jobs: int
 ) -> dict[str, list[Result]]:
     found: dict[tuple[str, int], Result] = {}
     tasks = [(name, seed) for seed in range(seeds) for name in policies]
@@ -264,19 +276,19 @@ def _run_all(
         bar.begin("simulating")
         if jobs == 1 or len(tasks) == 1:
             for name, seed in tasks:
-                found[name, seed] = _run_one(fleet, ask, name, seed)
+                found[name, seed] = run(name, seed)
                 bar.update(len(found))
         else:
             with ProcessPoolExecutor(min(jobs, len(tasks))) as pool:
-                futures = {pool.submit(_run_one, fleet, ask, *task): task for task in tasks}
+                futures = {pool.submit(run, *task): task for task in tasks}
                 for future in as_completed(futures):
                     found[futures[future]] = future.result()
                     bar.update(len(found))
     return {name: [found[name, seed] for seed in range(seeds)] for name in policies}
 
 
-def _run_one(fleet: Fleet, ask: Ask, policy: str, seed: int) -> Result:
-    run = compose.simulate(fleet, ask.load(seed), policy, seed=seed)
+def _run_one(fleet: Fleet, ask: Ask, models: str, policy: str, seed: int) -> Result:
+    run = compose.simulate(fleet, ask.load(seed), policy, seed=seed, models=models)
     makespans_s = [w.finished_s - w.arrival_s for w in run.workflows if w.finished_s is not None]
     return build_report(run), makespans_s
 

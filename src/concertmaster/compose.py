@@ -2,12 +2,22 @@
 
 import errno
 import random
+import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import uvloop
 
-from concertmaster.config import EngineFile, FleetFile, NodeSection, PoolSection
+from concertmaster.config import (
+    EngineFile,
+    FleetFile,
+    GatewaySection,
+    NodeSection,
+    PoolSection,
+)
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import (
     Cluster,
@@ -36,6 +46,9 @@ from concertmaster.sim.clairvoyant import Clairvoyant
 from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine_settings
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
+
+if TYPE_CHECKING:
+    from concertmaster.learning.upkeep import School
 
 _T = TypeVar("_T")
 
@@ -159,12 +172,89 @@ class _Yard:
         )
 
 
+RECENT, SHIPPED = "recent", "default"
+"""Names of the two predictors that need no folder: lengths seen lately, and the shipped store."""
+
+
+def predictor_of(models: str, fleet: Fleet) -> Predictor:
+    """Return the predictor of that name, or of the store in that folder.
+
+    Raises:
+        InputError: The folder holds no store that this version reads.
+    """
+    if models == RECENT:
+        return RecentLengths()
+    from concertmaster.predictors.store import load_predictor  # noqa: PLC0415  # numpy is slow
+
+    folder = None if models == SHIPPED else Path(models)
+    return load_predictor(folder, models=_model_names(fleet))
+
+
+def _model_names(fleet: Fleet) -> tuple[ModelName, ...]:
+    return tuple(dict.fromkeys(pool.model.name for pool in fleet.pools))
+
+
+def serving_predictor(
+    settings: GatewaySection,
+    fleet: Fleet,
+    *,
+    trains: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Predictor:
+    """Return the predictor of a gateway: kept to its budget, and learning as it serves.
+
+    Args:
+        settings: Which predictor, its budget, and where labels are kept.
+        fleet: Whose models get forecasts of their own.
+        trains: Whether challengers may be trained in a process beside this one.
+        clock: Seconds of the wall.
+
+    Raises:
+        InputError: As for ``predictor_of``, or ``feedback`` names another kind of file.
+    """
+    from concertmaster.learning.feedback import FeedbackStore  # noqa: PLC0415  # numpy is slow
+    from concertmaster.learning.loop import LearningLoop  # noqa: PLC0415
+
+    champion = predictor_of(settings.models, fleet)
+    labels = Path(settings.feedback) if settings.feedback else None
+    school = None
+    if labels is not None and trains and settings.models != RECENT:
+        school = _school(settings, labels, _model_names(fleet))
+    return LearningLoop(
+        champion,
+        clock,
+        budget_s=settings.forecast_budget_ms / 1000,
+        store=None if labels is None else FeedbackStore(labels),
+        school=school,
+        run=uuid4().hex[:8],
+    )
+
+
+def _school(settings: GatewaySection, labels: Path, names: tuple[ModelName, ...]) -> "School":
+    """Challengers are trained from the champion's store, and kept beside the labels."""
+    from concertmaster.learning.background import BackgroundTrainer  # noqa: PLC0415
+    from concertmaster.learning.refit import refit  # noqa: PLC0415
+    from concertmaster.learning.upkeep import School  # noqa: PLC0415
+    from concertmaster.predictors.store import DEFAULT, load_predictor  # noqa: PLC0415
+
+    return School(
+        trainer=BackgroundTrainer(),
+        train=refit,
+        load=partial(load_predictor, models=names),
+        champion=DEFAULT if settings.models == SHIPPED else Path(settings.models),
+        labels=labels,
+        folder=labels.with_name(f"{labels.name}.challengers"),
+        seed=settings.seed,
+    )
+
+
 def simulate(
     fleet: Fleet,
     workload: Workload,
     policy_name: str,
     *,
     seed: int,
+    models: str = RECENT,
     make_engine: EngineFactory | None = None,
     observe: Observer | None = None,
     progress: Callable[[int], None] | None = None,
@@ -172,11 +262,11 @@ def simulate(
     """Run one workload through one policy in virtual time.
 
     Raises:
-        InputError: No policy has this name.
+        InputError: No policy has this name, or ``models`` names no predictor.
     """
     policy = policy_named(policy_name)
     scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
-    predictor: Predictor = Clairvoyant(workload) if policy.clairvoyant else RecentLengths()
+    predictor = Clairvoyant(workload) if policy.clairvoyant else predictor_of(models, fleet)
     simulation = Simulation(
         scheduler,
         workload,

@@ -63,6 +63,9 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     host: str = "127.0.0.1"
     port: int = 8000
     policy: str = "least-tokens+las"
+    models: str = "default"
+    forecast_budget_ms: float = 20.0
+    feedback: str = ""
     seed: int = 0
     window_s: float | None = None
     max_body_mb: float = 20.0
@@ -131,6 +134,7 @@ def load_fleet(path: Path) -> FleetFile:
         _check_least(path, f"clusters[{i}].network_ms", cluster.network_ms, 0)
     _check_clusters(path, fleet)
     _check_positive(path, "emulator.speedup", fleet.emulator.speedup)
+    _check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
     if fleet.gateway.window_s is not None:
         _check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
     return fleet

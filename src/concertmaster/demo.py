@@ -59,7 +59,9 @@ def run(
                     url=url, workload=workload, speedup=file.emulator.speedup, progress=bar.update
                 )
                 reports[f"{name}, live"] = _live(player, name)
-            simulated = compose.simulate(fleet, workload, name, seed=SEED)
+            simulated = compose.simulate(
+                fleet, workload, name, seed=SEED, models=file.gateway.models
+            )
             reports[f"{name}, simulated"] = [build_report(simulated)]
     bound = compose.simulate(fleet, workload, BOUND, seed=SEED)
     reports[f"{BOUND}, simulated"] = [build_report(bound)]

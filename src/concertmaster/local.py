@@ -24,7 +24,6 @@ from concertmaster.engines.emulator_api import serve as serve_emulator
 from concertmaster.gateway.server import running_gateway
 from concertmaster.observe.trace import Header, TraceWriter
 from concertmaster.policies.catalog import policy as policy_named
-from concertmaster.predictors.recent import RecentLengths
 
 START_TIMEOUT_S = 60.0
 DRAIN_S = 1.0
@@ -127,7 +126,9 @@ async def _serve_gateway(pipe: Connection, job: _Job) -> None:
             observe = stack.enter_context(TraceWriter(job.trace, header))
         serving = running_gateway(
             Scheduler(fleet, policy_named(job.policy), random.Random(job.seed)),
-            RecentLengths(),
+            compose.serving_predictor(
+                file.gateway, fleet, trains=False
+            ),  # a daemon has no children
             job.urls,
             replace(file.gateway, port=port),
             speedup=file.emulator.speedup,

@@ -30,6 +30,7 @@ from concertmaster.gateway.health import HealthWatch
 from concertmaster.gateway.identity import Normalizer, with_hints
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.prompts import read_prompt
 from concertmaster.gateway.upstream import EngineLink
@@ -80,7 +81,7 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self.max_body_bytes = max_body_bytes
         self.draining = False
-        self._predictor = predictor
+        self._forecaster = Forecaster(predictor, self.metrics)
         self._clock = clock
         self._speedup = speedup
         self._side_door = side_door
@@ -108,7 +109,8 @@ class Gateway:
     def start(self) -> None:
         """Begin to watch engines and to tell the core of progress."""
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._tick()), loop.create_task(self._health.watch())]
+        duties = (self._tick(), self._health.watch(), self._forecaster.watch())
+        self._tasks = [loop.create_task(duty) for duty in duties]
 
     async def stop(self, *, drain_s: float) -> None:
         """Take nothing new, let calls in flight end for a while, then close everything."""
@@ -125,6 +127,7 @@ class Gateway:
             agent.abort()
         for link in self._links.values():
             link.close()
+        await self._forecaster.stop()
 
     @property
     def open_exchanges(self) -> int:
@@ -164,8 +167,7 @@ class Gateway:
             return
         agent.exchange = exchange
         self._exchanges[exchange.request.request_id] = exchange
-        forecast = self._predictor.predict(exchange.request, exchange.prompt)
-        exchange.forecast = forecast
+        forecast = self._forecaster.predict(exchange)
         self._feed(now_s, RequestArrived(exchange.request, forecast))
 
     def _open(
@@ -207,7 +209,7 @@ class Gateway:
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)
-        if self._predictor.reads_prompts:
+        if self._forecaster.reads_prompts:
             exchange.prompt = read_prompt(call)
         self._idle.begin(now_s, request.workflow_id, is_final=identity.is_final)
         return exchange
@@ -327,14 +329,14 @@ class Gateway:
                 exchange.tool_call_ids, request.workflow_id, request.stage or 0
             )
         if exchange.status == 200:
-            model = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool.model.name
+            pool = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool
             completion = Completion(
-                model=model,
+                model=pool.model.name,
                 output_tokens=output_tokens,
                 finished_s=now_s,
                 tool_call=bool(exchange.tool_call_ids),
             )
-            self._predictor.learn(request, completion, exchange.prompt, exchange.forecast)
+            self._forecaster.served(exchange, completion, pool.gpu)
 
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
         """Tell the core that an attempt failed, and that its replica is gone if it is."""
@@ -355,6 +357,8 @@ class Gateway:
         self._exchanges.pop(request.request_id, None)
         self._idle.settle(now_s, request.workflow_id)
         self.metrics.answered(status, now_s - exchange.arrived_s)
+        if status != 200:
+            self._forecaster.failed(request.request_id)
         if exchange.engine is not None:
             exchange.engine.cancel()
 
@@ -382,5 +386,5 @@ class Gateway:
     def _close_workflows(self, now_s: float) -> None:
         """Tell the predictor and the core which workflows are over."""
         for workflow_id in self._idle.over(now_s):
-            self._predictor.close(workflow_id)
+            self._forecaster.close(workflow_id)
             self._feed(now_s, WorkflowClosed(workflow_id))

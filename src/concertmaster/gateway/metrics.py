@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -15,6 +16,8 @@ from prometheus_client.registry import Collector
 
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.forecast_metrics import families
+from concertmaster.learning.figures import LoopFigures
 
 _SECONDS = (
     0.001,
@@ -65,13 +68,28 @@ class Histogram:
         return out
 
 
+class Counted(Protocol):
+    """Whoever keeps figures of learning."""
+
+    @property
+    def figures(self) -> LoopFigures:
+        """What was counted so far."""
+
+
 class GatewayMetrics:
-    """Counters and histograms of one gateway; docs/metrics.md describes each."""
+    """Counters and histograms of one gateway; docs/metrics.md describes each.
+
+    Attributes:
+        learner: Asked for its figures at a scrape; ``None`` if nothing learns.
+    """
 
     def __init__(self) -> None:
         self.by_status: Counter[int] = Counter()
         self.refusals: Counter[str] = Counter()
         self.output_tokens = 0
+        self.forecasts: Counter[str] = Counter()
+        self.forecast_s = Histogram(_MICRO)
+        self.learner: Counted | None = None
         self.duration_s = Histogram(_SECONDS)
         self.ttft_s = Histogram(_SECONDS)
         self.queue_wait_s = Histogram(_SECONDS)
@@ -79,7 +97,13 @@ class GatewayMetrics:
 
     def fold(self) -> None:
         """Bring the histograms up to date, so that they hold little back."""
-        for histogram in (self.duration_s, self.ttft_s, self.queue_wait_s, self.overhead_s):
+        for histogram in (
+            self.duration_s,
+            self.ttft_s,
+            self.queue_wait_s,
+            self.overhead_s,
+            self.forecast_s,
+        ):
             histogram.fold()
 
     def answered(self, status: int, duration_s: float) -> None:
@@ -95,6 +119,11 @@ class GatewayMetrics:
         """Count a dispatch: its wait in line, and the time spent deciding and writing."""
         self.queue_wait_s.observe(queue_wait_s)
         self.overhead_s.observe(overhead_s)
+
+    def forecast(self, source: str, took_s: float) -> None:
+        """Count a forecast: which step of the fallback answered, and how fast."""
+        self.forecasts[source] += 1
+        self.forecast_s.observe(took_s)
 
     def finished(self, now_s: float, exchange: Exchange, output_tokens: int) -> None:
         """Count a complete answer."""
@@ -133,10 +162,14 @@ class _Exposition(Collector):
             ("time_to_first_token_seconds", "Acceptance to first token.", metrics.ttft_s),
             ("queue_wait_seconds", "Acceptance to dispatch.", metrics.queue_wait_s),
             ("gateway_overhead_seconds", "Deciding and writing, per call.", metrics.overhead_s),
+            ("forecast_seconds", "Making the forecast of a call.", metrics.forecast_s),
         ):
             yield HistogramMetricFamily(
                 f"concertmaster_{name}", text, histogram.buckets(), histogram.total
             )
+        learner = metrics.learner
+        figures = LoopFigures() if learner is None else learner.figures
+        yield from families(metrics.forecasts, figures)
         yield from self._fleet()
 
     def _fleet(self) -> Iterator[Metric]:
