@@ -60,7 +60,7 @@ def train(
             progress=tell,
         )
     about = TrainedOn(
-        names=tuple(Path(name).name for name in (*workloads, *routing)),
+        names=tuple(Path(name).name for name in (*workloads, *map(str, routing))),
         rows=sum(len(plan.calls) for plan in kept.plans),
         workflows=len(kept.plans),
         questions=len(kept.questions),
