@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from concertmaster.core.errors import InputError
 from concertmaster.learning.baselines import Baselines, fit_baselines
+from concertmaster.learning.datasets import read_rows
 from concertmaster.learning.rehearsal import serve
 from concertmaster.learning.trainer import Effort, train_workflows
 from concertmaster.observe.console import console, progress_bar, say
 from concertmaster.predictors.heads import LEVELS
 from concertmaster.predictors.learned import LearnedPredictor
-from concertmaster.workload.load import load_workloads
 from concertmaster.workload.plan import WorkflowPlan
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "public"
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     try:
-        plans = load_workloads([str(asked.data / name) for name in FILES], seed=0).workflows
+        plans = read_rows([str(asked.data / name) for name in FILES], [], seed=0).plans
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2

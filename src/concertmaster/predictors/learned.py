@@ -48,7 +48,7 @@ class LearnedPredictor:
     ) -> None:
         self.evidence = evidence
         self.calibration = calibration or Calibration(LEVELS)
-        self._heads = heads
+        self.heads = heads
         self._models = tuple(models)
         self._success = success
         self._adapt = adapt
@@ -63,10 +63,10 @@ class LearnedPredictor:
         """Answer, and tell the ``FIGURES`` that the heads saw; ``None`` without heads."""
         look = self.evidence.look(request, prompt)
         asks, odds, figures = None, {}, None
-        if self._heads is not None:
-            figures = self._heads.figures(look.features, prompt.text)
+        if self.heads is not None:
+            figures = self.heads.figures(look.features, prompt.text)
             asks = float(figures[-1])
-            odds = dict(zip(HEAD_TARGETS, self._heads.odds(figures), strict=True))
+            odds = dict(zip(HEAD_TARGETS, self.heads.odds(figures), strict=True))
         group = group_of(request)
         levels = {target: self._levels(target, group, odds.get(target)) for target in TARGETS}
         laws = {target: quantiles(look.laws[target], levels[target]) for target in TARGETS}
