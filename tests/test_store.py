@@ -1,5 +1,6 @@
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from hashlib import sha256
 from io import BytesIO
@@ -23,6 +24,7 @@ from concertmaster.predictors.interface import Prompt
 from concertmaster.predictors.learned import LearnedPredictor
 from concertmaster.predictors.manifest import FORMAT, EncoderFacts, Manifest, rendered
 from concertmaster.predictors.store import (
+    encoder_named,
     encoder_of,
     load_predictor,
     read_store,
@@ -427,7 +429,9 @@ def test_a_part_that_every_forecast_needs_is_asked_for(copy: Path, part: str) ->
 def test_an_unknown_encoder_is_refused(copy: Path) -> None:
     rewrite(copy, lambda fields: fields.update(encoder={"name": "oracle", "dims": DIMS}))
 
-    with pytest.raises(InputError, match='encoder: expected static-N or hashed-N, found "oracle"'):
+    with pytest.raises(
+        InputError, match='encoder: expected static-N, hashed-N, onnx:… or hub:…, found "oracle"'
+    ):
         load_predictor(copy)
 
 
@@ -530,3 +534,21 @@ def test_a_part_without_arrays_is_not_written(tmp_path: Path) -> None:
 
     assert not (tmp_path / "s" / "encoder.npz").exists()
     assert sorted(read_store(tmp_path / "s").parts) == ["baselines", "calibration", "heads", "laws"]
+
+
+@pytest.mark.parametrize(("name", "extra"), [("onnx:nowhere", "encoders"), ("hub:x", "hub")])
+def test_an_encoder_that_is_not_installed_says_what_to_install(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("onnxruntime", "transformers", "torch", "tokenizers"):
+        monkeypatch.setitem(sys.modules, module, None)
+
+    with pytest.raises(InputError, match=rf"concertmaster\[{extra}\]"):
+        encoder_named(name)
+
+
+def test_an_encoder_of_that_name_must_be_known(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected default, hashed, onnx:FOLDER, hub:NAME"):
+        encoder_named(str(tmp_path / "no.npz"))
+
+    assert encoder_named("hashed").name == "hashed-256"

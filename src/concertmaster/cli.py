@@ -182,7 +182,8 @@ def train(
     routing: Routing = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the store to.")],
     encoder: Annotated[
-        str, typer.Option(help="default, hashed, or a table that distill wrote.")
+        str,
+        typer.Option(help="default, hashed, onnx:FOLDER, hub:NAME, or a table that distill wrote."),
     ] = "default",
     everything: Annotated[
         bool, typer.Option("--all", help="Hold no fifth of the groups back.")

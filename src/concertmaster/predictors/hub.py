@@ -103,7 +103,7 @@ class OnnxEncoder:
         self._tokenizer.no_padding()
         self._inputs = {entry.name for entry in self._session.get_inputs()}
         self._marks = marks(*[self._ids("a", marked=marked) for marked in (True, False)])
-        self.name = f"onnx:{folder.name}"
+        self.name = f"onnx:{folder}"
         self.dims = int(self._run([]).shape[1])
 
     def encode(self, texts: Sequence[str]) -> Vectors:

@@ -25,6 +25,7 @@ from concertmaster.predictors.encoder import EmbeddingCache, Encoder, StaticEnco
 from concertmaster.predictors.evidence import LEAN, Evidence
 from concertmaster.predictors.hashing import HashedEncoder
 from concertmaster.predictors.heads import LEVELS, Heads, part
+from concertmaster.predictors.hub import HubEncoder, OnnxEncoder
 from concertmaster.predictors.laws import LawTree
 from concertmaster.predictors.learned import LearnedPredictor, Success
 from concertmaster.predictors.manifest import (
@@ -48,6 +49,7 @@ NEEDED = ("laws", "heads", "calibration")
 
 _HASHED = re.compile(r"hashed-(\d{1,4})(-projected)?")
 _STATIC = re.compile(r"static-\d+")
+_OUTSIDE = ("onnx:", "hub:")
 _PARTIAL = ".part"
 _REPLACED = ".old"
 
@@ -242,8 +244,10 @@ def encoder_of(store: Store) -> Encoder | None:
             encoder = StaticEncoder.from_arrays(arrays)
         elif hashed:
             encoder = _hashed(int(hashed[1]), arrays.get("projection"))
+        elif facts.name.startswith(_OUTSIDE):
+            encoder = _outside(facts.name)
         else:
-            problem = f'expected static-N or hashed-N, found "{facts.name}"'
+            problem = f'expected static-N, hashed-N, onnx:… or hub:…, found "{facts.name}"'
             raise InputError(where, "encoder", problem, "update concertmaster, or train it again")
     except (KeyError, ValueError) as error:
         problem = f"expected the arrays of {facts.name}: {_first_line(error)}"
@@ -265,21 +269,33 @@ def default_encoder() -> Encoder:
 
 
 def encoder_named(name: str) -> Encoder:
-    """Return the encoder to train with: ``default``, ``hashed``, or the table in a file.
+    """Return the encoder to train with.
+
+    Args:
+        name: ``default``, ``hashed``, ``onnx:FOLDER``, ``hub:NAME``, or the file of a table.
 
     Raises:
-        InputError: The file holds no table of a static encoder.
+        InputError: It cannot be loaded, or what it needs is not installed.
     """
     if name == "default":
         return default_encoder()
     if name == "hashed":
         return HashedEncoder()
+    if name.startswith(_OUTSIDE):
+        return _outside(name)
     try:
         with np.load(name, allow_pickle=False) as arrays:
             return StaticEncoder.from_arrays(dict(arrays))
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        problem = f"expected default, hashed, or a file that distill wrote: {_first_line(error)}"
+        known = "default, hashed, onnx:FOLDER, hub:NAME, or a file that distill wrote"
+        problem = f"expected {known}: {_first_line(error)}"
         raise InputError("--encoder", name, problem) from None
+
+
+def _outside(name: str) -> Encoder:
+    """Load an encoder that lies outside the store, which keeps its name alone."""
+    kind, _, place = name.partition(":")
+    return OnnxEncoder(Path(place)) if kind == "onnx" else HubEncoder(place)
 
 
 def _hashed(dims: int, projection: Array | None) -> HashedEncoder:
