@@ -4,6 +4,7 @@ Children end when their pipe to the parent closes, however the parent ends.
 """
 
 import asyncio
+import logging
 import multiprocessing
 import random
 import signal
@@ -113,6 +114,7 @@ async def _serve_engines(pipe: Connection, fleet: Fleet, speedup: float) -> None
 
 
 def _run_gateway(pipe: Connection, job: _Job) -> None:
+    logging.getLogger("concertmaster").addHandler(logging.NullHandler())  # the demo has its table
     compose.run_loop(_serve_gateway(pipe, job))
 
 
