@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from concertmaster.core.forecast import Forecast
-from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.request import ModelName, Request
+from concertmaster.learning.prompts import prompt_of
 from concertmaster.predictors.evidence import TARGETS, Evidence, Look
 from concertmaster.predictors.interface import Completion, Predictor, Prompt
+from concertmaster.workload.asking import request_of
 from concertmaster.workload.plan import Call, WorkflowPlan
 
 NOMINAL_TOKEN_S = 0.02
@@ -130,27 +132,12 @@ def as_asked(plan: WorkflowPlan, call: Call, ends_s: dict[int, float]) -> Asked:
     """Turn a recorded call into what a driver sees, at the instant it would be made."""
     ready_s = max((ends_s[parent] for parent in call.parents), default=plan.arrival_s)
     arrival_s = ready_s + call.tool_s
-    request = Request(
-        request_id=RequestId(f"{plan.workflow_id}/{call.stage}"),
-        workflow_id=plan.workflow_id,
-        arrival_s=arrival_s,
-        prompt_tokens=call.prompt_tokens,
-        max_output_tokens=call.max_output_tokens,
-        models=() if call.model is None else (call.model,),
-        role=call.role,
-        app=plan.app,
-        template=plan.template,
-        step=call.step,
-        stage=call.stage,
-        parents=tuple(RequestId(f"{plan.workflow_id}/{parent}") for parent in call.parents),
-        service_class=plan.service_class,
-        prefix_hashes=call.prefix_hashes,
-    )
-    prompt = Prompt(text=call.prompt_text, chars=call.prompt_chars, after_tool=call.after_tool)
+    models = () if call.model is None else (call.model,)
+    request = request_of(plan, call, arrival_s, models=models)
     completion = Completion(
         model=call.model or NO_MODEL,
         output_tokens=call.output_tokens,
         finished_s=arrival_s + call.output_tokens * NOMINAL_TOKEN_S,
         tool_call=call.tool_call,
     )
-    return Asked(request, prompt, completion)
+    return Asked(request, prompt_of(call), completion)

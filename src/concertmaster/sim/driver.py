@@ -25,11 +25,11 @@ from concertmaster.core.fleet import Pool, ReplicaId
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.learning.prompts import prompt_of
 from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 from concertmaster.predictors.rates import PaceWatch
 from concertmaster.sim.gauges import FleetGauges
-from concertmaster.sim.prompts import prompt_of
 from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Call, Workload
 from concertmaster.workload.records import CallOutcome, CallRecord, RunRecords

@@ -1,6 +1,7 @@
 """The agents of a simulation: they make a call once all it waits for is answered."""
 
-from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.workload.asking import due_s, request_of
 from concertmaster.workload.plan import Call, WorkflowPlan, Workload
 from concertmaster.workload.progress import WorkflowProgress
 from concertmaster.workload.records import CallOutcome, CallRecord, WorkflowRecord
@@ -18,13 +19,12 @@ class Agents:
 
     def begin(self, plan: WorkflowPlan) -> list[Call]:
         """Start a workflow; return its first calls."""
-        deadline_s = None if plan.deadline_s is None else plan.arrival_s + plan.deadline_s
         record = WorkflowRecord(
             workflow_id=plan.workflow_id,
             app=plan.app,
             service_class=plan.service_class,
             arrival_s=plan.arrival_s,
-            deadline_s=deadline_s,
+            deadline_s=due_s(plan),
         )
         self.workflows.append(record)
         progress = WorkflowProgress(plan)
@@ -35,23 +35,8 @@ class Agents:
 
     def call(self, now_s: float, workflow_id: WorkflowId, call: Call) -> tuple[Request, CallRecord]:
         """Make a call: what the scheduler sees of it, and an open record."""
-        progress, workflow = self._running[workflow_id]
-        request = Request(
-            request_id=RequestId(f"{workflow_id}/{call.stage}"),
-            workflow_id=workflow_id,
-            arrival_s=now_s,
-            prompt_tokens=call.prompt_tokens,
-            max_output_tokens=call.max_output_tokens,
-            role=call.role,
-            app=progress.plan.app,
-            template=progress.plan.template,
-            step=call.step,
-            stage=call.stage,
-            parents=tuple(RequestId(f"{workflow_id}/{parent}") for parent in call.parents),
-            service_class=progress.plan.service_class,
-            prefix_hashes=call.prefix_hashes,
-            deadline_s=workflow.deadline_s,
-        )
+        progress = self._running[workflow_id][0]
+        request = request_of(progress.plan, call, now_s)
         record = CallRecord(
             request_id=request.request_id,
             workflow_id=workflow_id,
@@ -59,7 +44,7 @@ class Agents:
             service_class=request.service_class,
             arrival_s=now_s,
             prompt_tokens=call.prompt_tokens,
-            deadline_s=workflow.deadline_s,
+            deadline_s=request.deadline_s,
         )
         self.calls.append(record)
         return request, record
