@@ -56,7 +56,7 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/parity.py
 
 NATIVE := $(addprefix core/,cost.py fleet.py memory.py queue.py scheduler.py window.py workflow.py) \
-  policies/*.py policies/recipes/*.py $(addprefix predictors/,interface.py recent.py) sim/*.py \
+  policies/*.py policies/recipes/*.py predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
   $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py upstream.py)
