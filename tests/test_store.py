@@ -26,10 +26,10 @@ from concertmaster.predictors.manifest import FORMAT, EncoderFacts, Manifest, re
 from concertmaster.predictors.store import (
     encoder_named,
     encoder_of,
+    judge_of,
     load_predictor,
     read_store,
     restore,
-    success_of,
     write_store,
 )
 from concertmaster.predictors.words import BUCKETS
@@ -439,7 +439,7 @@ def test_an_encoder_that_the_success_head_was_not_fitted_on_is_refused(tmp_path:
     folder = a_store(tmp_path / "s", success=a_success_head("hashed-4").arrays())
 
     with pytest.raises(InputError, match='expected the encoder "hashed-4", found "static-4"'):
-        success_of(read_store(folder))
+        judge_of(read_store(folder))
 
 
 def test_a_success_head_without_an_encoder_is_refused(copy: Path) -> None:
@@ -522,7 +522,7 @@ def test_hashes_of_the_wrong_kind_are_refused(copy: Path) -> None:
 
 
 def test_a_model_that_nobody_knows_is_left_out_of_success(whole: Path) -> None:
-    success = success_of(read_store(whole))
+    success = judge_of(read_store(whole))
 
     assert success is not None
     assert list(success("text", [ModelName("mystery"), BIG])) == [BIG]

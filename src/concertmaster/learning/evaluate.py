@@ -29,7 +29,7 @@ from concertmaster.learning.rehearsal import NO_MODEL, Served, serve
 from concertmaster.predictors.evidence import TARGETS
 from concertmaster.predictors.heads import LEVELS
 from concertmaster.predictors.interface import Predictor
-from concertmaster.predictors.store import Store, restore, success_of
+from concertmaster.predictors.store import Store, judge_of, restore
 from concertmaster.workload.plan import WorkflowPlan
 
 STATED = (0.5, 0.9, 0.95, 0.99)
@@ -104,8 +104,8 @@ def evaluate(
     Raises:
         InputError: There is nothing to measure, or the store lacks a part.
     """
-    success = success_of(store) if rows.questions else None
-    if rows.questions and success is None:
+    judge = judge_of(store) if rows.questions else None
+    if rows.questions and judge is None:
         problem = "expected a success head to measure on questions, found none"
         raise InputError(str(store.folder), "", problem, "train it with --routing")
     if not rows.plans and not rows.questions:
@@ -130,8 +130,8 @@ def evaluate(
             random.Random(seed).shuffle(shuffled)
             calls = served(shuffled, restore(lengths), baselines, progress, "online")
             report["online"] = online_figures(calls, seed=seed)
-    if success is not None:
-        report["success"] = evaluate_success(rows.questions, success, progress)
+    if judge is not None:
+        report["success"] = evaluate_success(rows.questions, judge, progress)
     return report
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from concertmaster.core.request import ModelName
 from concertmaster.learning.datasets import Question
 from concertmaster.learning.success_metrics import (
     auc,
@@ -17,7 +18,6 @@ from concertmaster.learning.success_metrics import (
     gap_recovered,
     reliability,
 )
-from concertmaster.predictors.learned import Success
 
 LEAST_COMMON = 100
 """Questions that both models of a pair must have answered."""
@@ -27,6 +27,7 @@ LEAST_GAP = 0.05
 
 Floats = npt.NDArray[np.float64]
 Figures = dict[str, Any]
+Success = Callable[[str, Sequence[ModelName]], dict[ModelName, float]]
 
 
 class Answers(NamedTuple):

@@ -4,7 +4,7 @@ Where the heads say nothing the law of the call's group answers, and that law le
 coarser groups; so the step of the fallback is the finest group that was seen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,10 @@ from concertmaster.predictors.evidence import TARGETS, Evidence, group_of
 from concertmaster.predictors.heads import HEAD_TARGETS, LEVELS, Heads
 from concertmaster.predictors.history import Closed
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
+from concertmaster.predictors.judge import Judge
 from concertmaster.predictors.laws import Law, Path, expit, logit
 
 _LAW_ODDS = logit(LEVELS)
-
-Success = Callable[[str, Sequence[ModelName]], dict[ModelName, float]]
 
 
 class LearnedPredictor:
@@ -31,7 +30,9 @@ class LearnedPredictor:
         heads: The fitted part; without it laws alone answer.
         calibration: Offsets and trust, of training and of what came since.
         models: Models of the fleet: each gets quantiles of its own.
-        adapt: Whether labels move laws and calibration; histories they move in any case.
+        judge: Forecasts success; without it nobody does.
+        adapt: Whether labels move laws, calibration and success; histories they move in any
+            case.
     """
 
     reads_prompts = True
@@ -43,14 +44,14 @@ class LearnedPredictor:
         calibration: Calibration | None = None,
         *,
         models: Sequence[ModelName] = (),
-        success: Success | None = None,
+        judge: Judge | None = None,
         adapt: bool = True,
     ) -> None:
         self.evidence = evidence
         self.calibration = calibration or Calibration(LEVELS)
         self.heads = heads
         self._models = tuple(models)
-        self._success = success
+        self.judge = judge
         self._adapt = adapt
 
     def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
@@ -70,14 +71,14 @@ class LearnedPredictor:
         group = group_of(request)
         levels = {target: self._levels(target, group, odds.get(target)) for target in TARGETS}
         laws = {target: quantiles(look.laws[target], levels[target]) for target in TARGETS}
-        models = request.models or self._models
+        models, judge = request.models or self._models, self.judge
         forecast = Forecast(
             output_tokens=laws["output_tokens"].cap(request.max_output_tokens),
             output_tokens_on=self._by_model(request, models, levels["output_tokens"]),
             remaining_tokens=laws["remaining_tokens"],
             remaining_calls=laws["remaining_calls"],
             remaining_tool_s=laws["remaining_tool_s"],
-            success=self._success(prompt.text, models) if self._success is not None else {},
+            success=judge.foresee(request, prompt.text, models) if judge is not None else {},
             tool_call=asks,
             source=look.step,
         )
@@ -102,9 +103,16 @@ class LearnedPredictor:
                 completion.output_tokens,
             )
         self.evidence.learn(request, completion, prompt, forecast, keep=self._adapt)
+        if self.judge is not None:
+            self.judge.answered(request, completion.model)
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
-        """Take in that a workflow is over, and hold what remained against its forecasts."""
+        """Take in that a workflow is over, and hold what remained against its forecasts.
+
+        A grade moves success, even where it comes after the end; one outside 0…1 does nothing.
+        """
+        if self._adapt and self.judge is not None and success is not None and 0 <= success <= 1:
+            self.judge.graded(workflow_id, success)
         for closed in self.evidence.close(workflow_id, keep=self._adapt):
             if self._adapt:
                 self._settle(closed)

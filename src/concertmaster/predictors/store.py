@@ -26,8 +26,9 @@ from concertmaster.predictors.evidence import LEAN, Evidence
 from concertmaster.predictors.hashing import HashedEncoder
 from concertmaster.predictors.heads import LEVELS, Heads, part
 from concertmaster.predictors.hub import HubEncoder, OnnxEncoder
+from concertmaster.predictors.judge import Judge
 from concertmaster.predictors.laws import LawTree
-from concertmaster.predictors.learned import LearnedPredictor, Success
+from concertmaster.predictors.learned import LearnedPredictor
 from concertmaster.predictors.manifest import (
     AGAIN,
     MANIFEST,
@@ -304,7 +305,7 @@ def _hashed(dims: int, projection: Array | None) -> HashedEncoder:
     return HashedEncoder(dims, np.asarray(projection, dtype=np.float32))
 
 
-def success_of(store: Store) -> Success | None:
+def judge_of(store: Store) -> Judge | None:
     """Restore the success head with its encoder; ``None`` if the store was trained without.
 
     Raises:
@@ -317,12 +318,7 @@ def success_of(store: Store) -> Success | None:
     if encoder is None or head.encoder != encoder.name:
         problem = f'expected the encoder "{head.encoder}", found "{store.manifest.encoder.name}"'
         raise InputError(str(store.folder / MANIFEST), "encoder", problem, AGAIN)
-    cache = EmbeddingCache(encoder)
-
-    def success(text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
-        return head.predict(text, cache.encode([text])[0], models)
-
-    return success
+    return Judge(head, EmbeddingCache(encoder))
 
 
 def restore(
@@ -333,10 +329,10 @@ def restore(
     Args:
         store: As it was read.
         models: Models of the fleet.
-        adapt: Whether labels move laws and calibration.
+        adapt: Whether labels move laws, calibration and success.
 
     Raises:
-        InputError: As for ``success_of``.
+        InputError: As for ``judge_of``.
     """
     calibration = Calibration(LEVELS)
     calibration.restore(store.parts["calibration"])
@@ -345,7 +341,7 @@ def restore(
         Heads.from_arrays(store.parts["heads"]),
         calibration,
         models=models,
-        success=success_of(store),
+        judge=judge_of(store),
         adapt=adapt,
     )
 
@@ -358,9 +354,9 @@ def load_predictor(
     Args:
         folder: ``None`` takes the store that ships in the package.
         models: Models of the fleet: each gets forecasts of its own.
-        adapt: Whether labels move laws and calibration.
+        adapt: Whether labels move laws, calibration and success.
 
     Raises:
-        InputError: As for ``read_store`` and ``success_of``.
+        InputError: As for ``read_store`` and ``judge_of``.
     """
     return restore(read_store(folder or DEFAULT), models=models, adapt=adapt)

@@ -119,8 +119,10 @@ class SuccessHead:
         """
         self.learn_from(self.traits(text, embedding), model, correct)
 
-    def learn_from(self, traits: Floats, model: ModelName, correct: float) -> None:
-        """Learn as `learn` does, from what `traits` gave."""
+    def learn_from(
+        self, traits: Floats, model: ModelName, correct: float, *, worth: float = 1.0
+    ) -> None:
+        """Learn as `learn` does, from what `traits` gave; ``worth`` counts labels, 0…1."""
         if not 0 <= correct <= 1:
             raise ValueError(f"a grade lies in 0…1, got {correct}")
         key = self._key(model)
@@ -128,20 +130,21 @@ class SuccessHead:
             if len(self._loadings) >= MAX_MODELS:
                 return
             self._loadings[key] = self._from_name(model)
-        self._loadings[key] = self._moved(*self._loadings[key], traits, correct)
+        self._loadings[key] = self._moved(*self._loadings[key], traits, correct, worth)
 
     def _moved(
-        self, mean: Floats, cov: Floats, traits: Floats, correct: float
+        self, mean: Floats, cov: Floats, traits: Floats, correct: float, worth: float
     ) -> tuple[Floats, Floats]:
         """Kalman step on the log-odds, after letting go a little of what was known."""
-        cov = (1 - FORGOTTEN_RATIO) * cov + FORGOTTEN_RATIO * self.prior.spread
+        forgotten = FORGOTTEN_RATIO * worth
+        cov = (1 - forgotten) * cov + forgotten * self.prior.spread
         reach = cov @ traits
         spread = float(reach @ traits)
         odds = float(mean @ traits) / math.sqrt(1 + math.pi / 8 * max(spread, 0.0))
         chance = 1 / (1 + math.exp(-min(max(odds, -30.0), 30.0)))
-        weight = chance * (1 - chance)
+        weight = worth * chance * (1 - chance)
         gain = reach / (1 + weight * spread)
-        mean = mean + gain * np.float32(correct - chance)
+        mean = mean + gain * np.float32(worth * (correct - chance))
         return mean, np.asarray(cov - weight * np.outer(gain, reach), np.float32)
 
     def _loading(self, model: ModelName) -> tuple[Floats, Floats] | None:

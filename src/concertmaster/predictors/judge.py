@@ -1,0 +1,81 @@
+"""Which model would solve a prompt, and what the grades of whole workflows say of that.
+
+A grade is that of a workflow, and several models may have answered in it. Each of them learns
+from the first prompt that it answered there, which states the task before answers and tools
+have added to it; and as much as its share of the calls, so that a workflow is one label.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TypeVar
+
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.predictors.encoder import Encoder
+from concertmaster.predictors.success import SuccessHead
+from concertmaster.predictors.trunk import Floats
+
+MOST_OPEN = 10_000
+"""Calls whose answer, and workflows whose grade, is awaited."""
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+_Part = tuple[Floats, int]
+"""What a model did in a workflow: traits of the first prompt that it answered, and its calls."""
+
+
+class Judge:
+    """Says how likely each model solves a prompt, and learns from grades.
+
+    What it has to keep of a prompt until its grade comes are the traits that the forecast was
+    made from, so nothing is embedded twice.
+
+    Args:
+        head: Knows prompts and models.
+        encoder: Makes the vectors that the head was fitted on.
+    """
+
+    def __init__(self, head: SuccessHead, encoder: Encoder) -> None:
+        self.head = head
+        self._encoder = encoder
+        self._asked: OrderedDict[RequestId, Floats] = OrderedDict()
+        self._parts: OrderedDict[WorkflowId, dict[ModelName, _Part]] = OrderedDict()
+
+    def __call__(self, text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
+        """Return the chance of each model that is known, or whose name tells something."""
+        return self.head.predict_from(self._traits(text), models)
+
+    def foresee(
+        self, request: Request, text: str, models: Sequence[ModelName]
+    ) -> dict[ModelName, float]:
+        """Answer, and keep the traits of the prompt until its call is answered."""
+        traits = self._traits(text)
+        _keep(self._asked, request.request_id, traits)
+        return self.head.predict_from(traits, models)
+
+    def answered(self, request: Request, model: ModelName) -> None:
+        """Take in which model answered a call; the grade of its workflow comes later."""
+        traits = self._asked.pop(request.request_id, None)
+        if traits is None:
+            return
+        parts = self._parts.get(request.workflow_id, {})
+        first, calls = parts.get(model, (traits, 0))
+        parts[model] = first, calls + 1
+        _keep(self._parts, request.workflow_id, parts)
+
+    def graded(self, workflow_id: WorkflowId, grade: float) -> None:
+        """Teach every model that answered in a workflow, together as much as one label."""
+        parts = self._parts.pop(workflow_id, {})
+        calls = sum(count for _, count in parts.values())
+        for model, (traits, count) in parts.items():
+            self.head.learn_from(traits, model, grade, worth=count / calls)
+
+    def _traits(self, text: str) -> Floats:
+        return self.head.traits(text, self._encoder.encode([text])[0])
+
+
+def _keep(kept: OrderedDict[_K, _V], key: _K, value: _V) -> None:
+    """Put a value last, and let go of the first where there are too many."""
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > MOST_OPEN:
+        kept.popitem(last=False)
