@@ -94,7 +94,7 @@ def test_short_answers_that_grow_are_found() -> None:
 
 @pytest.mark.parametrize(
     ("factor", "within", "kind"),
-    [(1.3, 150, Change.LONGER), (1 / 1.3, 150, Change.SHORTER), (0.5, 40, Change.SHORTER)],
+    [(1.3, 150, Change.HIGHER), (1 / 1.3, 150, Change.LOWER), (0.5, 40, Change.LOWER)],
 )
 def test_a_shift_is_found_within_a_stated_median(factor: float, within: int, kind: Change) -> None:
     """After 500 labels of calm; each delay is measured from the label at which it began."""
@@ -165,9 +165,9 @@ def test_the_one_sided_test_misses_what_this_one_finds() -> None:
     longer, longest_ratio, _ = a_shift_of(1.3)
     shorter, ratio, health = a_shift_of(0.5)
 
-    assert longer.kind is Change.LONGER
+    assert longer.kind is Change.HIGHER
     assert longest_ratio > 1.5
-    assert shorter.kind is Change.SHORTER
+    assert shorter.kind is Change.LOWER
     assert ratio < 1.25
     assert health.tail_ratio == pytest.approx(1.0, abs=0.2)
     assert (health.coverage_p50, health.coverage_p95) == pytest.approx((0.92, 1.0), abs=0.05)
@@ -272,3 +272,56 @@ def test_no_outcome_breaks_the_bets(values: list[float], outcomes: list[float]) 
 
     for state in watch._groups.values():
         assert all(0.0 <= capital < math.inf for capital in state.capital)
+
+
+# Grades.
+
+CHANCES = (0.05, 0.3, 0.5, 0.8, 0.97)
+
+
+def first_alarm_of_grades(seed: int, count: int, off: float = 0.0) -> tuple[int, Drift] | None:
+    """Grade calls whose stated chances are true but for ``off``; every third one is a share."""
+    rng, watch = np.random.default_rng(seed), DriftWatch()
+    for i in range(1, count + 1):
+        chance = CHANCES[rng.integers(len(CHANCES))]
+        true = min(max(chance + off, 0.0), 1.0)
+        grade = (
+            rng.beta(9 * true + 1e-9, 9 * (1 - true) + 1e-9) if i % 3 == 0 else rng.random() < true
+        )
+        drift = watch.add_grade(GROUP, chance, float(grade), float(i))
+        if drift is not None:
+            return i, drift
+    return None
+
+
+def test_chances_that_hold_raise_no_more_false_alarms_than_stated() -> None:
+    alarms = [first_alarm_of_grades(seed, 2_000) for seed in range(200)]
+
+    assert sum(alarm is not None for alarm in alarms) <= 200 * 2_000 / RUN_LABELS
+
+
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_certainties_that_hold_are_no_drift(chance: float) -> None:
+    watch = DriftWatch()
+
+    assert not any(watch.add_grade(GROUP, chance, chance, float(i)) for i in range(5_000))
+
+
+@pytest.mark.parametrize(("off", "kind"), [(-0.25, Change.LOWER), (0.25, Change.HIGHER)])
+def test_success_that_leaves_its_chances_is_found(off: float, kind: Change) -> None:
+    found = [first_alarm_of_grades(seed, 2_000, off) for seed in range(25)]
+
+    assert None not in found
+    assert median(one[0] for one in found if one) <= 250
+    assert {one[1].kind for one in found if one} == {kind}
+    biases = [one[1].health.bias for one in found if one]
+    assert median(biases) == pytest.approx(off, abs=0.12)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1, 1.1])
+def test_grades_and_chances_that_cannot_be_are_ignored(wrong: float) -> None:
+    watch = DriftWatch()
+
+    assert watch.add_grade(GROUP, 0.5, wrong, 0.0) is None
+    assert watch.add_grade(GROUP, wrong, 1.0, 0.0) is None
+    assert watch.health(GROUP) is None

@@ -28,11 +28,14 @@ from concertmaster.learning.background import BackgroundTrainer, Done, Failed, I
 from concertmaster.learning.drift import Change, DriftWatch
 from concertmaster.learning.feedback import FeedbackStore
 from concertmaster.learning.labels import LEVELS
-from concertmaster.learning.loop import CHALLENGED_S, LearningLoop, Noting
+from concertmaster.learning.loop import CHALLENGED_S, TRAINED, LearningLoop, Noting
 from concertmaster.learning.shadow import Verdict
 from concertmaster.learning.upkeep import School
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.predictors.learned import LearnedPredictor
+from concertmaster.predictors.store import load_predictor
 from gateway_rig import over_engines, play, until
+from store_builders import a_store, a_success_head
 
 M = ModelName("m")
 FIGURES = np.arange(3.0, dtype=np.float32)
@@ -64,6 +67,7 @@ class Scripted:
     asked: int = 0
     taught: int = 0
     reads_prompts: bool = False
+    grades: list[float | None] = field(default_factory=list)
 
     def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
         return self.foresee(request, prompt)[0]
@@ -85,7 +89,7 @@ class Scripted:
         self.taught += 1
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
-        pass
+        self.grades.append(success)
 
 
 class AtOnce(Executor):
@@ -310,7 +314,7 @@ def _alarms() -> list[Any]:
     watch = DriftWatch()
     law = says().output_tokens
     assert law is not None
-    found = [watch.add(("other",), law, 900.0, float(i)) for i in range(200)]
+    found = [watch.add(("output_tokens", "other"), law, 900.0, float(i)) for i in range(200)]
     return [alarm for alarm in found if alarm is not None]
 
 
@@ -334,6 +338,7 @@ def test_a_challenger_that_wins_is_installed(
         stage.serve(400, 3.0)
 
     assert on_wall(stage.loop) is better
+    assert stage.loop._champion.inner is better
     assert stage.loop.predict(a_request("last")) == says(3.0)
     assert stage.loop.figures.challengers == {"install": 1, "discard": 0}
     assert stage.loop.figures.trainings == {"done": 1}
@@ -452,11 +457,84 @@ def test_drift_during_a_challenge_asks_for_no_other_training(tmp_path: Path) -> 
     assert len(stage.trainer.started) == 1
 
 
+# What else is watched.
+
+
+def serve_workflows(stage: Stage, count: int, *, longer: float, grade: float | None) -> None:
+    """Workflows of one call each, whose lengths hold; what remains is said to be less or more."""
+    for i in range(count):
+        request = a_request(f"x{i}", workflow_id=WorkflowId(f"x{i}"))
+        said = stage.loop.predict(request)
+        tokens = round(longer * stage.rng.lognormvariate(5, 0.5))
+        done = Completion(model=M, output_tokens=tokens, finished_s=float(i))
+        stage.loop.learn(request, done, forecast=said, gpu="a40")
+        stage.loop.close(request.workflow_id, grade)
+
+
+def test_drift_of_what_remains_and_of_success_is_named_and_trains_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    law = says().output_tokens
+    champion = Scripted(Forecast(remaining_tokens=law, success={M: 0.9}, source="role"))
+    stage = a_stage(tmp_path, champion)
+    with caplog.at_level(logging.WARNING):
+        serve_workflows(stage, 300, longer=1.5, grade=0.0)
+    stage.tick()
+
+    kinds = {"remaining_tokens": "higher", "success": "lower"}
+    assert stage.loop.figures.drift == dict.fromkeys(kinds.items(), 1)
+    for target, kind in kinds.items():
+        assert [m for m in caplog.messages if f"drift target={target} kind={kind} group=" in m]
+    assert stage.trainer.started == []
+
+
+def test_a_failed_call_is_no_drift_of_what_remains(tmp_path: Path) -> None:
+    champion = Scripted(Forecast(remaining_tokens=Quantiles.exactly(1e6), source="role"))
+    stage = a_stage(tmp_path, champion)
+    for i in range(300):
+        request, lost = (a_request(f"{x}{i}", workflow_id=WorkflowId(f"x{i}")) for x in "ab")
+        done = Completion(model=M, output_tokens=5, finished_s=float(i))
+        stage.loop.learn(request, done, forecast=stage.loop.predict(request))
+        stage.loop.predict(lost)
+        stage.loop.failed(lost.request_id)
+        stage.loop.close(request.workflow_id)
+
+    assert stage.loop.figures.drift == {}
+
+
+def test_a_grade_that_is_none_is_said_once_and_kept_from_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    champion = Scripted(Forecast(success={M: 0.9}, source="role"))
+    stage = a_stage(tmp_path, champion)
+    with caplog.at_level(logging.WARNING):
+        for grade in (math.nan, 1.5, -1.0):
+            serve_workflows(stage, 1, longer=1.0, grade=grade)
+    stage.loop.end()
+
+    assert len(caplog.messages) == 1
+    assert "grade_refused found=nan" in caplog.messages[0]
+    assert champion.grades == [None] * 3
+    assert [label.workflow_success for label in stage.store.latest(9)] == [None]
+
+
+def test_an_installed_challenger_knows_what_was_learnt_of_success(tmp_path: Path) -> None:
+    store = a_store(tmp_path / "s", success=a_success_head().arrays())
+    old, heir = (Noting(load_predictor(store)) for _ in range(2))
+    heir.inherit(old)
+
+    assert isinstance(old.inner, LearnedPredictor)
+    assert isinstance(heir.inner, LearnedPredictor)
+    assert heir.inner.judge is old.inner.judge is not None
+    Noting(Scripted()).inherit(old)
+
+
 # Names.
 
 
 def test_labels_of_metrics_are_those_of_the_parts() -> None:
     assert tuple(change.value for change in Change) == figures.KINDS
+    assert set(figures.DRIFTING) > TRAINED
     assert set(figures.VERDICTS) == {v.value for v in Verdict} - {"undecided"}
     assert SOURCES[-1] == "other"
 

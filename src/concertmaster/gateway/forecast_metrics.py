@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from concertmaster.learning.figures import (
     BUDGET,
     COVERED,
+    DRIFTING,
     KINDS,
     LABELS,
     TARGETS,
@@ -28,7 +29,6 @@ def families(sources: Counter[str], figures: LoopFigures) -> Iterator[Metric]:
     counters: tuple[tuple[str, str, str, Sequence[str], Mapping[str, int]], ...] = (
         ("forecasts", "Forecasts by step of the fallback.", "source", SOURCES, named),
         ("forecast_budget", "How calls were answered.", "outcome", BUDGET, figures.budget),
-        ("drift", "Alarms that forecasts hold no longer.", "kind", KINDS, figures.drift),
         ("labels", "What became of outcomes.", "outcome", LABELS, figures.labels),
         ("trainings", "Trainings that ended.", "outcome", TRAININGS, figures.trainings),
         ("challengers", "Verdicts on challengers.", "verdict", VERDICTS, figures.challengers),
@@ -43,7 +43,18 @@ def families(sources: Counter[str], figures: LoopFigures) -> Iterator[Metric]:
         "Times that labels could not be written.",
         value=figures.failed_flushes,
     )
+    yield _drift(figures)
     yield _coverage(figures)
+
+
+def _drift(figures: LoopFigures) -> Metric:
+    family = CounterMetricFamily(
+        "concertmaster_drift", "Alarms that forecasts hold no longer.", labels=["target", "kind"]
+    )
+    for target in DRIFTING:
+        for kind in KINDS:
+            family.add_metric([target, kind], figures.drift.get((target, kind), 0))
+    return family
 
 
 def _coverage(figures: LoopFigures) -> Metric:

@@ -2,7 +2,7 @@
 
 Each outcome has a place in its forecast: the share of the predicted law below it. While
 forecasts hold, places are even over 0…1. Bets are made against that: that outcomes are
-longer or shorter than said, more or less spread, more or less often beyond P95. A bet's
+higher or lower than said, more or less spread, more or less often beyond P95. A bet's
 capital is multiplied by 1 + stake · (score - band) at each label, which grows on average
 only if the score's mean is beyond the band. Capital that starts afresh at each label and is
 summed is a Shiryaev-Roberts e-detector: between false alarms lie at least ``run_labels``
@@ -19,16 +19,16 @@ its noise. It is reported here, and decides nothing.
 import math
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from statistics import median
+from statistics import fmean, median
 
 from concertmaster.core.forecast import Quantiles
 from concertmaster.learning.labels import LEVELS
 
 Group = tuple[str, ...]
-"""What is watched together, such as (app, role, model, GPU)."""
+"""What is watched together, such as (app, role, model, GPU); its laws, or its chances."""
 
 RUN_LABELS = 100_000
 _EDGES = (0.0, *LEVELS, 1.0)
@@ -39,8 +39,8 @@ _TINY, _MOST = 1e-9, 1e12
 class Change(StrEnum):
     """In which way outcomes have left their forecasts."""
 
-    LONGER = "longer"
-    SHORTER = "shorter"
+    HIGHER = "higher"
+    LOWER = "lower"
     WIDER = "wider"
     NARROWER = "narrower"
     HEAVIER_TAIL = "heavier_tail"
@@ -59,6 +59,8 @@ _BETS: tuple[tuple[int, float, float, float], ...] = (
     (5, -0.03, 0.95, 0.1),
 )
 _CHANGES = tuple(Change)
+_SILENT = tuple(dict(bet[:2] for bet in _BETS)[i] for i in range(2, len(_CHANGES)))
+"""Scores at which bets on spread and tails neither win nor lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class Health:
     Attributes:
         coverage_p50: Share of outcomes at or below the median; 0.5 is right.
         coverage_p95: Share at or below P95; 0.95 is right.
-        bias: Median of log(outcome / predicted median); 0 is right, 0.26 is 30 % longer.
+        bias: Median of log(outcome / predicted median); 0 is right, 0.26 is 30 % longer. Of
+            grades, the mean of grade - chance.
         tail_ratio: Mean pinball loss at P95 over its mean in the first window after a reset;
             ``None`` until that window is full.
     """
@@ -99,13 +102,13 @@ class Drift:
 
 @dataclass(slots=True)
 class _Seen:
-    """One label: when, between which places it lies, what each bet scores, and its losses."""
+    """One label: when, between which places it lies, what each change scores, its losses."""
 
     at_s: float
     low: float
     high: float
     scores: tuple[float, ...]
-    log_ratio: float
+    error: float
     tail_pinball: float
 
 
@@ -114,6 +117,7 @@ class _State:
     """What is remembered of a group."""
 
     window: deque[_Seen]
+    middle: Callable[[Iterable[float]], float]
     capital: list[float] = field(default_factory=lambda: [0.0] * len(_BETS))
     quiet_labels: int = 0
     reference_labels: int = 0
@@ -162,8 +166,25 @@ class DriftWatch:
         said = law.values
         if not (0.0 <= actual <= _MOST and 0.0 <= said[0] <= said[-1] <= _MOST):
             return None
-        seen = _see(law, actual, at_s, self._half_step)
-        state = self._state(group)
+        return self._take_in(group, _see(law, actual, at_s, self._half_step), median)
+
+    def add_grade(self, group: Group, chance: float, grade: float, at_s: float) -> Drift | None:
+        """Take in a grade beside the chance of success that was stated.
+
+        Args:
+            group: Whose it is; not one that has laws.
+            chance: The forecast of the grade, 0…1.
+            grade: The outcome, 0…1; a label is ignored where either lies outside.
+            at_s: When it was known, on the driver's clock.
+        """
+        if not (0.0 <= grade <= 1.0 and 0.0 <= chance <= 1.0):
+            return None
+        return self._take_in(group, _see_grade(chance, grade, at_s), fmean)
+
+    def _take_in(
+        self, group: Group, seen: _Seen, middle: Callable[[Iterable[float]], float]
+    ) -> Drift | None:
+        state = self._state(group, middle)
         state.window.append(seen)
         if state.reference_labels < self._window:
             state.reference_labels += 1
@@ -191,10 +212,10 @@ class DriftWatch:
         else:
             self._groups.pop(group, None)
 
-    def _state(self, group: Group) -> _State:
+    def _state(self, group: Group, middle: Callable[[Iterable[float]], float]) -> _State:
         state = self._groups.get(group)
         if state is None:
-            state = self._groups[group] = _State(deque(maxlen=self._window))
+            state = self._groups[group] = _State(deque(maxlen=self._window), middle)
             if len(self._groups) > self._max_groups:
                 self._groups.popitem(last=False)
         else:
@@ -252,6 +273,13 @@ def _see(law: Quantiles, actual: float, at_s: float, half_step: float) -> _Seen:
         math.log(max(actual, _TINY) / max(values[_P50], _TINY)),
         max(0.95 * missed, -0.05 * missed),
     )
+
+
+def _see_grade(chance: float, grade: float, at_s: float) -> _Seen:
+    """Score how far a grade is from its chance; its places are the top ``chance`` if solved."""
+    gain, failed = grade - chance, 1.0 - chance
+    low, high = (failed, 1.0) if grade > 0.5 else (0.0, failed)
+    return _Seen(at_s, low, high, (gain, -gain, *_SILENT), gain, 0.0)
 
 
 def _scores(least: Range, most: Range) -> tuple[float, ...]:
@@ -323,6 +351,6 @@ def _health(state: _State, full: int) -> Health:
         labels=labels,
         coverage_p50=math.fsum(_share_below(seen.low, seen.high, 0.5) for seen in window) / labels,
         coverage_p95=math.fsum(_share_below(seen.low, seen.high, 0.95) for seen in window) / labels,
-        bias=median(seen.log_ratio for seen in window),
+        bias=state.middle(seen.error for seen in window),
         tail_ratio=pinball / reference if settled else None,
     )

@@ -11,8 +11,11 @@ LABELS = ("labels", "duplicates", "refused", "unknown", "overflowed", "trimmed")
 
 TRAININGS = ("done", "failed")
 VERDICTS = ("install", "discard")
-KINDS = ("longer", "shorter", "wider", "narrower", "heavier_tail", "lighter_tail")
+KINDS = ("higher", "lower", "wider", "narrower", "heavier_tail", "lighter_tail")
 """Kinds of drift, see ``drift.Change``."""
+
+DRIFTING = ("output_tokens", "remaining_tokens", "success")
+"""Forecasts that are watched for drift, see ``watching.Watching``."""
 
 TARGETS = ("output_tokens", "remaining_tokens", "remaining_calls")
 COVERED = (0.5, 0.95)
@@ -27,7 +30,7 @@ class LoopFigures:
 
     Attributes:
         budget: Calls, by ``BUDGET``.
-        drift: Alarms, by ``KINDS``.
+        drift: Alarms, by ``DRIFTING`` and ``KINDS``.
         labels: Outcomes, by ``LABELS``.
         failed_flushes: Times that labels could not be written.
         trainings: By ``TRAININGS``.
@@ -36,7 +39,7 @@ class LoopFigures:
     """
 
     budget: Counts = field(default_factory=dict)
-    drift: Counts = field(default_factory=dict)
+    drift: Mapping[tuple[str, str], int] = field(default_factory=dict)
     labels: Counts = field(default_factory=dict)
     failed_flushes: int = 0
     trainings: Counts = field(default_factory=dict)

@@ -28,7 +28,9 @@ from concertmaster.learning.figures import BUDGET, LABELS, LoopFigures
 from concertmaster.learning.notices import log
 from concertmaster.learning.shadow import Shadow, Verdict
 from concertmaster.learning.upkeep import Challenger, School, Upkeep
+from concertmaster.learning.watching import Watching
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.predictors.learned import LearnedPredictor
 from concertmaster.predictors.recent import RecentLengths
 
 ROUND_S = 1.0
@@ -41,7 +43,11 @@ CATCH_UP_S = 0.002
 """Seconds of the driver's thread that a challenger may take at each of its turns."""
 
 MOST_OPEN = 10_000
-"""Calls whose fallback is remembered until their outcome."""
+"""Calls of which is known, until their outcome, whose workflow they are and who answered."""
+
+
+TRAINED = frozenset({"output_tokens"})
+"""What a challenger is trained and judged for; the rest adapts label by label alone."""
 
 
 class Noting:
@@ -67,6 +73,12 @@ class Noting:
             forecast, figures = self._foresee(request, prompt)
         self._asked, self._figures = request, figures
         return forecast
+
+    def inherit(self, other: "Noting") -> None:
+        """Take over what another learnt of success, which no training does anew."""
+        mine, theirs = self.inner, other.inner
+        if isinstance(mine, LearnedPredictor) and isinstance(theirs, LearnedPredictor):
+            mine.judge = theirs.judge
 
     def take(self, request: Request) -> tuple[bool, npt.NDArray[np.float32] | None]:
         """Say whether it was the last to answer this call, and from which figures."""
@@ -128,20 +140,21 @@ class LearningLoop:
         can_train: Callable[[], bool] = can_train,
         **shadow: Any,  # noqa: ANN401 - whatever Shadow takes
     ) -> None:
-        self._shadow = Shadow(Noting(champion), clock, **shadow)
+        self._champion = Noting(champion)
+        self._shadow = Shadow(self._champion, clock, **shadow)
         self._answers = BudgetedPredictor(self._shadow, RecentLengths(), clock, budget_s=budget_s)
         self.reads_prompts = self._shadow.reads_prompts
         self._store = store
         self._school = school if store is not None else None
-        self._watch = watch or DriftWatch()
+        self._watching = Watching(watch)
         self._coverage = Coverage()
         executor = executor or ThreadPoolExecutor(1, thread_name_prefix="learning")
         self._upkeep = Upkeep(store, self._school, executor)
         self._run = f"{run}/" if run else ""
         self._can_train = can_train
-        self._drift: Counter[str] = Counter()
+        self._drift: Counter[tuple[str, str]] = Counter()
         self._trainings: Counter[str] = Counter()
-        self._others: OrderedDict[RequestId, None] = OrderedDict()
+        self._asked: OrderedDict[RequestId, tuple[WorkflowId, bool]] = OrderedDict()
         self._wanted = False
         self._challenger: Path | None = None
         self._next_round_s = float("-inf")
@@ -151,13 +164,10 @@ class LearningLoop:
     def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
         """Answer within the budget, and note what the answer rests on."""
         forecast = self._answers.predict(request, prompt)
-        champion = self._shadow.champion
-        assert isinstance(champion, Noting), "the loop installs no other kind"
-        mine, figures = champion.take(request)
-        if not mine:
-            self._others[request.request_id] = None
-            if len(self._others) > MOST_OPEN:
-                self._others.popitem(last=False)
+        mine, figures = self._champion.take(request)
+        self._asked[request.request_id] = request.workflow_id, mine
+        if len(self._asked) > MOST_OPEN:
+            self._asked.popitem(last=False)
         if self._store is not None:
             self._store.asked(self._named(request), forecast, features=figures, text=prompt.text)
         return forecast
@@ -185,23 +195,30 @@ class LearningLoop:
             name = RequestId(self._run + request.request_id)
             self._store.answered(name, completion, gpu=gpu)
         self._coverage.learn(request, completion.model, completion.output_tokens, forecast)
-        if self._others.pop(request.request_id, self) is not self:
-            return  # the fallback had answered: what it said tells nothing of the champion
-        law = forecast.output_law(completion.model)
-        if law is not None:
-            group = (request.app, request.role, completion.model, gpu)
-            alarm = self._watch.add(group, law, completion.output_tokens, completion.finished_s)
-            if alarm is not None:
-                self._drifted(alarm)
+        _, mine = self._asked.pop(request.request_id, ("", False))
+        said = forecast if mine else NO_FORECAST  # what a fallback says tells nothing of it
+        alarm = self._watching.learn(request, completion, said, gpu)
+        if alarm is not None:
+            self._drifted(alarm)
 
     def failed(self, request_id: RequestId) -> None:
         """Take in that no answer will come."""
-        self._others.pop(request_id, None)
+        workflow_id, _ = self._asked.pop(request_id, (None, False))
+        if workflow_id is not None:
+            self._watching.cut(workflow_id)
         if self._store is not None:
             self._store.failed(RequestId(self._run + request_id))
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
-        """Take in that a workflow is over: what remained at each of its calls is known."""
+        """Take in that a workflow is over: what remained at each of its calls is known.
+
+        A grade may come then or later; one outside 0…1 is taken for none.
+        """
+        if success is not None and not 0.0 <= success <= 1.0:
+            self._upkeep.notices.warn("grade refused", found=success)
+            success = None
+        for alarm in self._watching.close(workflow_id, success):
+            self._drifted(alarm)
         self._answers.close(workflow_id, success)
         self._coverage.close(workflow_id)
         if self._store is not None:
@@ -255,17 +272,19 @@ class LearningLoop:
         )
 
     def _drifted(self, drift: Drift) -> None:
-        self._drift[drift.kind.value] += 1
+        target, *group = drift.group
+        self._drift[target, drift.kind.value] += 1
         log.warning(
-            "learning: drift kind=%s group=%r since_s=%.0f p50=%.2f p95=%.2f bias=%.2f",
+            "learning: drift target=%s kind=%s group=%r since_s=%.0f p50=%.2f p95=%.2f bias=%.2f",
+            target,
             drift.kind.value,
-            "/".join(drift.group)[:200],
+            "/".join(group)[:200],
             drift.since_s,
             drift.health.coverage_p50,
             drift.health.coverage_p95,
             drift.health.bias,
         )
-        if self._school is None or self._challenger is not None:
+        if self._school is None or self._challenger is not None or target not in TRAINED:
             return
         if self._can_train():
             self._wanted = True
@@ -292,6 +311,13 @@ class LearningLoop:
             return
         if self._shadow.verdict is Verdict.INSTALL and self._school is not None:
             self._school.champion = self._challenger
-            self._watch.reset()
+            self._crown()
+            self._watching.reset()
             log.info("learning: installed path=%s", self._challenger)
         self._challenger = None
+
+    def _crown(self) -> None:
+        champion = self._shadow.champion
+        assert isinstance(champion, Noting), "the loop installs no other kind"
+        champion.inherit(self._champion)
+        self._champion = champion
