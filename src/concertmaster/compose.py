@@ -203,6 +203,8 @@ def serving_predictor(
 ) -> Predictor:
     """Return the predictor of a gateway: kept to its budget, and learning as it serves.
 
+    A challenger that was installed over the same store, beside the same labels, is taken up.
+
     Args:
         settings: Which predictor, its budget, and where labels are kept.
         fleet: Whose models get forecasts of their own.
@@ -215,13 +217,12 @@ def serving_predictor(
     from concertmaster.learning.feedback import FeedbackStore  # noqa: PLC0415  # numpy is slow
     from concertmaster.learning.loop import LearningLoop  # noqa: PLC0415
 
-    champion = predictor_of(settings.models, fleet)
     labels = Path(settings.feedback) if settings.feedback else None
     school = None
     if labels is not None and trains and settings.models != RECENT:
         school = _school(settings, labels, _model_names(fleet))
     return LearningLoop(
-        champion,
+        predictor_of(settings.models, fleet) if school is None else school.take_up(),
         clock,
         budget_s=settings.forecast_budget_ms / 1000,
         store=None if labels is None else FeedbackStore(labels),
@@ -233,17 +234,20 @@ def serving_predictor(
 def _school(settings: GatewaySection, labels: Path, names: tuple[ModelName, ...]) -> "School":
     """Challengers are trained from the champion's store, and kept beside the labels."""
     from concertmaster.learning.background import BackgroundTrainer  # noqa: PLC0415
+    from concertmaster.learning.installed import fingerprint  # noqa: PLC0415
     from concertmaster.learning.refit import refit  # noqa: PLC0415
     from concertmaster.learning.upkeep import School  # noqa: PLC0415
     from concertmaster.predictors.store import DEFAULT, load_predictor  # noqa: PLC0415
 
+    told = DEFAULT if settings.models == SHIPPED else Path(settings.models)
     return School(
         trainer=BackgroundTrainer(),
         train=refit,
         load=partial(load_predictor, models=names),
-        champion=DEFAULT if settings.models == SHIPPED else Path(settings.models),
+        champion=told,
         labels=labels,
         folder=labels.with_name(f"{labels.name}.challengers"),
+        over=fingerprint(told),
         seed=settings.seed,
     )
 

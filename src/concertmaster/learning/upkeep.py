@@ -7,12 +7,13 @@ slow disk nor a large store holds up a call.
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from concertmaster.learning.background import Done, Failed, State
 from concertmaster.learning.feedback import FeedbackStore
+from concertmaster.learning.installed import PLACES, installed, trained_at, write_note
 from concertmaster.learning.notices import Notices, describe, log
 from concertmaster.predictors.interface import Predictor
 
@@ -44,6 +45,7 @@ class School:
         champion: Store of the champion.
         labels: File of labels.
         folder: Where challengers are written: in two places by turns, never the champion's.
+        over: Fingerprint of the store that the gateway was told to serve.
         seed: Of the first training; each takes the next.
     """
 
@@ -53,12 +55,39 @@ class School:
     champion: Path
     labels: Path
     folder: Path
+    over: str = ""
     seed: int = 0
+    noted: Path | None = field(default=None, init=False)
+
+    def take_up(self) -> Predictor:
+        """Load the challenger that was installed last, else the champion as it was told."""
+        store = installed(self.folder, self.over)
+        if store is not None:
+            try:
+                predictor = self.load(store)
+            except Exception as error:  # noqa: BLE001 - it may be broken in any way
+                reason = describe(error)
+                log.warning("learning: installed unreadable path=%s error=%s", store, reason)
+            else:
+                self.champion = store
+                log.info("learning: took up path=%s trained=%s", store, trained_at(store))
+                return predictor
+        return self.load(self.champion)
+
+    def note(self) -> None:
+        """Note for the next start which challenger is champion, if one is.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self.champion != self.noted and self.champion.parent == self.folder:
+            write_note(self.folder, self.champion, self.over)
+            self.noted = self.champion
 
     def place(self) -> Path:
         """Return the place for the next challenger."""
-        places = self.folder / "a", self.folder / "b"
-        return places[self.champion.resolve() == places[0].resolve()]
+        first, second = (self.folder / name for name in PLACES)
+        return second if self.champion.resolve() == first.resolve() else first
 
 
 class Challenger(NamedTuple):
@@ -116,6 +145,7 @@ class Upkeep:
         self._executor.shutdown(wait=True)
         if self._school is not None:
             self._school.trainer.close()
+            self._note(self._school, 0.0)
         if self._store is not None:
             self._store.close()
 
@@ -133,10 +163,17 @@ class Upkeep:
             self._store.flush()
         if self._school is None:
             return Round()
+        self._note(self._school, now_s)
         found = self._read(self._school, now_s)
         if wanted and not found.ended and self._school.trainer.may_start(now_s):
             self._start(self._school, now_s)
         return found
+
+    def _note(self, school: School, now_s: float) -> None:
+        try:
+            school.note()
+        except OSError as error:
+            self.notices.warn("installed not noted", now_s=now_s, error=describe(error))
 
     def _read(self, school: School, now_s: float) -> Round:
         """Ask how the training stands, and load what it wrote."""
