@@ -43,8 +43,7 @@ CATCH_UP_S = 0.002
 """Seconds of the driver's thread that a challenger may take at each of its turns."""
 
 MOST_OPEN = 10_000
-"""Calls of which is known, until their outcome, whose workflow they are and who answered."""
-
+"""Calls to remember until their outcome: whose workflow they are of, and who answered."""
 
 TRAINED = frozenset({"output_tokens"})
 """What a challenger is trained and judged for; the rest adapts label by label alone."""
