@@ -17,15 +17,15 @@ _MOST_ROLES = 30
 Figures = dict[str, Any]
 
 
-def check_plot_folder(folder: Path) -> None:
+def check_plot_folder(folder: Path, *, option: str = "--plot") -> None:
     """Refuse pictures that could not be written, before any long work.
 
     Raises:
         InputError: A file is in that place, or matplotlib is not there.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError("--plot", "", f'expected a folder, found the file "{folder}"')
-    check_plot_path(folder / "pinball.png")
+        raise InputError(option, "", f'expected a folder, found the file "{folder}"')
+    check_plot_path(folder / "one.png", option=option)
 
 
 def plot_evaluation(report: Figures, folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from concertmaster.core.errors import InputError
 SUFFIXES = (".png", ".svg")
 
 
-def check_plot_path(path: Path) -> None:
+def check_plot_path(path: Path, *, option: str = "--plot") -> None:
     """Refuse a picture that could not be written, before any long work.
 
     Raises:
@@ -16,13 +16,13 @@ def check_plot_path(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise InputError(
-            "--plot", "", f'expected a file that ends in .png or .svg, found "{path.name}"'
+            option, "", f'expected a file that ends in .png or .svg, found "{path.name}"'
         )
     try:
         import matplotlib as mpl  # noqa: PLC0415  # an optional extra
     except ImportError:
         raise InputError(
-            "--plot", "", "matplotlib is not installed", 'pip install "concertmaster[plots]"'
+            option, "", "matplotlib is not installed", 'pip install "concertmaster[plots]"'
         ) from None
     mpl.use("agg")
 
