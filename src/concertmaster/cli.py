@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from concertmaster import __version__, commands, commands_learning, compose
+from concertmaster import __version__, commands, commands_learning, commands_reproduce, compose
 from concertmaster.core.errors import InputError
 from concertmaster.observe.console import console
 
@@ -274,6 +274,40 @@ def explain(
     Example: concertmaster explain runs/one.trace.jsonl coding-0001/0
     """
     commands.explain(trace=trace, request=request, json=json)
+
+
+@app.command()
+def reproduce(
+    *,
+    name: Annotated[
+        str, typer.Argument(help=f"Study: {', '.join(commands_reproduce.available())}.")
+    ],
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of each run.")] = 5,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole grid, not what runs in minutes.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+    json: Json = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder to draw pictures into.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report here as a page.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget runs that are finished.")] = False,
+) -> None:
+    """Repeat a published comparison, and say which of its claims hold here.
+
+    Example: concertmaster reproduce orders --seeds 5 --plots runs/orders
+    """
+    met = commands_reproduce.reproduce(
+        name=name,
+        seeds=seeds,
+        full=full,
+        jobs=jobs,
+        json=json,
+        plots=plots,
+        markdown=markdown,
+        fresh=fresh,
+    )
+    if not met:
+        raise typer.Exit(code=1)
 
 
 def main() -> None:
