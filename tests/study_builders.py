@@ -1,5 +1,6 @@
 """A study that costs nothing, for tests of what runs and shows studies."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class Toy:
         calls: File to which the cells that are run are written, a line each.
         broken: Arm whose last seed raises.
         interrupted_at: Ctrl-C comes when so many cells were run.
+        pause_s: Seconds of the wall that a cell takes.
     """
 
     name: str = "toy"
@@ -32,6 +34,7 @@ class Toy:
     problem: Exception = field(default_factory=lambda: ZeroDivisionError("by\nzero"))
     interrupted_at: int | None = None
     target: float = 0.6
+    pause_s: float = 0.0
     modules: tuple[str, ...] = ("orders",)
 
     @property
@@ -55,6 +58,7 @@ class Toy:
                 file.write(f"{cell}\n")
         if cell.arm == self.broken and cell.seed:
             raise self.problem
+        time.sleep(self.pause_s)
         seconds = 10.0 * (1 + cell.seed)
         return {"s": seconds * (self.cost if cell.arm == "mine" else 1.0), "all_s": [1.0, 2.0]}
 
@@ -94,4 +98,5 @@ def an_input_error() -> InputError:
 
 
 TOY = Toy()
+SLOW = Toy(name="slow", pause_s=0.5)
 LOSER = Toy(name="loser", target=0.4)

@@ -88,8 +88,19 @@ def _run_all(
         return
     with _pool(study, min(jobs, len(cells))) as pool:
         futures = {pool.submit(_attempt_here, cell): cell for cell in cells}
+        failed = None
         for future in as_completed(futures):
-            yield futures[future], _result(study, future)
+            if future.cancelled():
+                continue
+            result = _result(study, future)
+            if isinstance(result, Done):
+                yield futures[future], result
+            elif failed is None:  # what is being run is finished first, so that it is kept
+                failed = futures[future], result
+                for other in futures:
+                    other.cancel()
+    if failed is not None:
+        yield failed
 
 
 def _result(study: Study, future: "Future[Done | Broken]") -> Done | Broken:
