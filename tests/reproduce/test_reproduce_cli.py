@@ -203,7 +203,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path) -> 
             if ledger.exists() and ledger.read_text().count("\n") >= 2:
                 break
             time.sleep(0.1)
-        child.send_signal(signal.SIGINT)
+        os.killpg(child.pid, signal.SIGINT)  # to all of them, as a terminal does
         try:
             _, err = child.communicate(timeout=30)
         finally:
