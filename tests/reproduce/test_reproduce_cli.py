@@ -74,6 +74,7 @@ def test_claims_that_are_met_end_well(reproduce: Cli) -> None:
     assert " ".join(out.split()).count("0.5 ± 0 at most 0.6 yes") == 1
     assert "10 ± 12.4 s  at least 1 s  yes" in out
     assert out.rstrip().endswith("it is a toy")
+    assert "missed" not in out
 
 
 def test_a_claim_that_is_missed_stays_listed_and_ends_with_1(reproduce: Cli) -> None:
