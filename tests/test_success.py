@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
 from concertmaster.learning import fit_success as fitting
 from concertmaster.learning.fit_success import FOLDS, Labelled, fit_success
@@ -29,7 +30,7 @@ from concertmaster.learning.success_metrics import (
 from concertmaster.predictors.encoder import Vectors
 from concertmaster.predictors.hashing import HashedEncoder
 from concertmaster.predictors.lexical import NAMES, READ_CHARS, lexical
-from concertmaster.predictors.model_names import billions, canonical, tells_strength
+from concertmaster.predictors.model_names import billions, tells_strength
 from concertmaster.predictors.success import MAX_MODELS, SuccessHead
 
 ENCODER = HashedEncoder(16)

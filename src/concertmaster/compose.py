@@ -119,7 +119,7 @@ def build_pool(section: PoolSection) -> Pool:
     return Pool(
         pool_id=PoolId(section.name),
         model=Model(
-            name=ModelName(section.model),
+            name=ModelName(section.served_name or section.model),
             context_tokens=card.context_tokens,
             weights_bytes=card.weights_bytes,
             kv_bytes_per_token=card.kv_bytes_per_token,
@@ -270,7 +270,9 @@ def simulate(
     """
     policy = policy_named(policy_name)
     scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
-    predictor = Clairvoyant(workload) if policy.clairvoyant else predictor_of(models, fleet)
+    predictor = predictor_of(models, fleet)
+    if policy.clairvoyant:
+        predictor = Clairvoyant(workload, predictor, policy.clairvoyant)
     simulation = Simulation(
         scheduler,
         workload,

@@ -38,6 +38,7 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     name: str
     model: str
     gpu: str
+    served_name: str = ""
     replicas: int | None = None
     endpoints: list[str] = msgspec.field(default_factory=list)
     tensor_parallel: int = 1

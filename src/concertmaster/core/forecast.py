@@ -94,10 +94,11 @@ class Quantiles:
         >>> Quantiles.exactly(3.0).mean
         3.0
         """
-        return math.fsum(
-            (self.at(low) + 4 * self.at((low + high) / 2) + self.at(high)) / 6 * (high - low)
-            for low, high in pairwise(_EDGES)
-        )
+        levels, values = self.levels, self.values
+        total = levels[0] * values[0] + (1 - levels[-1]) * values[-1]
+        for i in range(1, len(levels)):
+            total += (levels[i] - levels[i - 1]) * (values[i] + values[i - 1]) / 2
+        return total
 
     def tail_mean(self, level: float) -> float:
         """Mean of the worst ``1 - level`` share of cases (CVaR).
@@ -206,7 +207,9 @@ class Forecast:
             nothing is predicted.
         output_tokens_on: Of this call, by model.
         success: Probability that the model solves it, by model.
-        remaining_tokens: Output tokens of the workflow from here on, this call included.
+        remaining_tokens: Output tokens of the workflow from here on, this call included, on a
+            model without an entry of its own.
+        remaining_tokens_on: The same, by the model that serves the rest of the workflow.
         remaining_calls: Calls of the workflow from here on, this call included.
         remaining_tool_s: Seconds of tools and people between those calls.
         tool_call: Probability that the answer asks for a tool; ``None`` if nothing is predicted.
@@ -217,6 +220,7 @@ class Forecast:
     output_tokens_on: Mapping[ModelName, Quantiles] = field(default_factory=dict)
     success: Mapping[ModelName, float] = field(default_factory=dict)
     remaining_tokens: Quantiles | None = None
+    remaining_tokens_on: Mapping[ModelName, Quantiles] = field(default_factory=dict)
     remaining_calls: Quantiles | None = None
     remaining_tool_s: Quantiles | None = None
     tool_call: float | None = None
@@ -225,6 +229,10 @@ class Forecast:
     def output_law(self, model: ModelName) -> Quantiles | None:
         """Distribution of this call's output tokens on ``model``, if one is known."""
         return self.output_tokens_on.get(model, self.output_tokens)
+
+    def remaining_on(self, model: ModelName) -> Quantiles | None:
+        """Distribution of what the workflow still needs if ``model`` serves it."""
+        return self.remaining_tokens_on.get(model, self.remaining_tokens)
 
     def output_at(self, model: ModelName, level: float, most: int) -> int:
         """Output tokens on ``model`` at a probability level, from 1 to the caller's cap.

@@ -9,14 +9,17 @@ what it may know is handed to it, and the same question gets the same answer.
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from concertmaster.core.events import RejectReason
 from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.queue import Waiting
-from concertmaster.core.request import Request
-from concertmaster.core.workflow import Workflow
+from concertmaster.core.request import ModelName, Request
+from concertmaster.core.workflow import Owed, Workflow
+
+Truth: TypeAlias = Literal["length", "success"]
+"""What an oracle may be told of a call: how long each model's answer is, and which are right."""
 
 
 class Admission(Protocol):
@@ -29,13 +32,42 @@ class Admission(Protocol):
         """Return the instant at which it is refused if it still waits."""
 
 
+class View(Protocol):
+    """What a router may ask about the fleet, the line and the live workflows."""
+
+    def in_service(self, pool: Pool) -> Sequence[Replica]:
+        """Replicas of a pool that serve now, in a stable order."""
+
+    def ready_s(self, pool: Pool) -> float:
+        """Seconds until a replica of the pool can serve; 0 if one does."""
+
+    def has_room(self, call: Waiting, pool: Pool) -> bool:
+        """Whether a replica of the pool could take the call at once."""
+
+    def ahead_tokens(self, call: Waiting, pool: Pool) -> int:
+        """Tokens of the workflows that wait for the pool and would go before this call."""
+
+    def owed(self, model: ModelName) -> Owed:
+        """What live workflows still need of a model, between their calls too."""
+
+    def open_calls(self, model: ModelName) -> Iterable[Waiting]:
+        """Calls that wait for a model or run on it."""
+
+
 class Router(Protocol):
     """Which pools may serve this call?"""
 
     def route(
-        self, request: Request, forecast: Forecast, pools: Sequence[Pool]
+        self, call: Waiting, pools: Sequence[Pool], view: View, rng: random.Random
     ) -> tuple[PoolId, ...]:
-        """Choose at least one of the pools that can hold the call, in a stable order."""
+        """Choose at least one of the pools that can hold the call, in a stable order.
+
+        Args:
+            call: The call; its workflow tells where the calls before it went.
+            pools: Pools that can hold it, in the fleet's order; at least one.
+            view: The fleet as it stands now.
+            rng: Source of randomness.
+        """
 
 
 class Ordering(Protocol):
@@ -110,7 +142,7 @@ class Policy:
         window_s: Prefill that a replica may have been handed ahead of time. Smaller keeps
             more calls in the line, where their order can still change.
         kv_level: Probability with which an answer shall fit the KV room promised to it.
-        clairvoyant: True for a named oracle: the driver may then forecast from the truth.
+        clairvoyant: What a named oracle is told: the driver then forecasts that from the truth.
     """
 
     name: str
@@ -123,7 +155,7 @@ class Policy:
     aging: float = 1.0
     window_s: float = 0.25
     kv_level: float = 0.9
-    clairvoyant: bool = False
+    clairvoyant: frozenset[Truth] = frozenset()
 
     def __post_init__(self) -> None:
         if self.aging <= 0:

@@ -6,6 +6,7 @@ A call's key is ``urgency_s + aging * arrival_s``, smallest first. Urgency lies 
 """
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class Waiting:
         attempt: The attempt that its dispatch will be.
         expires_s: When it is refused if still here.
         kv_level: Probability with which its answer shall fit the KV room promised to it.
+        owed_tokens: What its workflow needs from here on where it is to go, by forecast.
+        bucket: Second of the key under which its lane counts those tokens.
     """
 
     request: Request
@@ -62,6 +65,8 @@ class Waiting:
     expires_s: float
     kv_level: float
     key: float = 0.0
+    owed_tokens: int = 0
+    bucket: int = 0
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
 
@@ -82,12 +87,18 @@ class Waiting:
             tokens = self._kv_tokens[model] = request.prompt_tokens + output
         return tokens
 
+    def remaining_tokens(self, model: ModelName) -> int:
+        """Output tokens to expect of its workflow from here on, this call included: the mean."""
+        law, tokens = self.forecast.remaining_on(model), self.expected_tokens(model)
+        return tokens if law is None else max(1, round(law.mean))
+
 
 class Lane:
     """Waiting calls that may go to the same pools, in order."""
 
     def __init__(self, pools: tuple[PoolId, ...]) -> None:
         self.pools = pools
+        self._tokens_at: dict[int, int] = {}
         self._heap: list[tuple[float, int, Waiting]] = []
         self._waiting: dict[RequestId, Waiting] = {}
 
@@ -100,14 +111,31 @@ class Lane:
     def push(self, call: Waiting) -> None:
         """Put a call in its place."""
         self._waiting[call.request.request_id] = call
+        call.bucket = int(call.key)
+        self._count(call.bucket, call.owed_tokens)
         heapq.heappush(self._heap, (call.key, call.serial, call))
 
     def remove(self, call: Waiting) -> None:
         """Take a call out, wherever it stands."""
         del self._waiting[call.request.request_id]
+        self._count(call.bucket, -call.owed_tokens)
         if len(self._heap) > 64 and len(self._heap) > 2 * len(self._waiting):
             self._heap = [entry for entry in self._heap if self._is_live(entry[2])]
             heapq.heapify(self._heap)
+
+    def ahead_tokens(self, key: float) -> int:
+        """Tokens of the workflows whose calls would go before one of this key.
+
+        Keys are told apart by the second, as they were when their calls began to wait.
+        """
+        return sum(tokens for bucket, tokens in self._tokens_at.items() if bucket <= key)
+
+    def _count(self, bucket: int, tokens: int) -> None:
+        left_tokens = self._tokens_at.get(bucket, 0) + tokens
+        if left_tokens:
+            self._tokens_at[bucket] = left_tokens
+        else:
+            self._tokens_at.pop(bucket, None)
 
     def head(self, current_key: Callable[[Waiting], float] | None) -> Waiting | None:
         """Return the call that goes next; keys that have grown are put right on the way.
@@ -203,4 +231,7 @@ class WaitingLine:
         """Check that lanes and index hold the same calls."""
         in_lanes = [call.request.request_id for lane in self.lanes.values() for call in lane]
         assert sorted(in_lanes) == sorted(self._by_id), "a lane and the index differ"
-        assert all(len(lane) for lane in self.lanes.values()), "an empty lane was kept"
+        for lane in self.lanes.values():
+            assert len(lane), "an empty lane was kept"
+            waiting_tokens = sum(call.owed_tokens for call in lane)
+            assert lane.ahead_tokens(math.inf) == waiting_tokens, "a lane lost count of tokens"

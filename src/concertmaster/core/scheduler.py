@@ -9,7 +9,7 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 """
 
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import assert_never
 
 from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
@@ -41,9 +41,10 @@ from concertmaster.core.fleet import (
     able_pools,
 )
 from concertmaster.core.forecast import Forecast
+from concertmaster.core.outlook import Outlook, key_of
 from concertmaster.core.policy import Policy
-from concertmaster.core.queue import Lane, Waiting, WaitingLine, line_key
-from concertmaster.core.request import Request, RequestId
+from concertmaster.core.queue import Lane, Waiting, WaitingLine
+from concertmaster.core.request import ModelName, Request, RequestId
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -74,8 +75,11 @@ class Scheduler:
         self.workflows = Workflows()
         self._rng = rng
         self._record_candidates = record_candidates
-        self._window = Window(self.replicas.values(), policy.window_s)
+        self._window = Window(self.replicas.values(), policy.window_s, policy.filters)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
+        self._outlook = Outlook(
+            policy, self._by_pool, self.line, self._running, self.workflows, self._window
+        )
         self._waking: dict[ReplicaId, None] = {}
         self._serial = 0
         self._dispatches = 0
@@ -171,17 +175,25 @@ class Scheduler:
             request=request,
             forecast=forecast,
             workflow=self.workflows.arrive(now_s, request),
-            pools=policy.router.route(request, forecast, able),
+            pools=(),
             serial=self._serial,
             attempt=1,
             expires_s=policy.admission.expires_s(request),
             kv_level=policy.kv_level,
         )
+        call.pools = policy.router.route(call, able, self._outlook, self._rng)
+        call.workflow.note_role(request.role)
+        self._commit(call, self.pools[call.pools[0]].model.name)
         replicas = () if len(self.line) else self._room_for(call, {})
         if replicas:
             return [self._place(now_s, call, replicas)]
         self._wait(call)
         return self._wake(call.pools)
+
+    def _commit(self, call: Waiting, model: ModelName) -> None:
+        call.owed_tokens = call.remaining_tokens(model)
+        self.workflows.commit(call.workflow, model, call.owed_tokens)
+        call.workflow.context_tokens = call.request.prompt_tokens + call.expected_tokens(model)
 
     def _able_pools(self, request: Request) -> list[Pool] | RejectReason:
         """Return the pools that can hold a call, or why there is none."""
@@ -205,7 +217,7 @@ class Scheduler:
         prefill_tokens = replica.in_flight[request_id].prefill_tokens
         workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
         fresh_tokens = replica.stream(request_id, tokens)
-        workflow.output_tokens += fresh_tokens
+        self.workflows.stream(workflow, fresh_tokens)
         workflow.attained_s += fresh_tokens * pool.decode_token_s * pace
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
@@ -273,12 +285,7 @@ class Scheduler:
         self.line.push(call)
 
     def _key(self, call: Waiting) -> float:
-        urgency_s = self.policy.ordering.urgency_s(
-            call.request, call.forecast, call.workflow, self.pools[call.pools[0]]
-        )
-        return line_key(
-            urgency_s=urgency_s, arrival_s=call.request.arrival_s, aging=self.policy.aging
-        )
+        return key_of(self.policy, call, self.pools[call.pools[0]])
 
     def _alive(self, pools: Iterable[PoolId]) -> Iterator[Replica]:
         return (r for pool_id in pools for r in self._by_pool[pool_id] if r.alive)
@@ -337,10 +344,7 @@ class Scheduler:
         found: list[Replica] = []
         for pool_id in call.pools:
             if pool_id not in blocked:
-                room: Collection[Replica] = self._window.open_replicas(pool_id)
-                for one in self.policy.filters:
-                    room = one.keep(call, self.pools[pool_id], room)
-                found += room
+                found += self._window.room(call, self.pools[pool_id])
         return found
 
     def _place(self, now_s: float, call: Waiting, replicas: Sequence[Replica]) -> Dispatch:
@@ -373,6 +377,8 @@ class Scheduler:
     def _enter(self, now_s: float, call: Waiting, replica: Replica) -> None:
         """Write a dispatched call into the ledgers."""
         request, model = call.request, replica.pool.model.name
+        if call.workflow.model != model:
+            self._commit(call, model)
         expected_tokens = call.expected_tokens(model)
         hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         in_flight = InFlight(
@@ -390,6 +396,7 @@ class Scheduler:
     def validate(self) -> None:
         """Check every invariant; slow, for tests."""
         self.line.validate()
+        self.workflows.validate()
         for replica in self.replicas.values():
             replica.validate()
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)

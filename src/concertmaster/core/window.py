@@ -8,16 +8,27 @@ prompt from a 100,000-token one.
 """
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
-from concertmaster.core.fleet import PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.policy import Filter
+from concertmaster.core.queue import Waiting
 
 
 class Window:
-    """The open replicas of every pool."""
+    """The open replicas of every pool.
 
-    def __init__(self, replicas: Iterable[Replica], window_s: float) -> None:
+    Args:
+        replicas: All there are.
+        window_s: Prefill that one may have been handed ahead of time.
+        filters: Which of the open ones a call may go to.
+    """
+
+    def __init__(
+        self, replicas: Iterable[Replica], window_s: float, filters: Sequence[Filter] = ()
+    ) -> None:
         self._window_s = window_s
+        self._filters = filters
         self._open: dict[PoolId, dict[ReplicaId, Replica]] = {}
         self._reopening: list[tuple[float, ReplicaId, Replica]] = []
         for replica in replicas:
@@ -27,6 +38,13 @@ class Window:
     def open_replicas(self, pool_id: PoolId) -> Collection[Replica]:
         """Replicas of a pool that can take one more call now, if its KV fits."""
         return self._open[pool_id].values()
+
+    def room(self, call: Waiting, pool: Pool) -> Collection[Replica]:
+        """Open replicas of a pool that every filter keeps for the call."""
+        room = self.open_replicas(pool.pool_id)
+        for one in self._filters:
+            room = one.keep(call, pool, room)
+        return room
 
     def update(self, now_s: float, replica: Replica) -> None:
         """Look at a replica again after anything about it has changed."""

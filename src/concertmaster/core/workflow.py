@@ -1,9 +1,9 @@
-"""Workflows, as far as they are resolved: what they have asked for and what they got."""
+"""Workflows, as far as they are resolved: what they have asked for, got, and are owed."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from concertmaster.core.request import Request, WorkflowId
+from concertmaster.core.request import ModelName, Request, WorkflowId
 
 
 @dataclass(slots=True, kw_only=True)
@@ -13,6 +13,11 @@ class Workflow:
     Attributes:
         attained_s: Engine seconds its calls have been given, by the rate curves.
         open_calls: Calls that have arrived and have no outcome.
+        model: The model that its latest call was sent to; "" before the first.
+        owed_tokens: Output tokens that it still needs of that model, by forecast.
+        context_tokens: Prompt and expected answer of its latest call: what an engine may hold.
+        roles: Roles of its calls before the latest.
+        last_role: Role of its latest call.
     """
 
     workflow_id: WorkflowId
@@ -22,6 +27,28 @@ class Workflow:
     open_calls: int = 0
     output_tokens: int = 0
     attained_s: float = 0.0
+    model: ModelName = ModelName("")
+    owed_tokens: int = 0
+    context_tokens: int = 0
+    roles: set[str] = field(default_factory=set)
+    last_role: str = ""
+
+    def note_role(self, role: str) -> None:
+        """Take in the role of a call once it has been decided where the call goes."""
+        self.roles.add(self.last_role)
+        self.last_role = role
+
+
+@dataclass(slots=True)
+class Owed:
+    """What the live workflows of one model still need of it.
+
+    Counted by workflow, so that it neither vanishes while an agent thinks between two calls
+    nor counts the rest of a workflow once for each of its open calls.
+    """
+
+    workflows: int = 0
+    tokens: int = 0
 
 
 class Workflows:
@@ -36,6 +63,7 @@ class Workflows:
         self._idle_s = idle_s
         self._most = most
         self._by_id: OrderedDict[WorkflowId, Workflow] = OrderedDict()
+        self._owed: dict[ModelName, Owed] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -67,7 +95,39 @@ class Workflows:
         """Forget a workflow that is over, unless calls of it are still open."""
         workflow = self._by_id.get(workflow_id)
         if workflow is not None and workflow.open_calls == 0:
-            del self._by_id[workflow_id]
+            self._drop(workflow)
+
+    def owed(self, model: ModelName) -> Owed:
+        """Return what live workflows still need of a model."""
+        return self._owed.setdefault(model, Owed())
+
+    def commit(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
+        """Note which model a workflow is with now, and what it will need of it."""
+        self._charge(workflow, -1)
+        workflow.model, workflow.owed_tokens = model, max(0, tokens)
+        self._charge(workflow, 1)
+
+    def stream(self, workflow: Workflow, fresh_tokens: int) -> None:
+        """Note that a workflow was given output tokens."""
+        workflow.output_tokens += fresh_tokens
+        left_tokens = max(0, workflow.owed_tokens - fresh_tokens)
+        self.commit(workflow, workflow.model, left_tokens)
+
+    def _charge(self, workflow: Workflow, sign: int) -> None:
+        if workflow.owed_tokens:
+            owed = self.owed(workflow.model)
+            owed.workflows += sign
+            owed.tokens += sign * workflow.owed_tokens
+
+    def _drop(self, workflow: Workflow) -> None:
+        self._charge(workflow, -1)
+        del self._by_id[workflow.workflow_id]
+
+    def validate(self) -> None:
+        """Check that what is owed is the sum over the live workflows."""
+        for model, owed in self._owed.items():
+            mine = [w.owed_tokens for w in self._by_id.values() if w.model == model]
+            assert (owed.workflows, owed.tokens) == (sum(map(bool, mine)), sum(mine)), model
 
     def _forget(self, now_s: float) -> None:
         """Drop idle workflows from the old end; two a call keep pace with arrivals."""
@@ -79,4 +139,4 @@ class Workflows:
                 oldest.seen_s = now_s
                 self._by_id.move_to_end(oldest.workflow_id)
             else:
-                del self._by_id[oldest.workflow_id]
+                self._drop(oldest)

@@ -12,12 +12,13 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
 from concertmaster.learning.loadings import Sample, fit_loadings
 from concertmaster.learning.networks import Floats, Net, Task
 from concertmaster.predictors.encoder import Encoder, content_key
 from concertmaster.predictors.lexical import lexical
-from concertmaster.predictors.model_names import canonical, name_traits
+from concertmaster.predictors.model_names import name_traits
 from concertmaster.predictors.success import Prior, SuccessHead
 from concertmaster.predictors.trunk import CLIP, Trunk, gated
 

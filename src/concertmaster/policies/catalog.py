@@ -1,13 +1,15 @@
 """Every policy by name.
 
 ``PLACEMENT+ORDERING`` joins any two parts (``round-robin+las``); a placement alone is
-first come, first served, and an ordering alone places by tokens.
+first come, first served, and an ordering alone places by tokens. A recipe takes settings
+after a colon (``chimera:tau=0.3,rule=paper``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-from concertmaster.core.errors import unknown_name
-from concertmaster.core.policy import Ordering, Policy
+from concertmaster.core.errors import InputError, unknown_name
+from concertmaster.core.policy import Ordering, Policy, Truth
 from concertmaster.policies.ordering import (
     EarliestDeadline,
     Fcfs,
@@ -17,7 +19,9 @@ from concertmaster.policies.ordering import (
     ShortestRemaining,
 )
 from concertmaster.policies.recipes.baselines import PLACEMENTS, baseline
-from concertmaster.policies.routers import SurestPools
+from concertmaster.policies.recipes.chimera import chimera
+from concertmaster.policies.routers import Cascade, RandomModel, Sticky, SurestPools
+from concertmaster.policies.settings import Reader, choice, number, read_settings
 
 ORDERINGS: dict[str, tuple[Ordering, float]] = {
     "fcfs": (Fcfs(), 1.0),
@@ -25,20 +29,70 @@ ORDERINGS: dict[str, tuple[Ordering, float]] = {
     "edf": (EarliestDeadline(), 1.0),
     "mlfq": (FeedbackQueues(), 1.0),
     "las": (LeastAttained(), 0.1),
+    "stjf": (ShortestRemaining(), 0.1),
 }
 """Ordering and its aging, by name."""
 
-ORACLES: dict[str, Callable[[], Policy]] = {
-    "oracle-stjf": lambda: baseline(
-        "oracle-stjf", "least-tokens", ShortestRemaining(), aging=0.1, clairvoyant=True
+LENGTH: frozenset[Truth] = frozenset({"length"})
+SUCCESS: frozenset[Truth] = frozenset({"success"})
+
+
+class Recipe(NamedTuple):
+    """A policy that is more than a placement and an ordering.
+
+    Attributes:
+        build: Makes it; the first argument is its full name.
+        settings: What may follow its name.
+    """
+
+    build: Callable[..., Policy]
+    settings: Mapping[str, Reader] = {}
+
+
+RECIPES: dict[str, Recipe] = {
+    "chimera": Recipe(
+        chimera,
+        {
+            "tau": number(0),
+            "tau_s": number(0),
+            "min_gain": number(0, 1),
+            "escalate": choice(yes=True, no=False),
+            "aging": number(1e-6),
+            "rule": choice(repaired="repaired", paper="paper"),
+            "order": choice(stjf=ShortestRemaining(), las=LeastAttained(), fcfs=Fcfs()),
+            "knows": choice(length=LENGTH, success=SUCCESS, both=LENGTH | SUCCESS),
+        },
     ),
-    "oracle-model": lambda: baseline(
-        "oracle-model", "least-tokens", router=SurestPools(), clairvoyant=True
+    "ltr": Recipe(lambda name: baseline(name, "vllm", ShortestJob(), aging=0.1)),
+    "quality-only": Recipe(
+        lambda name: baseline(
+            name, "prefix-affinity", ShortestRemaining(), router=Sticky(SurestPools()), aging=0.1
+        )
+    ),
+    "random-model": Recipe(
+        lambda name: baseline(
+            name, "prefix-affinity", ShortestRemaining(), router=Sticky(RandomModel()), aging=0.1
+        )
+    ),
+    "cascade": Recipe(
+        lambda name: baseline(
+            name, "prefix-affinity", ShortestRemaining(), router=Cascade(), aging=0.1
+        )
+    ),
+    "oracle-stjf": Recipe(
+        lambda name: baseline(
+            name, "least-tokens", ShortestRemaining(), aging=0.1, clairvoyant=LENGTH
+        )
+    ),
+    "oracle-model": Recipe(
+        lambda name: baseline(
+            name, "least-tokens", router=SurestPools(), clairvoyant=LENGTH | SUCCESS
+        )
     ),
 }
-"""Clairvoyant references: they read the truth, so they run in simulation and replay only."""
+"""Whole policies; those that are clairvoyant run in simulation only."""
 
-NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *ORACLES)
+NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *RECIPES)
 
 
 def policy(name: str) -> Policy:
@@ -50,8 +104,17 @@ def policy(name: str) -> Policy:
     Raises:
         InputError: If a part of the name is not known; it suggests the nearest.
     """
-    if name in ORACLES:
-        return ORACLES[name]()
+    base, colon, text = name.partition(":")
+    if base in RECIPES:
+        recipe = RECIPES[base]
+        return recipe.build(name, **read_settings(base, text, recipe.settings))
+    if colon:
+        problem = f"{base} takes no settings"
+        raise InputError("", f"policy {name}", problem, f"write {base}")
+    return _joined(name)
+
+
+def _joined(name: str) -> Policy:
     placement, plus, ordering_name = name.partition("+")
     if not plus:
         placement, ordering_name = ("least-tokens", name) if name in ORDERINGS else (name, "fcfs")

@@ -116,7 +116,7 @@ class ShortestRemaining:
         self, request: Request, forecast: Forecast, workflow: Workflow, pool: Pool
     ) -> float:
         """Decode seconds of the median remaining output tokens, this call's included."""
-        law = forecast.remaining_tokens
+        law = forecast.remaining_on(pool.model.name)
         tokens = forecast.output_at(pool.model.name, 0.5, request.max_output_tokens)
         remaining_tokens = tokens if law is None else max(law.median, tokens)
         return pool.service_s(request.prompt_tokens, remaining_tokens, batch=1)

@@ -23,6 +23,28 @@ class RunningRequests:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedRequests:
+    """Calls on a replica as vLLM's own balancer weighs them: one that waits counts four times.
+
+    A call waits until its first token has been seen.
+
+    Attributes:
+        request_s: The exchange rate: seconds that one running call is taken to add.
+        waiting_weight: Running calls that a waiting one counts for.
+    """
+
+    request_s: float = 1.0
+    waiting_weight: int = 4
+    name: str = "weighted_requests"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Weigh the calls in flight."""
+        waiting = sum(not one.streamed_tokens for one in replica.in_flight.values())
+        running = len(replica.in_flight) - waiting
+        return self.request_s * (running + self.waiting_weight * waiting)
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillBacklog:
     """Prefill that was handed over and is not done: it delays the first token."""
 

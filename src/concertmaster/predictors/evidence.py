@@ -98,7 +98,11 @@ class Evidence:
 
     def output_law(self, request: Request, model: ModelName) -> Law:
         """Return the law of a call's output tokens on one model."""
-        return self.laws["output_tokens"].law(paths_of(request, model)["output_tokens"])
+        return self.law_on("output_tokens", request, model)
+
+    def law_on(self, target: str, request: Request, model: ModelName) -> Law:
+        """Return the law of a quantity where one model serves."""
+        return self.laws[target].law(paths_of(request, model)[target])
 
     def learn(
         self,

@@ -76,6 +76,13 @@ class LearnedPredictor:
             output_tokens=laws["output_tokens"].cap(request.max_output_tokens),
             output_tokens_on=self._by_model(request, models, levels["output_tokens"]),
             remaining_tokens=laws["remaining_tokens"],
+            remaining_tokens_on={
+                model: quantiles(
+                    self.evidence.law_on("remaining_tokens", request, model),
+                    levels["remaining_tokens"],
+                )
+                for model in models
+            },
             remaining_calls=laws["remaining_calls"],
             remaining_tool_s=laws["remaining_tool_s"],
             success=judge.foresee(request, prompt.text, models) if judge is not None else {},

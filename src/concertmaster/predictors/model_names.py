@@ -6,6 +6,8 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
+from concertmaster.core.model_names import canonical
+
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)b(?![a-z0-9])")
 _SMALL = ("mini", "flash", "haiku", "lite", "nano", "small", "tiny")
 _LARGE = ("opus", "pro", "large", "max", "ultra", "plus")
@@ -13,15 +15,6 @@ _TUNED = ("instruct", "chat", "it", "inst")
 
 TRAITS = ("one", "size known", "log of size", "tier", "tier known", "tuned")
 """What `name_traits` says, in order."""
-
-
-def canonical(name: str) -> str:
-    """One spelling for one model: no owner, lower case, dots in versions.
-
-    >>> canonical("meta-llama/Meta-Llama-3_1-8B-Instruct")
-    'llama-3.1-8b-instruct'
-    """
-    return name.rsplit("/", 1)[-1].lower().replace("_", ".").removeprefix("meta-")
 
 
 def billions(name: str) -> float | None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
 from concertmaster.predictors.lexical import lexical
-from concertmaster.predictors.model_names import canonical, name_traits, tells_strength
+from concertmaster.predictors.model_names import name_traits, tells_strength
 from concertmaster.predictors.trunk import Floats, Trunk
 
 MAX_MODELS = 512

@@ -1,41 +1,60 @@
 """The truth as a forecast, for named oracles only; nothing else may read a realised future."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
-from concertmaster.core.request import Request, WorkflowId
-from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
+from concertmaster.core.policy import Truth
+from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 from concertmaster.workload.plan import Call, WorkflowPlan
 
 
+class _Known(NamedTuple):
+    """One call, and the calls of its workflow from there on."""
+
+    call: Call
+    rest: Sequence[Call]
+
+
 class Clairvoyant:
-    """Knows each call's length and success on every model, and what its workflow still needs."""
+    """Tells the truth of what it is asked to, and else what another predictor says.
 
-    reads_prompts = False
+    Args:
+        plans: The workflows as they will run.
+        inner: Forecasts the rest.
+        tells: What it tells the truth of.
+    """
 
-    def __init__(self, plans: Iterable[WorkflowPlan]) -> None:
-        self._calls: dict[tuple[WorkflowId, int], tuple[Call, int, int]] = {}
-        for plan in plans:
-            remaining_tokens = 0
-            for remaining_calls, call in enumerate(reversed(plan.calls), start=1):
-                remaining_tokens += call.output_tokens
-                known = (call, remaining_tokens, remaining_calls)
-                self._calls[plan.workflow_id, call.stage] = known
+    def __init__(
+        self, plans: Iterable[WorkflowPlan], inner: Predictor, tells: frozenset[Truth]
+    ) -> None:
+        self.reads_prompts = inner.reads_prompts
+        self._inner = inner
+        self._tells = tells
+        self._calls: dict[tuple[WorkflowId, int], _Known] = {
+            (plan.workflow_id, call.stage): _Known(call, plan.calls[i:])
+            for plan in plans
+            for i, call in enumerate(plan.calls)
+        }
 
     def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
         """Look the call up."""
         assert request.stage is not None, "an oracle knows calls by their stage"
-        call, tokens, calls = self._calls[request.workflow_id, request.stage]
-        return Forecast(
-            output_tokens=Quantiles.exactly(call.output_tokens),
-            output_tokens_on={
-                model: Quantiles.exactly(one.output_tokens) for model, one in call.outcomes.items()
-            },
-            success={model: one.correct for model, one in call.outcomes.items()},
-            remaining_tokens=Quantiles.exactly(tokens),
-            remaining_calls=Quantiles.exactly(calls),
-            source="truth",
-        )
+        known = self._calls[request.workflow_id, request.stage]
+        forecast = self._inner.predict(request, prompt)
+        if "length" in self._tells:
+            forecast = with_lengths(forecast, known.rest)
+        if "success" in self._tells:
+            success = {model: one.correct for model, one in known.call.outcomes.items()}
+            forecast = replace(forecast, success=success or self._last(known.rest))
+        return replace(forecast, source="truth")
+
+    def _last(self, rest: Sequence[Call]) -> dict[ModelName, float]:
+        """Say who will answer rightly where the answer is another call's."""
+        outcomes = next((call.outcomes for call in reversed(rest) if call.outcomes), {})
+        return {model: one.correct for model, one in outcomes.items()}
 
     def learn(
         self,
@@ -44,7 +63,25 @@ class Clairvoyant:
         prompt: Prompt = NO_PROMPT,
         forecast: Forecast = NO_FORECAST,
     ) -> None:
-        """Nothing is left to learn."""
+        """Let the other one learn."""
+        self._inner.learn(request, completion, prompt, forecast)
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
-        """Nothing is left to learn."""
+        """Let the other one learn."""
+        self._inner.close(workflow_id, success)
+
+
+def with_lengths(forecast: Forecast, rest: Sequence[Call]) -> Forecast:
+    """Put the true lengths of a call and of the rest of its workflow into a forecast."""
+    call = rest[0]
+    models = dict.fromkeys(model for one in rest for model in one.outcomes)
+    return replace(
+        forecast,
+        output_tokens=Quantiles.exactly(call.output_tokens),
+        output_tokens_on={m: Quantiles.exactly(call.output_tokens_by(m)) for m in models},
+        remaining_tokens=Quantiles.exactly(sum(one.output_tokens for one in rest)),
+        remaining_tokens_on={
+            m: Quantiles.exactly(sum(one.output_tokens_by(m) for one in rest)) for m in models
+        },
+        remaining_calls=Quantiles.exactly(len(rest)),
+    )

@@ -19,6 +19,9 @@ from concertmaster.workload.prefixes import chain, extend, salt_of
 ANSWER_ROLES = frozenset({"actor", "agent", "answerer", "coder", "expert", "solver"})
 """Roles whose model answers the question itself."""
 
+IF_REJECTED = "?"
+"""Ends a role that works only if the verifier before it rejects the last answer."""
+
 ROLE_CLASSES: Mapping[str, str] = {
     "critic": "verifier",
     "judge": "verifier",
@@ -51,10 +54,15 @@ MOST_HELPER_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One question of a routing set, and how each model did on it."""
+    """One question of a routing set, and how each model did on it.
+
+    Attributes:
+        group: What copies of the question share.
+    """
 
     question_id: str
     source: str
+    group: str
     text: str
     prompt_tokens: int
     outcomes: Mapping[ModelName, ModelOutcome]
@@ -72,7 +80,7 @@ class Template:
 
     @classmethod
     def parse(cls, file: str, text: str) -> "Template":
-        """Read ``planner-coder-tester-coder``.
+        """Read ``planner-coder-tester-coder``; ``coder?`` works only on rejected code.
 
         >>> Template.parse("data", "planner-solver").roles
         ('planner', 'solver')
@@ -80,9 +88,9 @@ class Template:
         roles = tuple(text.split("-"))
         known = sorted(ANSWER_ROLES | ROLE_CLASSES.keys())
         for role in roles:
-            if role not in known:
+            if role.removesuffix(IF_REJECTED) not in known:
                 raise unknown_name(file, f"template {text}", "role", role, known)
-        if ANSWER_ROLES.isdisjoint(roles):
+        if ANSWER_ROLES.isdisjoint(roles) or roles[0].endswith(IF_REJECTED):
             problem = f"expected a stage that answers ({', '.join(sorted(ANSWER_ROLES))})"
             remedy = f"for example {text}-solver"
             raise InputError(file, f"template {text}", f"{problem}, found none", remedy)
@@ -123,6 +131,7 @@ def workflow(
         workflow_id=WorkflowId(f"{question.question_id}:{template}"),
         app=f"{question.source}:{template}",
         template=str(template),
+        task=question.group,
         arrival_s=0.0,
         calls=tuple(calls),
     )
@@ -138,6 +147,10 @@ def _call(
     lengths: Mapping[str, Sequence[int]],
     seed: int,
 ) -> Call:
+    doubt = None
+    if role.endswith(IF_REJECTED):
+        role = role.removesuffix(IF_REJECTED)
+        doubt = random.Random(f"{seed} {question.question_id} {stage} verdict").random()
     answers = role in ANSWER_ROLES
     rng = random.Random(f"{seed} {question.question_id} {stage}")
     if answers:
@@ -162,6 +175,7 @@ def _call(
             salt=own_text_salt,
         ),
         outcomes=question.outcomes if answers else NO_OUTCOMES,
+        doubt=doubt,
     )
 
 

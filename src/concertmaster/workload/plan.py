@@ -12,6 +12,9 @@ from concertmaster.core.request import ModelName, ServiceClass, WorkflowId
 DEFAULT_CAP_TOKENS = 4096
 """``max_output_tokens`` of a call whose cap nobody recorded."""
 
+CAUGHT, FALSE_ALARMS = 0.8, 0.1
+"""Shares of wrong and of right answers that a verifier rejects: assumed, not measured."""
+
 NO_OUTCOMES: Mapping[ModelName, "ModelOutcome"] = MappingProxyType({})
 
 
@@ -59,6 +62,9 @@ class Call:
             ``PREFIX_CHUNK_TOKENS`` tokens; equal hashes mean an equal prefix up to there.
         outcomes: What each model would answer, where that is known.
         model: The model that answered when this was recorded; ``None`` if unknown.
+        doubt: A number in 0…1; the call is made only if the verifier before it rejects the last
+            answer, and it does so if this is below ``CAUGHT`` for a wrong one, or below
+            ``FALSE_ALARMS`` for a right one. ``None`` makes the call in any case.
     """
 
     stage: int
@@ -76,6 +82,13 @@ class Call:
     prefix_hashes: tuple[int, ...] = ()
     outcomes: Mapping[ModelName, ModelOutcome] = field(default_factory=lambda: NO_OUTCOMES)
     model: ModelName | None = None
+    doubt: float | None = None
+
+    def is_called_for(self, grade: float) -> bool:
+        """Say whether the call is made after an answer of this grade, 0…1."""
+        if self.doubt is None:
+            return True
+        return self.doubt < FALSE_ALARMS + (1 - grade) * (CAUGHT - FALSE_ALARMS)
 
     def output_tokens_by(self, model: ModelName) -> int:
         """Tokens that ``model`` would produce: its own length if known, else the shared one."""

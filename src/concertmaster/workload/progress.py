@@ -24,12 +24,17 @@ class WorkflowProgress:
     def finish(self, stage: int, model: ModelName) -> list[Call]:
         """Note that a call was answered by a model; return the calls this sets free."""
         self.served_by[stage] = model
+        return self._settle(stage)
+
+    def _settle(self, stage: int) -> list[Call]:
+        """Take a call as done; a call that nobody needs any more is done at once."""
         self._left -= 1
         freed = []
         for child in self._children.get(stage, ()):
             self._missing[child.stage] -= 1
             if not self._missing[child.stage]:
-                freed.append(child)
+                needed = child.is_called_for(self.success() or 0.0)
+                freed += [child] if needed else self._settle(child.stage)
         return freed
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from concertmaster.core.errors import InputError
+from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
 from concertmaster.workload.chains import (
     ANSWER_ROLES,
@@ -24,6 +25,7 @@ from concertmaster.workload.tables import Table
 QUESTIONS_FILE, OUTCOMES_FILE = "routing_questions.parquet", "routing_outcomes.parquet"
 STAGES_FILE = "workflow_stages.parquet"
 QUESTION_COLUMNS = ("question_id", "source", "question", "prompt_tokens")
+GROUP_COLUMN = "dup_group"
 OUTCOME_COLUMNS = ("question_id", "source", "model", "harness", "correct", "output_tokens")
 LENGTH_COLUMNS = ("role_class", "output_tokens")
 
@@ -44,7 +46,7 @@ class _Answer:
 
 def read_routing(folder: Path, text: str | None, *, seed: int) -> Source:
     """Read ``SOURCE:TEMPLATE`` of a routing folder; the template is ``solver`` if left out."""
-    questions = read_table(folder / QUESTIONS_FILE, QUESTION_COLUMNS)
+    questions = read_table(folder / QUESTIONS_FILE, (*QUESTION_COLUMNS, GROUP_COLUMN))
     questions.require(QUESTION_COLUMNS, "a table of questions")
     source, _, roles = (text or "").partition(":")
     if not source:
@@ -67,11 +69,13 @@ def _questions(
     table: Table, outcomes: Mapping[str, Mapping[ModelName, ModelOutcome]]
 ) -> list[Question]:
     ids, sources = table.names("question_id"), table.names("source")
+    groups = table.texts(GROUP_COLUMN)
     texts, prompt_tokens = table.texts("question"), table.wholes("prompt_tokens")
     return [
         Question(
             question_id=question_id,
             source=sources[row],
+            group=groups[row] or question_id,
             text=texts[row],
             prompt_tokens=prompt_tokens[row],
             outcomes=outcomes.get(question_id, {}),
@@ -105,14 +109,30 @@ def _outcomes(
 
 
 def _harness(table: Table) -> tuple[str, tuple[str, ...]]:
-    """Choose single answers before whole runs, then the harness with the most known lengths."""
-    names = table.texts("harness")
-    known = Counter(
-        name
-        for name, output_tokens in zip(names, table.wholes_or_none("output_tokens"), strict=True)
-        if output_tokens is not None
+    """Choose single answers before whole runs, then the harness that says most of most models.
+
+    That is the one with lengths of the most models, then of the most answers, then with the
+    most right answers.
+    """
+    names, models = table.texts("harness"), table.texts("model")
+    lengths, grades = table.wholes_or_none("output_tokens"), table.numbers_or_none("correct")
+    known = Counter(name for name, tokens in zip(names, lengths, strict=True) if tokens)
+    right: Counter[str] = Counter()
+    measured: dict[str, set[str]] = {name: set() for name in names}
+    for name, model, tokens, grade in zip(names, models, lengths, grades, strict=True):
+        right[name] += round(grade or 0.0)
+        if tokens:
+            measured[name].add(model)
+    chosen = min(
+        measured,
+        key=lambda name: (
+            name.startswith(_RUN),
+            -len(measured[name]),
+            -known[name],
+            -right[name],
+            name,
+        ),
     )
-    chosen = min(set(names), key=lambda name: (name.startswith(_RUN), -known[name], name))
     others = sorted(set(names) - {chosen})
     if not others:
         return chosen, ()
@@ -124,7 +144,9 @@ def _answers(table: Table) -> list[_Answer]:
     correct = table.numbers_or_none("correct", most=1.0)
     output_tokens = table.wholes_or_none("output_tokens")
     return [
-        _Answer(question_id, ModelName(models[row]), correct[row] or 0.0, output_tokens[row])
+        _Answer(
+            question_id, ModelName(canonical(models[row])), correct[row] or 0.0, output_tokens[row]
+        )
         for row, question_id in enumerate(ids)
     ]
 

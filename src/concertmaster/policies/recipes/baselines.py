@@ -1,6 +1,6 @@
 """What people run today, each in its best form: late binding and whole-fleet views for all."""
 
-from concertmaster.core.policy import Ordering, Picker, Policy, Router, Scorer
+from concertmaster.core.policy import Ordering, Picker, Policy, Router, Scorer, Truth
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.filters import FitsKvCache
 from concertmaster.policies.ordering import Fcfs
@@ -14,6 +14,7 @@ from concertmaster.policies.scorers import (
     PrefillBacklog,
     PrefillMiss,
     RunningRequests,
+    WeightedRequests,
 )
 
 TOKENS: tuple[Scorer, ...] = (PrefillBacklog(), Prefill(), Decode(), InFlightTokens(), Network())
@@ -34,6 +35,7 @@ PLACEMENTS: dict[str, tuple[tuple[Scorer, ...], Picker]] = {
     "random": ((), Uniform()),
     "round-robin": ((), LeastRecent()),
     "least-requests": (REQUESTS, LeastCost()),
+    "vllm": ((WeightedRequests(),), LeastCost()),
     "least-tokens": (TOKENS, LeastCost()),
     "power-of-two": (REQUESTS, PowerOfTwo()),
     "prefix-affinity": (CACHED_TOKENS, LeastCost()),
@@ -47,7 +49,7 @@ def baseline(
     *,
     router: Router | None = None,
     aging: float = 1.0,
-    clairvoyant: bool = False,
+    clairvoyant: frozenset[Truth] = frozenset(),
 ) -> Policy:
     """Put a placement and an ordering together; FCFS over every pool unless told otherwise."""
     scorers, picker = PLACEMENTS[placement]

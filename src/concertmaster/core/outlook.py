@@ -1,0 +1,85 @@
+"""How the fleet stands when a call asks where to go."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica
+from concertmaster.core.policy import Policy
+from concertmaster.core.queue import Waiting, WaitingLine, line_key
+from concertmaster.core.request import ModelName, RequestId
+from concertmaster.core.window import Window
+from concertmaster.core.workflow import Owed, Workflows
+
+
+class Outlook:
+    """A scheduler's own books, opened to its router: nothing is counted twice to be shown.
+
+    Args:
+        policy: Gives the order in which calls wait.
+        by_pool: Replicas of each pool, whatever their state.
+        line: Calls that wait.
+        running: Calls that were handed out, with their replica.
+        workflows: Live workflows.
+        window: Which replicas have room.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        by_pool: Mapping[PoolId, Sequence[Replica]],
+        line: WaitingLine,
+        running: Mapping[RequestId, tuple[Waiting, Replica]],
+        workflows: Workflows,
+        window: Window,
+    ) -> None:
+        self._policy = policy
+        self._by_pool = by_pool
+        self._line = line
+        self._running = running
+        self._workflows = workflows
+        self._window = window
+
+    def in_service(self, pool: Pool) -> list[Replica]:
+        """Replicas that are alive, ready and not on their way out."""
+        return [
+            replica
+            for replica in self._by_pool[pool.pool_id]
+            if replica.alive and not replica.draining and replica.readiness is Readiness.RUNNING
+        ]
+
+    def ready_s(self, pool: Pool) -> float:
+        """Seconds until a replica of the pool can serve: 0 if one does, infinite if all died."""
+        if self.in_service(pool):
+            return 0.0
+        living = [replica for replica in self._by_pool[pool.pool_id] if replica.alive]
+        return min((pool.ready_s.get(r.readiness, 0.0) for r in living), default=math.inf)
+
+    def has_room(self, call: Waiting, pool: Pool) -> bool:
+        """Whether nobody waits for the pool and a replica of it is open to the call."""
+        waited_for = any(pool.pool_id in pools for pools in self._line.lanes)
+        return not waited_for and bool(self._window.room(call, pool))
+
+    def ahead_tokens(self, call: Waiting, pool: Pool) -> int:
+        """Tokens in all lanes to the pool whose keys are smaller than the call's would be."""
+        key = key_of(self._policy, call, pool)
+        lanes = self._line.lanes.values()
+        return sum(lane.ahead_tokens(key) for lane in lanes if pool.pool_id in lane.pools)
+
+    def owed(self, model: ModelName) -> Owed:
+        """What live workflows still need of a model."""
+        return self._workflows.owed(model)
+
+    def open_calls(self, model: ModelName) -> Iterable[Waiting]:
+        """Walk through the line and all running calls: slow, for the rules that need it."""
+        for call in self._line:
+            if call.workflow.model == model:
+                yield call
+        for call, replica in self._running.values():
+            if replica.pool.model.name == model:
+                yield call
+
+
+def key_of(policy: Policy, call: Waiting, pool: Pool) -> float:
+    """Sort key that a call has in the line of a pool."""
+    urgency_s = policy.ordering.urgency_s(call.request, call.forecast, call.workflow, pool)
+    return line_key(urgency_s=urgency_s, arrival_s=call.request.arrival_s, aging=policy.aging)

@@ -1,0 +1,145 @@
+"""Chimera: a model that is good enough and soon done; the shortest workflow goes first.
+
+Of all models that would finish the workflow about as soon as the fastest, the likeliest to
+solve it is taken, and kept until a verifier sends its work back (Chimera, arXiv 2603.22206,
+algorithm 1). What is repaired: load is what live workflows still need, so it neither
+vanishes between two calls nor counts twice; time includes the call's own prefill and
+decode; an idle model does not shut all others out.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from concertmaster.core.fleet import Pool, PoolId
+from concertmaster.core.policy import Ordering, Policy, Truth, View
+from concertmaster.core.queue import Waiting
+from concertmaster.core.request import ModelName
+from concertmaster.policies.ordering import ShortestRemaining
+from concertmaster.policies.recipes.baselines import baseline
+from concertmaster.policies.routers import by_model, ids_of, sent_back
+
+Rule: TypeAlias = Literal["repaired", "paper"]
+
+
+def finish_s(call: Waiting, pools: Sequence[Pool], view: View) -> float:
+    """Seconds until the call's workflow is done if one model serves the rest of it.
+
+    Wait for the workflows ahead under the line's own order, prefill of what the model's
+    engines do not hold of the prompt, and the remaining tokens at the pace of the batch that
+    the model's live workflows make.
+    """
+    return min(_finish_s(call, pool, pools, view) for pool in pools)
+
+
+def _finish_s(call: Waiting, pool: Pool, siblings: Sequence[Pool], view: View) -> float:
+    model, curve = pool.model.name, pool.curve
+    replicas = max(1, sum(len(view.in_service(one)) for one in siblings))
+    batch = 1 + min(view.owed(model).workflows // replicas, pool.max_sequences - 1)
+    tokens = call.remaining_tokens(model)
+    prompt_tokens = call.request.prompt_tokens
+    step_s = curve.step_s(batch, batch * (prompt_tokens + tokens // 2))
+    wait_s = 0.0
+    if not view.has_room(call, pool):
+        wait_s = view.ahead_tokens(call, pool) * step_s / (batch * replicas)
+    held_tokens = call.workflow.context_tokens if model == call.workflow.model else 0
+    prefill_s = curve.prefill_s(
+        prompt_tokens, cached_tokens=held_tokens, chunk_tokens=pool.max_batch_tokens
+    )
+    return view.ready_s(pool) + wait_s + prefill_s + tokens * step_s
+
+
+def queued_s(call: Waiting, pools: Sequence[Pool], view: View) -> float:
+    """Load of a model as published: what open calls' workflows need, at a full batch's rate."""
+    pool = pools[0]
+    replicas = max(1, sum(len(view.in_service(one)) for one in pools))
+    tokens = sum(other.owed_tokens for other in view.open_calls(pool.model.name))
+    token_s = pool.curve.step_s(pool.max_sequences, 0) / pool.max_sequences
+    return tokens * token_s / replicas
+
+
+LOADS: Mapping[Rule, Callable[[Waiting, Sequence[Pool], View], float]] = {
+    "repaired": finish_s,
+    "paper": queued_s,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoodEnough:
+    """The likeliest model to succeed among those that finish about as soon as the fastest.
+
+    A workflow keeps its model. When a verifier sends work back, the choice is made anew among
+    models that are at least as likely to succeed (``escalate``).
+
+    Attributes:
+        tau: How much longer than the fastest a model may take, as a share.
+        tau_s: Seconds that it may take longer in any case; the rule "paper" has none.
+        min_gain: Success by which it must beat the fastest.
+        rule: How load is measured.
+    """
+
+    tau: float = 0.1
+    tau_s: float = 0.5
+    min_gain: float = 0.02
+    escalate: bool = True
+    rule: Rule = "repaired"
+
+    def route(
+        self, call: Waiting, pools: Sequence[Pool], view: View, rng: random.Random
+    ) -> tuple[PoolId, ...]:
+        """Keep to the workflow's model unless its work was sent back."""
+        groups = by_model(pools)
+        success = {model: call.forecast.success.get(model, 0.0) for model in groups}
+        staying = call.workflow.model
+        if staying in groups:
+            if not (self.escalate and sent_back(call.workflow, call.request.role)):
+                return ids_of(groups[staying])
+            groups = {m: own for m, own in groups.items() if success[m] >= success[staying]}
+        load_s = LOADS[self.rule]
+        loads_s = {model: load_s(call, own, view) for model, own in groups.items()}
+        return ids_of(groups[self.pick(loads_s, success)])
+
+    def pick(
+        self, loads_s: Mapping[ModelName, float], success: Mapping[ModelName, float]
+    ) -> ModelName:
+        """Choose among models by seconds and success; ties go to the faster, then the first."""
+        ranked = sorted(loads_s, key=lambda model: loads_s[model])
+        fastest = ranked[0]
+        slack_s = self.tau * loads_s[fastest]
+        if self.rule == "repaired":
+            slack_s = max(slack_s, self.tau_s)
+        good = [
+            model
+            for model in ranked
+            if loads_s[model] <= loads_s[fastest] + slack_s
+            and success[model] >= success[fastest] + self.min_gain
+        ]
+        return max(good, key=lambda model: success[model], default=fastest)
+
+
+def chimera(
+    name: str = "chimera",
+    *,
+    aging: float = 0.1,
+    order: Ordering | None = None,
+    knows: frozenset[Truth] = frozenset(),
+    **settings: Any,  # noqa: ANN401  # those of GoodEnough
+) -> Policy:
+    """Put the recipe together.
+
+    Args:
+        name: How it was called.
+        aging: Of the line, and of the engines that take a priority.
+        order: Another order than by remaining tokens.
+        knows: What an oracle tells it.
+        settings: Of ``GoodEnough``.
+    """
+    return baseline(
+        name,
+        "prefix-affinity",
+        order or ShortestRemaining(),
+        router=GoodEnough(**settings),
+        aging=aging,
+        clairvoyant=knows,
+    )
