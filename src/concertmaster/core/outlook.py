@@ -26,6 +26,7 @@ class Outlook:
     def __init__(
         self,
         policy: Policy,
+        *,
         by_pool: Mapping[PoolId, Sequence[Replica]],
         line: WaitingLine,
         running: Mapping[RequestId, tuple[Waiting, Replica]],
@@ -66,7 +67,7 @@ class Outlook:
         return sum(lane.ahead_tokens(key) for lane in lanes if pool.pool_id in lane.pools)
 
     def owed(self, model: ModelName) -> Owed:
-        """What live workflows still need of a model."""
+        """Return what live workflows still need of a model."""
         return self._workflows.owed(model)
 
     def open_calls(self, model: ModelName) -> Iterable[Waiting]:

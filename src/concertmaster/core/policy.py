@@ -48,10 +48,10 @@ class View(Protocol):
         """Tokens of the workflows that wait for the pool and would go before this call."""
 
     def owed(self, model: ModelName) -> Owed:
-        """What live workflows still need of a model, between their calls too."""
+        """Return what live workflows still need of a model, between their calls too."""
 
     def open_calls(self, model: ModelName) -> Iterable[Waiting]:
-        """Calls that wait for a model or run on it."""
+        """Walk through the calls that wait for a model or run on it."""
 
 
 class Router(Protocol):

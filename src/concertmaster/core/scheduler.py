@@ -78,7 +78,12 @@ class Scheduler:
         self._window = Window(self.replicas.values(), policy.window_s, policy.filters)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
-            policy, self._by_pool, self.line, self._running, self.workflows, self._window
+            policy,
+            by_pool=self._by_pool,
+            line=self.line,
+            running=self._running,
+            workflows=self.workflows,
+            window=self._window,
         )
         self._waking: dict[ReplicaId, None] = {}
         self._serial = 0

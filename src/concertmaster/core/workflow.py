@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from concertmaster.core.request import ModelName, Request, WorkflowId
 
+_NOWHERE = ModelName("")
+
 
 @dataclass(slots=True, kw_only=True)
 class Workflow:
@@ -27,7 +29,7 @@ class Workflow:
     open_calls: int = 0
     output_tokens: int = 0
     attained_s: float = 0.0
-    model: ModelName = ModelName("")
+    model: ModelName = _NOWHERE
     owed_tokens: int = 0
     context_tokens: int = 0
     roles: set[str] = field(default_factory=set)

@@ -50,7 +50,7 @@ def _finish_s(call: Waiting, pool: Pool, siblings: Sequence[Pool], view: View) -
     return view.ready_s(pool) + wait_s + prefill_s + tokens * step_s
 
 
-def queued_s(call: Waiting, pools: Sequence[Pool], view: View) -> float:
+def queued_s(_call: Waiting, pools: Sequence[Pool], view: View) -> float:
     """Load of a model as published: what open calls' workflows need, at a full batch's rate."""
     pool = pools[0]
     replicas = max(1, sum(len(view.in_service(one)) for one in pools))
