@@ -51,11 +51,16 @@ def test_the_step_of_the_fallback_is_the_finest_group_seen() -> None:
     evidence.learn(asked(), answered())
 
     steps = [
-        evidence.look(asked(app=app, role=role), NO_PROMPT).step
-        for app, role in (("app", "coder"), ("app", "critic"), ("else", "coder"))
+        evidence.look(asked(app=app, role=role, models=(model,)), NO_PROMPT).step
+        for app, role, model in (
+            ("app", "coder", M),
+            ("app", "critic", M),
+            ("else", "coder", M),
+            ("else", "coder", ModelName("another")),
+        )
     ]
 
-    assert steps == ["role", "app", "global"]
+    assert steps == ["role", "app", "model", "global"]
 
 
 def test_looking_changes_nothing() -> None:

@@ -17,7 +17,7 @@ from concertmaster.predictors.laws import (
     stage_bucket,
 )
 
-A, B = path_of("a", "coder"), path_of("b", "coder")
+A, B = path_of("a", "coder", "m"), path_of("b", "coder", "another")
 counts = st.integers(0, 2_000_000)
 
 
@@ -59,6 +59,32 @@ def test_an_app_that_was_never_seen_answers_with_all_apps() -> None:
 
     assert law.depth == 0
     assert law.at(0.5) == pytest.approx(50, abs=10)
+
+
+def test_an_app_that_was_never_seen_answers_with_its_model() -> None:
+    tree = seen(*[50.0] * 100, path=path_of("a", "", "coder", "m"))
+    seen(*[1000.0] * 100, path=path_of("b", "", "coder", "another"), tree=tree)
+
+    law = tree.law(path_of("new", "", "coder", "m"))
+
+    assert (law.depth, law.by_model) == (0, True)
+    assert law.at(0.5) == pytest.approx(50, abs=5)
+
+
+def test_a_model_that_was_never_seen_leaves_the_answer_to_all_apps() -> None:
+    tree = seen(*[50.0] * 100)
+
+    assert not tree.law(path_of("new", "coder", "another")).by_model
+    assert not seen(*[50.0] * 100, path=path_of("a", "")).law(path_of("new", "")).by_model
+
+
+def test_a_new_app_soon_answers_for_itself() -> None:
+    tree = LawTree(lean_workflows=8.0)
+    for i in range(20):
+        seen(*[10_000.0] * 20, path=path_of(f"old {i}", "", "0", "coder", "m"), tree=tree)
+    seen(*[100.0] * 10, path=path_of("new", "", "0", "coder", "m"), tree=tree)
+
+    assert tree.law(path_of("new", "", "1", "coder", "m")).at(0.9) < 200
 
 
 def test_many_calls_of_one_workflow_are_one_piece_of_evidence() -> None:

@@ -31,6 +31,7 @@ from concertmaster.learning.labels import LEVELS
 from concertmaster.learning.loop import CHALLENGED_S, TRAINED, LearningLoop, Noting
 from concertmaster.learning.shadow import Verdict
 from concertmaster.learning.upkeep import School
+from concertmaster.predictors.evidence import STEPS
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 from concertmaster.predictors.learned import LearnedPredictor
 from concertmaster.predictors.store import load_predictor
@@ -536,6 +537,7 @@ def test_labels_of_metrics_are_those_of_the_parts() -> None:
     assert tuple(change.value for change in Change) == figures.KINDS
     assert set(figures.DRIFTING) > TRAINED
     assert set(figures.VERDICTS) == {v.value for v in Verdict} - {"undecided"}
+    assert set(SOURCES) == {"none", "model", *STEPS, "other"}
     assert SOURCES[-1] == "other"
 
 

@@ -18,7 +18,7 @@ from concertmaster.learning.figures import (
     LoopFigures,
 )
 
-SOURCES = ("none", "global", "app", "role", "other")
+SOURCES = ("none", "global", "model", "app", "role", "other")
 """Steps of the fallback that answer; "other" are those of predictors of one's own."""
 
 

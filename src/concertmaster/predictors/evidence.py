@@ -53,7 +53,8 @@ FEATURES = (
 """Names of the figures of a call, in the order of the vector."""
 
 STEPS = ("global", "app", "app", "role", "role")
-"""Which step of the fallback a law is, by the depth of its group."""
+"""Which step of the fallback a law is, by the depth of its group; "model" lies between the
+first two."""
 
 
 class Look(NamedTuple):
@@ -67,6 +68,8 @@ class Look(NamedTuple):
     def step(self) -> str:
         """The step of the fallback that knows the call's group."""
         law = self.laws["output_tokens"]
+        if law.depth == 0 and law.by_model:
+            return "model"
         return STEPS[law.depth] if law.depth >= 0 else "none"
 
 

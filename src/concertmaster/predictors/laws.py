@@ -10,14 +10,17 @@ nobody has seen.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Path = tuple[str, ...]
-"""A group and those it belongs to: ("app", "app/template", …), coarse to fine."""
+"""A group and those it belongs to: ("app", "app/template", …), coarse to fine; the last name
+of a whole path is that of the model, "" if nobody knows it."""
+
+_ANY_APP = "\x1e"
 
 _UNIT_BINS = 17
 _BINS_PER_OCTAVE = 8
@@ -39,12 +42,15 @@ _EDGE_ARRAY = np.array(EDGES)
 LEAN_WORKFLOWS = 3.0
 """Workflows at which a group's own law and its parent's weigh the same."""
 
+APP_LEAN_WORKFLOWS = 1.0
+"""The same for an app as a whole: what other apps needed says little of a new one."""
+
 MOST_WORKFLOWS = 3000.0
 """What a group may be worth; beyond, what it has seen is halved, so that it follows drift."""
 
 
 FULL_WORKFLOWS = 50.0
-"""What one app adds to the law of all apps tends to as many workflows as this."""
+"""What one app adds to the laws of all apps tends to as many workflows as this."""
 
 
 def _prior() -> Floats:
@@ -84,14 +90,16 @@ class Law:
     Attributes:
         workflows: What the finest group that was seen is worth.
         depth: How many groups of the path were seen.
+        by_model: Whether its model was seen, in whatever app.
     """
 
-    __slots__ = ("_below", "depth", "workflows")
+    __slots__ = ("_below", "by_model", "depth", "workflows")
 
-    def __init__(self, below: Floats, *, workflows: float, depth: int) -> None:
+    def __init__(self, below: Floats, *, workflows: float, depth: int, by_model: bool) -> None:
         self._below = below
         self.workflows = workflows
         self.depth = depth
+        self.by_model = by_model
 
     def rank(self, count: float) -> float:
         """Return the level of a count, inside 0…1, spread evenly over its bin."""
@@ -124,15 +132,20 @@ class LawTree:
     def law(self, path: Path) -> Law:
         """Blend the groups along a path, as far as they were seen."""
         below, workflows, depth = _PRIOR, 0.0, -1
-        for end in range(len(path) + 1):
-            group = self._groups.get(path[:end])
-            if group is None:
-                break
-            if group.seen:
-                own = group.workflows / (group.workflows + self._lean)
-                below = (1 - own) * below + (own / group.seen) * group.below
-                workflows, depth = group.workflows, end
-        return Law(below, workflows=workflows, depth=depth)
+        for end, lean, group in self._along(path):
+            own = group.workflows / (group.workflows + lean)
+            below = (1 - own) * below + (own / group.seen) * group.below
+            workflows, depth = group.workflows, end
+        by_model = _of_model(path) in self._groups
+        return Law(below, workflows=workflows, depth=depth, by_model=by_model)
+
+    def _along(self, path: Path) -> Iterator[tuple[int, float, _Group]]:
+        """Yield depth, lean and group: of all apps, of the model in any app, then of the path."""
+        chain = ((0, ()), (0, _of_model(path)), *((i, path[:i]) for i in range(1, len(path) + 1)))
+        for end, key in chain:
+            group = self._groups.get(key)
+            if group is not None and group.seen:
+                yield end, APP_LEAN_WORKFLOWS if end == 1 else self._lean, group
 
     def add(self, path: Path, count: float, *, worth: float = 1.0) -> None:
         """Take in a count; ``worth`` is what it adds to the evidence, in workflows."""
@@ -141,12 +154,17 @@ class LawTree:
         share = (1 + known.workflows / FULL_WORKFLOWS) ** -2 if known is not None else 1.0
         self._groups[()].add(first, share, worth * share)
         for end in range(1, len(path) + 1):
-            group = self._groups.get(path[:end])
-            if group is None:
-                if len(self._groups) >= self._most_groups:
-                    return
-                group = self._groups[path[:end]] = _Group()
-            group.add(first, 1.0, worth)
+            if (group := self._open(path[:end])) is not None:
+                group.add(first, 1.0, worth)
+        if path and path[-1] and (group := self._open(_of_model(path))) is not None:
+            group.add(first, share, worth * share)
+
+    def _open(self, key: Path) -> _Group | None:
+        """Return a group to add to; ``None`` if it would be one too many."""
+        group = self._groups.get(key)
+        if group is None and len(self._groups) < self._most_groups:
+            group = self._groups[key] = _Group()
+        return group
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return all that was seen, to keep."""
@@ -180,6 +198,12 @@ class LawTree:
 
 
 SEPARATOR = "\x1f"
+_SPACES = str.maketrans({SEPARATOR: " ", _ANY_APP: " "})
+
+
+def _of_model(path: Path) -> Path:
+    """Return the group of a path's model over all apps."""
+    return (_ANY_APP, *path[-1:])
 
 
 def logit(levels: npt.ArrayLike) -> Floats:
@@ -205,7 +229,7 @@ def path_of(*names: str) -> Path:
     >>> path_of("chat", "", "planner")
     ('chat', '', 'planner')
     """
-    return tuple(name.replace(SEPARATOR, " ") for name in names)
+    return tuple(name.translate(_SPACES) for name in names)
 
 
 def stage_bucket(stage: int) -> str:
