@@ -165,3 +165,12 @@ def test_a_group_of_few_labels_leans_on_its_parent() -> None:
     calibration = fitted(odds, truths, paths=[many] * 1000 + [few] * 2)
 
     assert 0 < calibration.offsets("tokens", few)[1] < 2
+
+
+def test_a_hundred_workflows_move_offsets_by_a_quarter_of_what_they_say() -> None:
+    truths = np.full(100, 1.0)
+    odds = np.tile(logit(LEVELS), (100, 1))
+
+    calibration = fitted(odds, truths, paths=[path_of("app")] * 100)
+
+    assert calibration.offsets("tokens", path_of("app"))[1] == pytest.approx(0.25, abs=0.01)

@@ -4,7 +4,7 @@ What the second phase sees of the first is made out of fold, by task: a head tha
 scores of texts that the scorer had seen would trust them too much.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,10 @@ TOOL_CALL_ROUNDS = 60
 _TOOL_CALL_FOLDS = 2
 EVENNESS = 0.65
 """How far small apps weigh as much as large ones: 0 not at all, 1 altogether."""
+
+GROWTH_OF_REST: Mapping[str, object] = {"learning_rate": 0.1, "min_data_in_leaf": 50}
+"""Growth of the heads of what remains: workflows of small apps go on unlike those of large ones,
+and leaves of many rows would hold none of a small app alone."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -117,11 +121,12 @@ def _quantiles(
     progress: Callable[[str, float], None],
 ) -> Forest:
     pairs = [(j, level) for j in range(len(HEAD_TARGETS)) for level in LEVELS]
+    growths = [{} if target == "output_tokens" else GROWTH_OF_REST for target in HEAD_TARGETS]
     grown = iter(range(1, len(pairs) + 1))
     return grow(
         figures,
         [odds[:, j] for j, _ in pairs],
-        [{"objective": "quantile", "alpha": level} for _, level in pairs],
+        [{"objective": "quantile", "alpha": level, **growths[j]} for j, level in pairs],
         weights,
         rounds=rounds,
         seed=seed,

@@ -22,7 +22,10 @@ FIRST_LABELS, LAST_LABELS = 40.0, 240.0
 MOST_STEP = 0.5
 
 LEAN_WORKFLOWS = 100.0
-"""Workflows at which what a group's own labels say weighs as much as what its parent's say."""
+"""Workflows at which a group's own labels say as much of the trust in the heads as its parent's."""
+
+LEAN_OF_OFFSETS = 300.0
+"""The same of the offsets: a tail of few workflows is mostly their luck."""
 
 MOST_OWN = 1.5
 """How far from its parent a fit may move a group: few workflows say little of a tail."""
@@ -135,7 +138,7 @@ class Calibration:
         if group is None:
             return
         labels = float(worths.sum())
-        lean = LEAN_WORKFLOWS / (labels + LEAN_WORKFLOWS)
+        lean = LEAN_OF_OFFSETS / (labels + LEAN_OF_OFFSETS)
         group.labels = labels
         group.curve = _blend_losses(odds, truths, labels, self._levels)
         if parent is not None and path:
