@@ -68,7 +68,11 @@ def grow(
             data = library.Dataset(
                 figures[known],
                 free_raw_data=False,
-                params={"max_bin": GROWTH["max_bin"], "verbosity": -1},
+                params={
+                    "max_bin": GROWTH["max_bin"],
+                    "feature_pre_filter": False,  # objectives may ask for smaller leaves
+                    "verbosity": -1,
+                },
             )
         data.set_label(labels_of_one[known])
         data.set_weight(weights[known])
