@@ -27,11 +27,11 @@ def rows_with_a_small_app(*, small: int, large: int) -> HeadRows:
     )
 
 
-def test_what_remains_is_told_apart_in_apps_of_a_hundred_calls() -> None:
+def test_what_remains_is_told_apart_in_apps_of_forty_calls() -> None:
     pytest.importorskip("lightgbm", reason="training needs the extra train")
     pytest.importorskip("scipy", reason="training needs the extra train")
 
-    heads = fit_heads(rows_with_a_small_app(small=100, large=1000), seed=0, rounds=40)
+    heads = fit_heads(rows_with_a_small_app(small=40, large=1000), seed=0, rounds=40)
 
     _, odds = heads.predict(np.ones(len(FEATURES), np.float32), "")
     medians = dict(zip(HEAD_TARGETS, odds[:, MEDIAN], strict=True))
