@@ -259,18 +259,30 @@ def simulate(
     *,
     seed: int,
     models: str = RECENT,
+    predictor: Predictor | None = None,
     make_engine: EngineFactory | None = None,
     observe: Observer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RunRecords:
     """Run one workload through one policy in virtual time.
 
+    Args:
+        fleet: What serves.
+        workload: What is asked.
+        policy_name: As in the catalog.
+        seed: Of the scheduler's randomness.
+        models: Name of the predictor.
+        predictor: The predictor itself, instead of its name; the run teaches it.
+        make_engine: Engine models; the fast one by default.
+        observe: Sees every event and its actions.
+        progress: Hears how many workflows are over.
+
     Raises:
         InputError: No policy has this name, or ``models`` names no predictor.
     """
     policy = policy_named(policy_name)
     scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
-    predictor = predictor_of(models, fleet)
+    predictor = predictor or predictor_of(models, fleet)
     if policy.clairvoyant:
         predictor = Clairvoyant(workload, predictor, policy.clairvoyant)
     simulation = Simulation(

@@ -79,8 +79,8 @@ class GoodEnough:
         rule: How load is measured.
     """
 
-    tau: float = 0.1
-    tau_s: float = 0.5
+    tau: float = 0.3
+    tau_s: float = 1.0
     min_gain: float = 0.02
     escalate: bool = True
     rule: Rule = "repaired"
