@@ -1,8 +1,8 @@
 """Builders of valid things; a test names only what it is about."""
 
 import random
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from concertmaster.core.actions import Action, Dispatch
 from concertmaster.core.cost import RateCurve
@@ -25,7 +25,7 @@ from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.core.workflow import Workflow
+from concertmaster.core.workflow import Owed, Workflow
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.catalog import policy
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
@@ -126,6 +126,41 @@ def a_waiting_call(name: str = "r1", **changes: object) -> Waiting:
         "kv_level": 0.9,
     }
     return Waiting(**{**facts, **changes})  # type: ignore[arg-type]
+
+
+@dataclass(kw_only=True)
+class StubView:
+    """What a router sees, written down by pool or model; nothing said is an idle fleet."""
+
+    replicas: dict[str, int] = field(default_factory=dict)
+    wake_s: dict[str, float] = field(default_factory=dict)
+    full: tuple[str, ...] = ()
+    ahead: dict[str, int] = field(default_factory=dict)
+    live: dict[str, Owed] = field(default_factory=dict)
+    open: dict[str, Sequence[Waiting]] = field(default_factory=dict)
+
+    def in_service(self, pool: Pool) -> list[Replica]:
+        count = self.replicas.get(pool.pool_id, 1)
+        return [a_replica(f"{pool.pool_id}-{i}", pool) for i in range(count)]
+
+    def ready_s(self, pool: Pool) -> float:
+        return self.wake_s.get(pool.pool_id, 0.0)
+
+    def has_room(self, call: Waiting, pool: Pool) -> bool:
+        return pool.pool_id not in self.full
+
+    def ahead_tokens(self, call: Waiting, pool: Pool) -> int:
+        return self.ahead.get(pool.pool_id, 0)
+
+    def owed(self, model: ModelName) -> Owed:
+        return self.live.get(model, Owed())
+
+    def open_calls(self, model: ModelName) -> Sequence[Waiting]:
+        return self.open.get(model, ())
+
+
+def a_view(**changes: object) -> StubView:
+    return StubView(**changes)  # type: ignore[arg-type]
 
 
 def a_forecast(output_tokens: float, **changes: object) -> Forecast:

@@ -1,5 +1,6 @@
 """Fleet and engine files: what is wrong is said in one line, with its place and a remedy."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from concertmaster.compose import build_fleet, endpoints
 from concertmaster.config import EngineFile, FleetFile, load_engine, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId
+from concertmaster.core.request import ModelName
 from concertmaster.physics.hardware import gpu, ready_s
 from concertmaster.physics.models import model_card
 
@@ -19,7 +21,8 @@ gpu = "a100-80g"
 """
 POOL_KEYS = (
     "block_tokens, cluster, endpoints, gpu, kv_blocks, max_batch_tokens, max_sequences, "
-    "memory_ratio, model, name, prefix_caching, replicas, scheduling, state, tensor_parallel"
+    "memory_ratio, model, name, prefix_caching, replicas, scheduling, "
+    "served_name, state, tensor_parallel"
 )
 CLUSTER_KEYS = "known: name, network_ms"
 FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools"
@@ -108,6 +111,14 @@ def test_every_key_of_a_fleet_file_reaches_its_place(tmp_path: Path) -> None:
     assert (pool.priority_scheduling, pool.prefix_caching) == (True, False)
     for _, node, state in fleet.replicas.values():
         assert (node.node_id, node.cluster.network_s, state) == ("n1", 0.04, Readiness.SLEEPING)
+
+
+def test_a_model_goes_by_the_name_that_it_is_served_under(tmp_path: Path) -> None:
+    plain = built(tmp_path, POOL).pools[0]
+    ours = built(tmp_path, POOL + 'served_name = "team/ours"').pools[0]
+
+    assert ours.model == replace(plain.model, name=ModelName("team/ours"))
+    assert (ours.curve, ours.kv_blocks) == (plain.curve, plain.kv_blocks)
 
 
 def test_endpoints_count_replicas_and_keep_their_order(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from builders import (
     a_pool,
     a_replica,
     a_request,
+    a_view,
     a_waiting_call,
     a_workflow,
     placements,
@@ -175,7 +176,8 @@ def test_a_cost_falls_with_time_or_stays(scorer: Scorer) -> None:
 
 def test_every_name_of_the_catalog_builds_a_policy_of_that_name() -> None:
     assert [policy(name).name for name in CATALOG] == list(CATALOG)
-    assert [name for name in NAMES if policy(name).clairvoyant] == ["oracle-stjf", "oracle-model"]
+    told = {name: set(policy(name).clairvoyant) for name in NAMES if policy(name).clairvoyant}
+    assert told == {"oracle-stjf": {"length"}, "oracle-model": {"length", "success"}}
 
 
 def test_a_placement_alone_is_first_come_first_served() -> None:
@@ -188,12 +190,14 @@ def test_an_ordering_alone_places_by_tokens() -> None:
 
 
 KNOWN_PLACEMENTS = (
-    "known: least-requests, least-tokens, power-of-two, prefix-affinity, random, round-robin"
+    "known: least-requests, least-tokens, power-of-two, prefix-affinity, random, round-robin, vllm"
 )
 KNOWN_POLICIES = (
-    "known: edf, fcfs, las, least-requests, least-tokens, mlfq, oracle-model, oracle-stjf, "
-    "power-of-two, prefix-affinity, random, round-robin, sjf"
+    "known: cascade, chimera, edf, fcfs, las, least-requests, least-tokens, ltr, mlfq, "
+    "oracle-model, oracle-stjf, power-of-two, prefix-affinity, quality-only, random, "
+    "random-model, round-robin, sjf, stjf, vllm"
 )
+KNOWN_ORDERINGS = "known: edf, fcfs, las, mlfq, sjf, stjf"
 
 
 @pytest.mark.parametrize(
@@ -202,12 +206,8 @@ KNOWN_POLICIES = (
         ("least-token", 'policy "least-token"', f'did you mean "least-tokens"? {KNOWN_POLICIES}'),
         ("las+round-robin", 'policy "las"', KNOWN_PLACEMENTS),
         ("oracle-stjf+las", 'policy "oracle-stjf"', KNOWN_PLACEMENTS),
-        (
-            "round-robin+lsa",
-            'ordering "lsa"',
-            'did you mean "las"? known: edf, fcfs, las, mlfq, sjf',
-        ),
-        ("random+", 'ordering ""', "known: edf, fcfs, las, mlfq, sjf"),
+        ("round-robin+lsa", 'ordering "lsa"', f'did you mean "las"? {KNOWN_ORDERINGS}'),
+        ("random+", 'ordering ""', KNOWN_ORDERINGS),
     ],
 )
 def test_a_name_that_is_not_known_is_refused_with_the_nearest(
@@ -508,9 +508,9 @@ TWO_MODELS: tuple[Pool, ...] = (a_pool("m", model="m"), a_pool("x", model="x", s
 def test_the_model_oracle_takes_only_models_that_solve_the_call(
     success: dict[ModelName, float], pools: tuple[str, ...]
 ) -> None:
-    forecast = Forecast(success=success)
+    call = a_waiting_call(forecast=Forecast(success=success))
 
-    assert SurestPools().route(a_request(), forecast, TWO_MODELS) == pools
+    assert SurestPools().route(call, TWO_MODELS, a_view(), random.Random(1)) == pools
 
 
 def test_the_model_oracle_waits_for_the_model_rather_than_take_another() -> None:

@@ -26,7 +26,8 @@ def the_oracle() -> Clairvoyant:
         SMALL: ModelOutcome(correct=0.0, output_tokens=70),
     }
     calls = [a_call(i, output_tokens=10 * (i + 1), outcomes=outcomes if i else {}) for i in (0, 1)]
-    return Clairvoyant(a_workload(a_plan("w1", *calls)))
+    plans = a_workload(a_plan("w1", *calls))
+    return Clairvoyant(plans, RecentLengths(), frozenset({"length", "success"}))
 
 
 PREDICTORS: dict[str, Callable[[], Predictor]] = {

@@ -48,6 +48,8 @@ POLICIES = (
     "least-requests+sjf",
     "las",
     "mlfq",
+    "chimera",
+    "cascade",
     "oracle-stjf",
 )
 REPLICAS = ("p-0", "p-1", "q-0", "q-1", "s-0", "s-1")

@@ -1,8 +1,13 @@
 """Workflows as the scheduler sees them, and as agents unfold them."""
 
-import pytest
+import random
 
-from builders import a_call, a_plan, a_request, a_workload
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import a_call, a_fleet, a_plan, a_request, a_workload
+from concertmaster.compose import simulate
 from concertmaster.core.request import ModelName, RequestId, WorkflowId
 from concertmaster.core.workflow import Workflows
 from concertmaster.workload.agents import Agents
@@ -142,6 +147,63 @@ def test_a_workflow_without_graded_calls_keeps_the_grade_that_was_recorded() -> 
     progress.finish(0, M)
 
     assert progress.success() == 0.5
+
+
+grades = st.sampled_from((0.0, 0.5, 1.0))
+
+
+@given(
+    st.lists(st.tuples(st.none() | st.floats(0.0, 1.0), st.none() | grades), max_size=6),
+    st.randoms(use_true_random=False),
+    st.sampled_from(("chain", "tree")),
+)
+def test_a_call_is_made_unless_the_draw_says_that_nobody_needs_it(
+    stages: list[tuple[float | None, float | None]], rng: random.Random, shape: str
+) -> None:
+    calls = [a_call(0, outcomes={M: ModelOutcome(correct=0.5, output_tokens=5)})]
+    for stage, (doubt, grade) in enumerate(stages, start=1):
+        outcomes = {} if grade is None else {M: ModelOutcome(correct=grade, output_tokens=5)}
+        parents = (rng.randrange(stage),) if shape == "tree" else (stage - 1,)
+        calls.append(a_call(stage, doubt=doubt, outcomes=outcomes, parents=parents))
+    plan = a_plan("w1", *calls)
+    agents = Agents(a_workload(plan))
+    ready, made = agents.begin(plan), []
+
+    while ready:
+        call = ready.pop(rng.randrange(len(ready)))
+        request, _ = agents.call(0.0, W1, call)
+        ready += (freed := agents.finish(1.0, request, call, M))
+        made.append(call.stage)
+        grade = agents._running[W1][0].success()
+        assert all(one.is_called_for(grade or 0.0) for one in freed)
+        assert agents.is_over(W1) == agents.is_settled(W1) == (not ready)
+
+    assert [record.role for record in agents.calls] == [plan.calls[s].role for s in made]
+    assert len(agents.calls) == len(made) == len(set(made))
+    if shape == "chain":
+        assert {call.stage for call in calls if call.doubt is None} <= set(made)
+    assert agents.workflows[0].outcome == "completed"
+
+
+def test_a_stage_that_nobody_needs_is_in_no_record_of_a_simulation() -> None:
+    solved = {M: ModelOutcome(correct=1.0, output_tokens=5)}
+    plans = [
+        a_plan(
+            f"w{i}",
+            a_call(0, role="solver", outcomes=solved),
+            a_call(1, role="verifier"),
+            a_call(2, role="solver", outcomes=solved, doubt=doubt),
+            a_call(3, role="writer"),
+        )
+        for i, doubt in enumerate((0.05, 0.5))
+    ]
+
+    run = simulate(a_fleet(), a_workload(*plans), "chimera", seed=1)
+
+    roles = [[c.role for c in run.calls if c.workflow_id == f"w{i}"] for i in range(2)]
+    assert roles == [["solver", "verifier", "solver", "writer"], ["solver", "verifier", "writer"]]
+    assert [one.outcome for one in run.workflows] == ["completed", "completed"]
+    assert [one.success for one in run.workflows] == [1.0, 1.0]
 
 
 def test_an_agent_tells_the_scheduler_only_what_a_caller_knows() -> None:

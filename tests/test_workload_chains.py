@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from concertmaster.core.errors import InputError
+from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.chains import (
@@ -20,15 +22,18 @@ from concertmaster.workload.chains import (
     helper_tokens,
     workflow,
 )
+from concertmaster.workload.jsonl import write_jsonl
 from concertmaster.workload.load import load_workloads
-from concertmaster.workload.plan import ModelOutcome, WorkflowPlan, Workload
+from concertmaster.workload.plan import CAUGHT, FALSE_ALARMS, ModelOutcome, WorkflowPlan, Workload
 
 SMALL, BIG = ModelName("small"), ModelName("big")
 OUTCOMES = {
     SMALL: ModelOutcome(correct=0.0, output_tokens=300),
     BIG: ModelOutcome(correct=1.0, output_tokens=500),
 }
-QUESTION = Question(question_id="q:1", source="q", text="Why?", prompt_tokens=90, outcomes=OUTCOMES)
+QUESTION = Question(
+    question_id="q:1", source="q", group="q:1", text="Why?", prompt_tokens=90, outcomes=OUTCOMES
+)
 
 
 def planned(
@@ -74,7 +79,7 @@ def test_prompts_grow_by_what_was_said_and_share_all_but_the_role() -> None:
 
 
 def test_all_questions_of_a_template_share_its_preamble() -> None:
-    other = Question(question_id="q:2", source="q", text="", prompt_tokens=900, outcomes=OUTCOMES)
+    other = replace(QUESTION, question_id="q:2", prompt_tokens=900)
     template = Template.parse("d", "solver")
     first, second = (
         workflow(question, template, {}, seed=1).calls[0].prefix_hashes
@@ -162,6 +167,141 @@ def test_a_routing_folder_gives_one_workflow_a_question(folder: Path) -> None:
         f"{folder}: 1 questions without a single answer left out",
         "lengths of stages without recorded answers: log-normal, planner (3.96, 1.58)",
     )
+
+
+def test_copies_of_a_question_are_attempts_at_one_task(folder: Path) -> None:
+    path = folder / "routing_questions.parquet"
+    questions = pq.read_table(str(path))
+    groups = pa.array(["g", "g", "", None])
+    pq.write_table(questions.append_column("dup_group", groups), str(path))
+
+    assert [plan.task for plan in load(f"{folder}#m:solver")] == ["g", "g"]
+    assert [plan.task for plan in load(f"{folder}#n:solver")] == ["n:1"]
+
+
+def test_without_groups_a_question_is_a_task_of_its_own(folder: Path) -> None:
+    assert sorted(plan.task for plan in load(f"{folder}#m:solver")) == ["m:1", "m:2"]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b-instruct"),
+        ("meta-llama/Meta-Llama-3_1-8B-Instruct", "llama-3.1-8b-instruct"),
+        ("gpt-4o", "gpt-4o"),
+    ],
+)
+def test_models_of_a_routing_set_have_the_names_that_fleets_use(
+    tmp_path: Path, spelling: str, name: str
+) -> None:
+    asked(tmp_path, [("m:1", "m", spelling, "cot", 1, 30)])
+
+    assert list(load(f"{tmp_path}#m").workflows[0].calls[0].outcomes) == [ModelName(name)]
+    assert canonical(name) == name
+
+
+def asked(folder: Path, answers: Sequence[tuple[object, ...]]) -> None:
+    """A routing folder with one question and these answers to it."""
+    table(
+        folder / "routing_questions.parquet",
+        ("question_id", "source", "question", "prompt_tokens"),
+        [("m:1", "m", "One?", 50)],
+    )
+    names = ("question_id", "source", "model", "harness", "correct", "output_tokens")
+    table(folder / "routing_outcomes.parquet", names, answers)
+
+
+A, B = ("m:1", "m", "a"), ("m:1", "m", "b")
+
+
+@pytest.mark.parametrize(
+    ("answers", "chosen"),
+    [
+        # Single answers come before runs, however little they say.
+        ([(*A, "x", 0, None), (*A, "agent:y", 1, 5), (*B, "agent:y", 1, 5)], "x"),
+        # Lengths of the most models; two spellings are one model.
+        ([(*A, "x", 1, 5), ("m:1", "m", "o/A", "x", 1, 5), (*A, "y", 0, 5), (*B, "y", 0, 5)], "y"),
+        # Then of the most answers.
+        ([(*A, "y", 0, 5), (*A, "y", 0, 6), (*A, "x", 1, 5)], "y"),
+        # A length of 0 is none.
+        ([(*A, "x", 1, 0), (*A, "y", 0, 5)], "y"),
+        # Then the most right answers, then the first name.
+        ([(*A, "x", 0, 5), (*A, "y", 1, 5)], "y"),
+        ([(*A, "y", 1, 5), (*A, "x", 1, 5)], "x"),
+    ],
+)
+def test_the_harness_that_says_most_of_most_models_is_used(
+    tmp_path: Path, answers: Sequence[tuple[object, ...]], chosen: str
+) -> None:
+    asked(tmp_path, answers)
+
+    assert load(f"{tmp_path}#m").notes[0].startswith(f'answers of "{chosen}" used')
+
+
+# Stages that are made only if work is sent back.
+
+RETRIED = "planner-solver-verifier-solver?"
+
+
+def test_a_role_with_a_question_mark_works_only_if_a_verifier_rejects() -> None:
+    plan = planned(RETRIED)
+
+    assert [call.role for call in plan.calls] == ["planner", "solver", "verifier", "solver"]
+    assert [call.doubt is None for call in plan.calls] == [True, True, True, False]
+    assert plan.template == RETRIED
+    assert plan.calls[-1].outcomes == OUTCOMES
+    firm = planned("planner-solver-verifier-solver")
+    assert [call.output_tokens for call in plan.calls] == [c.output_tokens for c in firm.calls]
+
+
+def test_helper_lengths_are_found_beside_roles_with_a_question_mark(folder: Path) -> None:
+    workload = load(f"{folder}#m:{RETRIED}")
+
+    assert len(workload) == 2
+    assert "planner (3.96, 1.58); verifier (5.13, 0.87)" in workload.notes[-1]
+
+
+def test_verdicts_follow_the_shares_that_are_assumed_and_the_seed() -> None:
+    plans = [
+        workflow(replace(QUESTION, question_id=f"q:{i}"), Template.parse("d", RETRIED), {}, seed=1)
+        for i in range(3000)
+    ]
+    last = [plan.calls[-1] for plan in plans]
+
+    assert fmean(call.is_called_for(0.0) for call in last) == pytest.approx(CAUGHT, abs=0.03)
+    assert fmean(call.is_called_for(1.0) for call in last) == pytest.approx(FALSE_ALARMS, abs=0.02)
+    halfway = (CAUGHT + FALSE_ALARMS) / 2
+    assert fmean(call.is_called_for(0.5) for call in last) == pytest.approx(halfway, abs=0.03)
+    assert planned(RETRIED) == planned(RETRIED)
+    assert planned(RETRIED).calls[-1].doubt != planned(RETRIED, seed=2).calls[-1].doubt
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("solver?-solver", "solver?"),
+        ("planner?-solver", "planner?"),
+        ("planner-solver-coder?", "coder?"),
+        ("solver-verifier?-solver", "verifier?"),
+    ],
+)
+def test_a_role_with_a_question_mark_needs_a_verifier_before_it(template: str, role: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        Template.parse("d", template)
+
+    assert str(refusal.value) == (
+        f"d: template {template}: expected a verifier before {role}, found none "
+        f"(for example solver-verifier-{role})"
+    )
+
+
+def test_verdicts_survive_writing_and_reading(folder: Path, tmp_path: Path) -> None:
+    workload = load(f"{folder}#m:{RETRIED}")
+    write_jsonl(workload, tmp_path / "w.jsonl")
+
+    again = load_workloads([str(tmp_path / "w.jsonl")], seed=1)
+
+    assert again.workflows == workload.workflows
 
 
 def test_without_a_template_a_question_is_one_call(folder: Path) -> None:

@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 import pytest
 
-from concertmaster.core.request import PREFIX_CHUNK_TOKENS
+from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.jsonl import write_jsonl
 from concertmaster.workload.load import load_workloads
@@ -131,9 +131,8 @@ def test_routing_sets_become_chains(spec: str, workflows: int, calls: int) -> No
 def test_outcomes_agree_with_the_published_accuracies() -> None:
     workload = load_drawn("#zeroeval_math_l5:planner-solver-verifier-solver")
     last = [plan.calls[-1].outcomes for plan in workload]
-    models = {str(model): model for model in last[0]}
-    for name, accuracy in (("Qwen2.5-7B-Instruct", 0.512), ("Qwen2.5-32B-Instruct", 0.578)):
-        found = fmean(entry[models[name]].correct for entry in last)
+    for name, accuracy in (("qwen2.5-7b-instruct", 0.512), ("qwen2.5-32b-instruct", 0.578)):
+        found = fmean(entry[ModelName(name)].correct for entry in last)
         assert found == pytest.approx(accuracy, abs=0.001)
 
 

@@ -49,11 +49,15 @@ class Outlook:
         ]
 
     def ready_s(self, pool: Pool) -> float:
-        """Seconds until a replica of the pool can serve: 0 if one does, infinite if all died."""
-        if self.in_service(pool):
+        """Seconds until a replica of the pool can serve: 0 if one does.
+
+        Infinite if all of them died or take no further calls. A replica on its way up counts
+        as if it were woken only at this instant.
+        """
+        staying = [r for r in self._by_pool[pool.pool_id] if r.alive and not r.draining]
+        if any(replica.readiness is Readiness.RUNNING for replica in staying):
             return 0.0
-        living = [replica for replica in self._by_pool[pool.pool_id] if replica.alive]
-        return min((pool.ready_s.get(r.readiness, 0.0) for r in living), default=math.inf)
+        return min((pool.ready_s.get(r.readiness, 0.0) for r in staying), default=math.inf)
 
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         """Whether nobody waits for the pool and a replica of it is open to the call."""

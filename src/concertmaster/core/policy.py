@@ -39,7 +39,7 @@ class View(Protocol):
         """Replicas of a pool that serve now, in a stable order."""
 
     def ready_s(self, pool: Pool) -> float:
-        """Seconds until a replica of the pool can serve; 0 if one does."""
+        """Seconds until a replica of the pool can serve; 0 if one does, infinite if none will."""
 
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         """Whether a replica of the pool could take the call at once."""

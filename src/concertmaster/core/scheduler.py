@@ -9,10 +9,10 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject
 from concertmaster.core.events import (
     Event,
     FailReason,
@@ -45,6 +45,7 @@ from concertmaster.core.outlook import Outlook, key_of
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Lane, Waiting, WaitingLine
 from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.waking import Waking
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -85,7 +86,7 @@ class Scheduler:
             workflows=self.workflows,
             window=self._window,
         )
-        self._waking: dict[ReplicaId, None] = {}
+        self._waking = Waking(self._by_pool)
         self._serial = 0
         self._dispatches = 0
         self._now_s = 0.0
@@ -101,7 +102,7 @@ class Scheduler:
         if len(self.line):
             for call in self.line.pop_expired(now_s):
                 actions.append(self._reject(now_s, call.request, "waited_too_long"))
-                self.workflows.settle(call.workflow.workflow_id)
+                self.workflows.settle(call.workflow.workflow_id, answered=False)
             self._dispatch(now_s, actions)
         return actions
 
@@ -151,7 +152,7 @@ class Scheduler:
             case ReplicaDraining(replica_id):
                 self.replicas[replica_id].draining = True
                 self._window.update(now_s, self.replicas[replica_id])
-                return self._wake_for_line()
+                return [*self._waking.wake_all(self.line.lanes)]
             case PaceObserved(paces):
                 for replica_id, pace in paces:
                     self.replicas[replica_id].pace = pace
@@ -193,7 +194,7 @@ class Scheduler:
         if replicas:
             return [self._place(now_s, call, replicas)]
         self._wait(call)
-        return self._wake(call.pools)
+        return [*self._waking.wake(call.pools)]
 
     def _commit(self, call: Waiting, model: ModelName) -> None:
         call.owed_tokens = call.remaining_tokens(model)
@@ -227,25 +228,27 @@ class Scheduler:
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
         if request_id in self.line:
-            self.workflows.settle(self.line.remove(request_id).workflow.workflow_id)
+            call = self.line.remove(request_id)
+            self.workflows.settle(call.workflow.workflow_id, answered=False)
             return []
         running = self._running.get(request_id)
         if running is None:
             return []
-        self._release(now_s, request_id, running[0].attempt)
+        self._release(now_s, request_id, running[0].attempt, settle=False)
+        self.workflows.settle(running[0].workflow.workflow_id, answered=False)
         return [Cancel(request_id, running[1].replica_id)]
 
     def _revive(self, now_s: float, replica: Replica) -> None:
         replica.alive, replica.draining = True, False
         replica.readiness = Readiness.RUNNING
-        self._waking.pop(replica.replica_id, None)
+        self._waking.forget(replica.replica_id)
         self._window.update(now_s, replica)
 
     def _demote(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
         """Take a replica out of service; calls it still had go back to the line or fail."""
         replica.readiness = readiness
         replica.prefixes.clear()
-        self._waking.pop(replica.replica_id, None)
+        self._waking.forget(replica.replica_id)
         self._window.update(now_s, replica)
         actions: list[Action] = []
         for request_id in list(replica.in_flight):
@@ -253,7 +256,7 @@ class Scheduler:
             call = self._running[request_id][0]
             self._release(now_s, request_id, call.attempt, settle=False)
             actions += self._retry(call, "replica_died", retriable=seen_tokens == 0)
-        return actions + self._wake_for_line()
+        return [*actions, *self._waking.wake_all(self.line.lanes)]
 
     # Outcomes
 
@@ -275,8 +278,8 @@ class Scheduler:
         if retriable and call.attempt < MAX_ATTEMPTS:
             call.attempt += 1
             self._wait(call)
-            return self._wake(call.pools)
-        self.workflows.settle(call.workflow.workflow_id)
+            return [*self._waking.wake(call.pools)]
+        self.workflows.settle(call.workflow.workflow_id, answered=False)
         return [Fail(call.request.request_id, reason)]
 
     def _reject(self, now_s: float, request: Request, reason: RejectReason) -> Reject:
@@ -291,29 +294,6 @@ class Scheduler:
 
     def _key(self, call: Waiting) -> float:
         return key_of(self.policy, call, self.pools[call.pools[0]])
-
-    def _alive(self, pools: Iterable[PoolId]) -> Iterator[Replica]:
-        return (r for pool_id in pools for r in self._by_pool[pool_id] if r.alive)
-
-    def _wake_for_line(self) -> list[Action]:
-        """Wake what calls in the line need after a replica has left service."""
-        return [action for lane in self.line.lanes.values() for action in self._wake(lane.pools)]
-
-    def _wake(self, pools: tuple[PoolId, ...]) -> list[Action]:
-        """Wake the nearest replica if no other of these pools takes calls or is being woken."""
-        for replica in self._alive(pools):
-            ready = replica.readiness is Readiness.RUNNING or replica.replica_id in self._waking
-            if ready and not replica.draining:
-                return []
-        nearest = min(
-            (replica for replica in self._alive(pools) if not replica.draining),
-            key=lambda r: (r.pool.ready_s.get(r.readiness, 0.0), r.replica_id),
-            default=None,
-        )
-        if nearest is None:
-            return []
-        self._waking[nearest.replica_id] = None
-        return [Wake(nearest.replica_id)]
 
     def _dispatch(self, now_s: float, actions: list[Action]) -> None:
         """Hand out calls, best key first, until nobody fits.

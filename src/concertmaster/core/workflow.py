@@ -37,7 +37,8 @@ class Workflow:
 
     def note_role(self, role: str) -> None:
         """Take in the role of a call once it has been decided where the call goes."""
-        self.roles.add(self.last_role)
+        if self.last_role:
+            self.roles.add(self.last_role)
         self.last_role = role
 
 
@@ -85,9 +86,16 @@ class Workflows:
             self._forget(now_s)
         return workflow
 
-    def settle(self, workflow_id: WorkflowId) -> None:
-        """Note that one of its calls has its outcome."""
-        self._by_id[workflow_id].open_calls -= 1
+    def settle(self, workflow_id: WorkflowId, *, answered: bool = True) -> None:
+        """Note that one of its calls has its outcome.
+
+        A workflow whose last open call went without an answer owes nothing until it asks
+        again: most end there, and nobody would close them.
+        """
+        workflow = self._by_id[workflow_id]
+        workflow.open_calls -= 1
+        if not answered and not workflow.open_calls:
+            self.commit(workflow, workflow.model, 0)
 
     def get(self, workflow_id: WorkflowId) -> Workflow:
         """Return a workflow with an open call; such a one is never forgotten."""

@@ -62,7 +62,10 @@ class SurestPools:
 
 @dataclass(frozen=True, slots=True)
 class RandomModel:
-    """Any model, with a chance in proportion to the replicas that serve it."""
+    """Any model, with a chance in proportion to the replicas that serve it.
+
+    A model that no replica serves yet counts for one, so that it is woken now and then.
+    """
 
     def route(
         self, call: Waiting, pools: Sequence[Pool], view: View, rng: random.Random

@@ -12,9 +12,14 @@ from concertmaster.workload.plan import Call, WorkflowPlan
 
 
 class _Known(NamedTuple):
-    """One call, and the calls of its workflow from there on."""
+    """One call in its workflow.
 
-    call: Call
+    Attributes:
+        before: Calls of its workflow that come first in the plan.
+        rest: The call, and the calls after it.
+    """
+
+    before: Sequence[Call]
     rest: Sequence[Call]
 
 
@@ -34,7 +39,7 @@ class Clairvoyant:
         self._inner = inner
         self._tells = tells
         self._calls: dict[tuple[WorkflowId, int], _Known] = {
-            (plan.workflow_id, call.stage): _Known(call, plan.calls[i:])
+            (plan.workflow_id, call.stage): _Known(plan.calls[:i], plan.calls[i:])
             for plan in plans
             for i, call in enumerate(plan.calls)
         }
@@ -45,16 +50,10 @@ class Clairvoyant:
         known = self._calls[request.workflow_id, request.stage]
         forecast = self._inner.predict(request, prompt)
         if "length" in self._tells:
-            forecast = with_lengths(forecast, known.rest)
+            forecast = with_lengths(forecast, known.before, known.rest)
         if "success" in self._tells:
-            success = {model: one.correct for model, one in known.call.outcomes.items()}
-            forecast = replace(forecast, success=success or self._last(known.rest))
+            forecast = replace(forecast, success=grades(known.rest))
         return replace(forecast, source="truth")
-
-    def _last(self, rest: Sequence[Call]) -> dict[ModelName, float]:
-        """Say who will answer rightly where the answer is another call's."""
-        outcomes = next((call.outcomes for call in reversed(rest) if call.outcomes), {})
-        return {model: one.correct for model, one in outcomes.items()}
 
     def learn(
         self,
@@ -71,8 +70,35 @@ class Clairvoyant:
         self._inner.close(workflow_id, success)
 
 
-def with_lengths(forecast: Forecast, rest: Sequence[Call]) -> Forecast:
-    """Put the true lengths of a call and of the rest of its workflow into a forecast."""
+def grades(rest: Sequence[Call]) -> dict[ModelName, float]:
+    """Grade each model's answer to the first call; if that is not graded, to the last that is."""
+    outcomes = rest[0].outcomes or next((c.outcomes for c in reversed(rest) if c.outcomes), {})
+    return {model: one.correct for model, one in outcomes.items()}
+
+
+def still_made(before: Sequence[Call], rest: Sequence[Call], model: ModelName) -> list[Call]:
+    """Return the calls that are made from here on if a model answers them, as it did before.
+
+    The first of ``rest`` is being made; a call after it is left out if nobody sends the
+    model's work back.
+    """
+    graded = [call.outcomes[model].correct for call in before if model in call.outcomes]
+    grade = graded[-1] if graded else 0.0
+    made: list[Call] = []
+    for call in rest:
+        if made and not call.is_called_for(grade):
+            continue
+        made.append(call)
+        if model in call.outcomes:
+            grade = call.outcomes[model].correct
+    return made
+
+
+def with_lengths(forecast: Forecast, before: Sequence[Call], rest: Sequence[Call]) -> Forecast:
+    """Put the true lengths of a call and of the rest of its workflow into a forecast.
+
+    Where no model is named, every call of the plan counts.
+    """
     call = rest[0]
     models = dict.fromkeys(model for one in rest for model in one.outcomes)
     return replace(
@@ -81,7 +107,10 @@ def with_lengths(forecast: Forecast, rest: Sequence[Call]) -> Forecast:
         output_tokens_on={m: Quantiles.exactly(call.output_tokens_by(m)) for m in models},
         remaining_tokens=Quantiles.exactly(sum(one.output_tokens for one in rest)),
         remaining_tokens_on={
-            m: Quantiles.exactly(sum(one.output_tokens_by(m) for one in rest)) for m in models
+            m: Quantiles.exactly(
+                sum(one.output_tokens_by(m) for one in still_made(before, rest, m))
+            )
+            for m in models
         },
         remaining_calls=Quantiles.exactly(len(rest)),
     )

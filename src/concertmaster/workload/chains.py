@@ -90,7 +90,14 @@ class Template:
         for role in roles:
             if role.removesuffix(IF_REJECTED) not in known:
                 raise unknown_name(file, f"template {text}", "role", role, known)
-        if ANSWER_ROLES.isdisjoint(roles) or roles[0].endswith(IF_REJECTED):
+        judged = False
+        for role in roles:
+            if role.endswith(IF_REJECTED) and not judged:
+                problem = f"expected a verifier before {role}, found none"
+                remedy = f"for example solver-verifier-{role}"
+                raise InputError(file, f"template {text}", problem, remedy)
+            judged = judged or ROLE_CLASSES.get(role) == "verifier"
+        if ANSWER_ROLES.isdisjoint(roles):
             problem = f"expected a stage that answers ({', '.join(sorted(ANSWER_ROLES))})"
             remedy = f"for example {text}-solver"
             raise InputError(file, f"template {text}", f"{problem}, found none", remedy)

@@ -40,6 +40,7 @@ COLUMNS = (
     "prefix_from",
     "prefix_keep",
     "prefix_hashes",
+    "doubt",
     "outcomes",
 )
 
@@ -77,6 +78,7 @@ class StagedColumns:
     prefix_from: list[int | None] = field(init=False)
     prefix_keep: list[int | None] = field(init=False)
     prefix_hashes: list[tuple[int, ...] | None] = field(init=False)
+    doubts: list[float | None] = field(init=False)
     outcomes: list[Mapping[ModelName, ModelOutcome]] = field(init=False)
     notes: tuple[str, ...] = field(init=False)
 
@@ -97,6 +99,7 @@ class StagedColumns:
         self.tool_calls = _tool_calls(table)
         self.models = [known_model(name) for name in table.texts("model")]
         self.caps_tokens = table.wholes_or_none("max_output_tokens", least=1)
+        self.doubts = table.numbers_or_none("doubt", most=1.0)
         self.outcomes = _outcomes(table)
         self.prompt_tokens, prompt_note = at_least_one(table, "prompt_tokens")
         self.output_tokens, output_note = at_least_one(table, "output_tokens")

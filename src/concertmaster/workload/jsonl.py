@@ -63,8 +63,8 @@ def _call_columns(call: Call) -> dict[str, object]:
         columns["input_kinds"] = "tool_result" if call.after_tool else "text"
     if call.tool_call is not None:
         columns["output_kinds"] = "tool_use" if call.tool_call else "text"
-    if call.model is not None:
-        columns["model"] = call.model
+    recorded = {"model": call.model, "doubt": call.doubt}
+    columns |= {name: value for name, value in recorded.items() if value is not None}
     if call.outcomes:
         columns["outcomes"] = {
             model: {"correct": outcome.correct, "output_tokens": outcome.output_tokens}

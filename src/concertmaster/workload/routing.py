@@ -11,6 +11,7 @@ from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
 from concertmaster.workload.chains import (
     ANSWER_ROLES,
+    IF_REJECTED,
     LENGTH_LAWS,
     ROLE_CLASSES,
     Question,
@@ -122,7 +123,7 @@ def _harness(table: Table) -> tuple[str, tuple[str, ...]]:
     for name, model, tokens, grade in zip(names, models, lengths, grades, strict=True):
         right[name] += round(grade or 0.0)
         if tokens:
-            measured[name].add(model)
+            measured[name].add(canonical(model))
     chosen = min(
         measured,
         key=lambda name: (
@@ -167,7 +168,8 @@ def _helper_lengths(
     folder: Path, template: Template
 ) -> tuple[dict[str, list[int]], tuple[str, ...]]:
     """Read real lengths by role class, if a workflow file lies beside the questions."""
-    wanted = {ROLE_CLASSES[role] for role in template.roles if role not in ANSWER_ROLES}
+    roles = {role.removesuffix(IF_REJECTED) for role in template.roles}
+    wanted = {ROLE_CLASSES[role] for role in roles - ANSWER_ROLES}
     if not wanted:
         return {}, ()
     if not (folder / STAGES_FILE).is_file():

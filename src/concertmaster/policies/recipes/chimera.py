@@ -70,7 +70,8 @@ class GoodEnough:
     """The likeliest model to succeed among those that finish about as soon as the fastest.
 
     A workflow keeps its model. When a verifier sends work back, the choice is made anew among
-    models that are at least as likely to succeed (``escalate``).
+    models that are at least as likely to succeed (``escalate``); without a forecast of success
+    there is no telling which are, and it stays.
 
     Attributes:
         tau: How much longer than the fastest a model may take, as a share.
@@ -93,7 +94,8 @@ class GoodEnough:
         success = {model: call.forecast.success.get(model, 0.0) for model in groups}
         staying = call.workflow.model
         if staying in groups:
-            if not (self.escalate and sent_back(call.workflow, call.request.role)):
+            may_leave = self.escalate and staying in call.forecast.success
+            if not (may_leave and sent_back(call.workflow, call.request.role)):
                 return ids_of(groups[staying])
             groups = {m: own for m, own in groups.items() if success[m] >= success[staying]}
         load_s = LOADS[self.rule]
@@ -106,14 +108,13 @@ class GoodEnough:
         """Choose among models by seconds and success; ties go to the faster, then the first."""
         ranked = sorted(loads_s, key=lambda model: loads_s[model])
         fastest = ranked[0]
-        slack_s = self.tau * loads_s[fastest]
+        latest_s = (1 + self.tau) * loads_s[fastest]
         if self.rule == "repaired":
-            slack_s = max(slack_s, self.tau_s)
+            latest_s = max(latest_s, loads_s[fastest] + self.tau_s)
         good = [
             model
             for model in ranked
-            if loads_s[model] <= loads_s[fastest] + slack_s
-            and success[model] >= success[fastest] + self.min_gain
+            if loads_s[model] <= latest_s and success[model] >= success[fastest] + self.min_gain
         ]
         return max(good, key=lambda model: success[model], default=fastest)
 
