@@ -1,8 +1,14 @@
 """A gateway that chooses models for whole workflows."""
 
-from builders import a_call, a_fleet, a_forecast, a_plan, a_pool, a_workload
-from concertmaster.core.forecast import NO_FORECAST, Forecast
+import random
+
+import pytest
+
+from builders import a_call, a_fleet, a_forecast, a_plan, a_pool, a_request, a_workload
+from concertmaster.core.events import RequestArrived, RequestFinished
+from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.replay import Replay
 from concertmaster.policies.catalog import policy
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
@@ -77,3 +83,20 @@ def test_a_workflow_moves_to_a_likelier_model_once_a_verifier_has_sent_its_work_
     assert [call.output_tokens for call in records.calls] == [20, 30, 20, 50]
     assert records.workflows[0].success == 1.0
     assert held == 0
+
+
+@pytest.mark.parametrize(("expected_calls", "owed_tokens"), [(1.0, 0), (2.0, 700)])
+def test_what_nobody_closes_owes_nothing_once_its_last_expected_call_is_answered(
+    expected_calls: float, owed_tokens: int
+) -> None:
+    scheduler = Scheduler(a_fleet(), policy("chimera"), random.Random(0))
+    forecast = a_forecast(
+        800.0,
+        remaining_tokens=Quantiles.exactly(800.0),
+        remaining_calls=Quantiles.exactly(expected_calls),
+    )
+    request = a_request("r")
+    scheduler.handle(0.0, RequestArrived(request, forecast))
+    scheduler.handle(1.0, RequestFinished(request.request_id, 1, 100))
+    assert scheduler.workflows.owed(ModelName("m")).tokens == owed_tokens
+    scheduler.validate()
