@@ -114,3 +114,32 @@ def test_whatever_comes_each_life_of_a_workflow_ends_once() -> None:
             assert one not in open_calls
             alive.remove(one)
         assert len(watch) == len(alive)
+
+
+def test_a_workflow_that_others_say_is_over_is_forgotten_at_once() -> None:
+    watch = IdleWatch(idle_s=600.0)
+    one_call(watch, 0.0, A)
+
+    assert watch.end(A)
+    assert len(watch) == 0
+    assert watch.over(9000.0) == []
+    assert not watch.end(A)
+    assert not watch.end(B)
+
+
+def test_one_that_its_client_called_over_too_is_over_once() -> None:
+    watch = IdleWatch()
+    one_call(watch, 0.0, A, is_final=True)
+
+    assert watch.end(A)
+    assert watch.over(0.0) == []
+
+
+def test_one_with_an_open_call_is_over_once_that_has_its_outcome() -> None:
+    watch = IdleWatch(idle_s=600.0)
+    watch.begin(0.0, A)
+
+    assert not watch.end(A)
+    assert watch.over(1.0) == []
+    watch.settle(2.0, A)
+    assert watch.over(2.0) == [A]

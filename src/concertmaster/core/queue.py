@@ -70,6 +70,12 @@ class Waiting:
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no other call of its workflow is expected: by the median, once it has come."""
+        calls = self.forecast.remaining_calls
+        return calls is not None and calls.at(0.5) < 1.5
+
     def expected_tokens(self, model: ModelName) -> int:
         """Output tokens to expect on a model: the median of the forecast."""
         tokens = self._expected_tokens.get(model)

@@ -132,8 +132,11 @@ class Scheduler:
                 return []
             case RequestFinished(request_id, attempt, output_tokens):
                 self._stream(request_id, attempt, output_tokens)
-                if self._release(now_s, request_id, attempt) is not None:
+                call = self._release(now_s, request_id, attempt)
+                if call is not None:
                     self.line.note_finish(now_s)
+                    if call.is_last:
+                        self.workflows.rest(call.workflow)
                 return []
             case RequestCancelled(request_id):
                 return self._cancel(now_s, request_id)

@@ -97,6 +97,11 @@ class Workflows:
         if not answered and not workflow.open_calls:
             self.commit(workflow, workflow.model, 0)
 
+    def rest(self, workflow: Workflow) -> None:
+        """Note that a workflow is thought to be over: it owes nothing until it asks again."""
+        if not workflow.open_calls:
+            self.commit(workflow, workflow.model, 0)
+
     def get(self, workflow_id: WorkflowId) -> Workflow:
         """Return a workflow with an open call; such a one is never forgotten."""
         return self._by_id[workflow_id]

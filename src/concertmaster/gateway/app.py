@@ -13,9 +13,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from concertmaster import __version__
+from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import Replica
+from concertmaster.core.request import WorkflowId
+from concertmaster.gateway.identity import MAX_ID_CHARS
 from concertmaster.gateway.metrics import exposition
-from concertmaster.gateway.openai_api import AUTO, error_body
+from concertmaster.gateway.openai_api import AUTO, caller_error, error_body
 
 if TYPE_CHECKING:
     from concertmaster.gateway.driver import Gateway
@@ -46,6 +49,7 @@ class SideRoutes:
                 *(Route(path, self.ready) for path in ready),
                 Route("/version", self.version),
                 Route("/v1/models", self.models),
+                Route("/v1/workflows/{workflow_id:path}/grade", self.grade, methods=["POST"]),
                 Route("/metrics", self.metrics),
                 Route("/state", self.state),
                 Route("/events", self.events),
@@ -92,6 +96,17 @@ class SideRoutes:
                 ],
             }
         )
+
+    async def grade(self, request: Request) -> Response:
+        """Take in that a workflow is over and how well it went; it may be over for long."""
+        workflow_id: str = request.path_params["workflow_id"][:MAX_ID_CHARS].strip()
+        try:
+            success = _success_in(await request.body())
+        except InvalidRequestError as error:
+            status, body = caller_error(error)
+            return Response(body, status_code=status, media_type=_JSON)
+        self._gateway.grade(WorkflowId(workflow_id), success)
+        return _json({"workflow_id": workflow_id, "success": success})
 
     async def metrics(self, _: Request) -> Response:
         """Answer a scrape."""
@@ -147,6 +162,29 @@ def _view(replica: Replica) -> dict[str, Any]:
 
 def _json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type=_JSON)
+
+
+def _success_in(body: bytes) -> float | None:
+    """Read the grade of a workflow; ``None`` if nobody graded it.
+
+    Raises:
+        InvalidRequestError: There is none, or it is no grade.
+    """
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or "success" not in fields:
+        problem = "expected a number from 0 to 1, or null, found nothing"
+        raise InvalidRequestError(f"success: {problem}", param="success")
+    success = fields["success"]
+    if success is None:
+        return None
+    if isinstance(success, bool) or not isinstance(success, int | float) or not 0 <= success <= 1:
+        found = msgspec.json.encode(success).decode()[:100]
+        problem = f"expected a number from 0 to 1, or null, found {found}"
+        raise InvalidRequestError(f"success: {problem}", param="success")
+    return float(success)
 
 
 _KINDS = {404: "not_found_error", 500: "server_error", 503: "overloaded_error"}

@@ -21,7 +21,7 @@ from concertmaster.core.events import (
     WorkflowClosed,
 )
 from concertmaster.core.fleet import ReplicaId
-from concertmaster.core.request import Request, RequestId
+from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
@@ -231,6 +231,13 @@ class Gateway:
         wakeup_s = self.scheduler.next_wakeup_s()
         if wakeup_s is not None:
             self._set_timer(now_s, wakeup_s)
+
+    def grade(self, workflow_id: WorkflowId, success: float | None) -> None:
+        """Take in that a workflow is over, which may be known already, and its grade in 0…1."""
+        self.metrics.grades += 1
+        self._forecaster.close(workflow_id, success)
+        if self._idle.end(workflow_id):
+            self.feed(WorkflowClosed(workflow_id))
 
     def _set_timer(self, now_s: float, wakeup_s: float) -> None:
         loop = asyncio.get_running_loop()

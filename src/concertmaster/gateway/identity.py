@@ -19,7 +19,7 @@ from concertmaster.gateway.openai_api import CallBody
 
 MAX_DEADLINE_S = 86_400.0
 MAX_STAGE = 1_000_000
-_MAX_ID_CHARS = 256
+MAX_ID_CHARS = 256
 _MAX_ROOTS = 100_000
 
 CACHE_KEY = 0.6
@@ -224,7 +224,7 @@ def _stage(headers: Mapping[bytes, bytes]) -> int | None:
 
 def _parents(headers: Mapping[bytes, bytes]) -> tuple[RequestId, ...]:
     named = headers.get(b"x-concertmaster-parent", b"").decode("latin-1").split(",")
-    return tuple(RequestId(one.strip()[:_MAX_ID_CHARS]) for one in named if one.strip())
+    return tuple(RequestId(one.strip()[:MAX_ID_CHARS]) for one in named if one.strip())
 
 
 def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
@@ -360,12 +360,12 @@ def _id(value: object) -> str:
     """
     if not isinstance(value, str | int) or isinstance(value, bool):
         return ""
-    text = str(value)[:_MAX_ID_CHARS].strip()
+    text = str(value)[:MAX_ID_CHARS].strip()
     return text if text.isprintable() else "".join(filter(str.isprintable, text))
 
 
 def _text(headers: Mapping[bytes, bytes], name: bytes) -> str:
-    return headers.get(name, b"")[:_MAX_ID_CHARS].decode("latin-1").strip()
+    return headers.get(name, b"")[:MAX_ID_CHARS].decode("latin-1").strip()
 
 
 _ADDRESS = re.compile(rb"\d{1,3}(\.\d{1,3}){3}:\d{1,5}")

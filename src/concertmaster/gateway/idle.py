@@ -56,6 +56,21 @@ class IdleWatch:
         if life.is_final and not life.open_calls:
             self._final[workflow_id] = None
 
+    def end(self, workflow_id: WorkflowId) -> bool:
+        """Take it from outside that a workflow is over; say whether it was live and is forgotten.
+
+        One with an open call is over once that has its outcome.
+        """
+        life = self._lives.get(workflow_id)
+        if life is None:
+            return False
+        if life.open_calls:
+            life.is_final = True
+            return False
+        del self._lives[workflow_id]
+        self._final.pop(workflow_id, None)
+        return True
+
     def over(self, now_s: float) -> list[WorkflowId]:
         """Name the workflows that are over by now, and forget them; ask now and then."""
         found = list(self._final)

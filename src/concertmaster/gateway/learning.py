@@ -103,9 +103,9 @@ class Forecaster:
         if self._learner is not None:
             self._learner.failed(request_id)
 
-    def close(self, workflow_id: WorkflowId) -> None:
-        """Tell that a workflow is over."""
-        self._predictor.close(workflow_id)
+    def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
+        """Tell that a workflow is over, and its grade in 0…1 where someone graded it."""
+        self._predictor.close(workflow_id, success)
 
     async def watch(self) -> None:
         """Give a learner its turns, until cancelled."""

@@ -87,6 +87,7 @@ class GatewayMetrics:
         self.by_status: Counter[int] = Counter()
         self.refusals: Counter[str] = Counter()
         self.output_tokens = 0
+        self.grades = 0
         self.forecasts: Counter[str] = Counter()
         self.forecast_s = Histogram(_MICRO)
         self.learner: Counted | None = None
@@ -156,6 +157,9 @@ class _Exposition(Collector):
         yield refusals
         yield CounterMetricFamily(
             "concertmaster_output_tokens", "Output tokens served.", value=metrics.output_tokens
+        )
+        yield CounterMetricFamily(
+            "concertmaster_grades", "Workflows that callers ended or graded.", value=metrics.grades
         )
         for name, text, histogram in (
             ("request_duration_seconds", "Acceptance to last byte.", metrics.duration_s),

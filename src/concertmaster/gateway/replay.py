@@ -7,8 +7,10 @@ it waits for is answered. Every answer is streamed.
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import quote
 
 import msgspec
 
@@ -62,12 +64,16 @@ class Replay:
 
     Attributes:
         speedup: Workload seconds that pass in a second; times are reported in workload seconds.
+        bare_prompts: Whether the text of a prompt is the recorded one alone, as predictors see
+            it in a simulation, and what it lacks in size stands in a field that nobody reads.
+            Real engines need prompts of full size.
         progress: Told how many workflows are over.
     """
 
     url: str
     workload: Workload
     speedup: float = 1.0
+    bare_prompts: bool = False
     progress: Callable[[int], None] | None = None
 
     async def run(self, *, policy: str, seed: int) -> RunRecords:
@@ -114,6 +120,7 @@ class Replay:
         ear, exchange = await self._ask(plan, call, request)
         self._note(record, ear, exchange)
         if record.outcome != "served":
+            await self._end(plan)
             return
         record.finished_s = self._clock()
         freed = self._agents.finish(record.finished_s, request, call, ModelName(record.model))
@@ -121,10 +128,22 @@ class Replay:
             tasks.create_task(self._make(tasks, plan, child, record.finished_s))
         if self._agents.is_over(plan.workflow_id) and self.progress is not None:
             self.progress(self._agents.over)
+        await self._end(plan)
+
+    async def _end(self, plan: WorkflowPlan) -> None:
+        """Tell the gateway once that a workflow is over, and how well it went if that is known."""
+        if not self._agents.is_settled(plan.workflow_id):
+            return
+        body = msgspec.json.encode({"success": self._agents.success(plan.workflow_id)})
+        path = f"/v1/workflows/{quote(plan.workflow_id, safe='')}/grade"
+        with suppress(
+            OSError, TimeoutError
+        ):  # it teaches; the workflow has been served all the same
+            await fetch("POST", self.url, path, body=body, timeout_s=CONNECT_TIMEOUT_S)
 
     async def _ask(self, plan: WorkflowPlan, call: Call, request: Request) -> tuple[_Ear, Exchange]:
         ear = _Ear()
-        body = call_body(call, request)
+        body = call_body(call, request, bare=self.bare_prompts)
         exchange = Exchange(request, ear, b"", body, model_named="", streams=True)
         self._link.send(exchange, call_head(plan, call, request, len(body)) + body)
         try:
@@ -215,18 +234,24 @@ def call_head(plan: WorkflowPlan, call: Call, request: Request, body_bytes: int)
     return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
 
 
-def call_body(call: Call, request: Request) -> bytes:
-    """Build a chat body of the call's size, whose text repeats where its prefix does."""
+def call_body(call: Call, request: Request, *, bare: bool = False) -> bytes:
+    """Build a chat body of the call's size, whose text repeats where its prefix does.
+
+    With ``bare`` the repeating part is in a field before the text, see ``Replay``.
+    """
     size = BYTES_PER_TOKEN * call.prompt_tokens
-    frame = len('[{"role":"user","content":""}]')
     chunk = BYTES_PER_TOKEN * PREFIX_CHUNK_TOKENS
     blocks = [f"{one:020d} ".ljust(chunk, ".") for one in call.prefix_hashes]
-    tail = f"{request.request_id} {call.prompt_text[:200]} "
-    text = ("".join(blocks) + tail).ljust(size, ".")[: max(1, size - frame)]
+    said = call.prompt_text if bare else ""
+    message = {"filler": ""} if bare else {}
+    message |= {"role": "user", "content": said}
+    left = max(1, size - len(msgspec.json.encode([message])))
+    tail = f"{request.request_id} " + ("" if bare else f"{call.prompt_text[:200]} ")
+    message["filler" if bare else "content"] = ("".join(blocks) + tail).ljust(size, ".")[:left]
     return msgspec.json.encode(
         {
             "model": "auto",
-            "messages": [{"role": "user", "content": text}],
+            "messages": [message],
             "max_tokens": call.max_output_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
