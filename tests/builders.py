@@ -135,7 +135,7 @@ class StubView:
     replicas: dict[str, int] = field(default_factory=dict)
     wake_s: dict[str, float] = field(default_factory=dict)
     full: tuple[str, ...] = ()
-    ahead: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, int] = field(default_factory=dict)
     live: dict[str, Owed] = field(default_factory=dict)
     open: dict[str, Sequence[Waiting]] = field(default_factory=dict)
 
@@ -149,8 +149,8 @@ class StubView:
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         return pool.pool_id not in self.full
 
-    def ahead_tokens(self, call: Waiting, pool: Pool) -> int:
-        return self.ahead.get(pool.pool_id, 0)
+    def waiting_tokens(self, pool: Pool) -> int:
+        return self.waiting.get(pool.pool_id, 0)
 
     def owed(self, model: ModelName) -> Owed:
         return self.live.get(model, Owed())

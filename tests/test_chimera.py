@@ -109,7 +109,7 @@ def test_live_workflows_make_the_batch_that_a_workflow_decodes_in() -> None:
 
 def test_workflows_ahead_are_served_by_all_replicas_in_whole_batches() -> None:
     live = {"s": Owed(workflows=12, tokens=9000)}
-    view = a_view(live=live, replicas={"s": 2}, full=("s",), ahead={"s": 7000})
+    view = a_view(live=live, replicas={"s": 2}, full=("s",), waiting={"s": 7000})
     open_view = replace(view, full=())
 
     waits_s = finish_s(asking(), [SMALL], view) - finish_s(asking(), [SMALL], open_view)
@@ -137,7 +137,7 @@ def test_what_the_engines_hold_of_the_prompt_is_not_prefilled_again() -> None:
 def test_a_model_is_done_when_its_fastest_pool_is() -> None:
     other = a_pool("s2", model="s", slowness=9.0)
 
-    both_s = finish_s(asking(), [other, SMALL], a_view(full=("s2",), ahead={"s2": 9999}))
+    both_s = finish_s(asking(), [other, SMALL], a_view(full=("s2",), waiting={"s2": 9999}))
 
     assert both_s == finish_s(asking(), [SMALL], a_view(replicas={"s": 2}))
 
@@ -225,7 +225,7 @@ def test_one_queued_call_shuts_a_model_out_under_the_published_rule_only() -> No
 
 def test_without_a_forecast_of_success_the_fastest_model_is_taken() -> None:
     assert routed(GoodEnough(tau=9.0), asking()) == "s"
-    busy = a_view(full=("s",), ahead={"s": 100_000})
+    busy = a_view(full=("s",), waiting={"s": 100_000})
     assert routed(GoodEnough(tau=9.0), asking(), view=busy) == "l"
 
 
@@ -285,7 +285,7 @@ def test_escalation_goes_only_to_models_that_are_at_least_as_sure() -> None:
 
     assert routed(GoodEnough(tau=0.0, tau_s=0.0), call) == "l"
     assert routed(GoodEnough(tau=9.0), call) == "xl"
-    crowded = a_view(full=("l", "xl"), ahead={"l": 10**6, "xl": 10**6})
+    crowded = a_view(full=("l", "xl"), waiting={"l": 10**6, "xl": 10**6})
     assert routed(GoodEnough(), call, view=crowded) in ("l", "xl")
 
 
@@ -299,7 +299,7 @@ def test_work_that_was_sent_back_never_goes_to_a_model_that_is_less_sure(
     success: dict[ModelName, float], at: ModelName, ahead: dict[str, int], rule: str
 ) -> None:
     call = asking(success, role="coder", workflow=sent_back_to(at))
-    view = a_view(full=("s", "l", "xl"), ahead=ahead)
+    view = a_view(full=("s", "l", "xl"), waiting=ahead)
 
     chosen = ModelName(routed(policy(f"chimera:rule={rule},tau=1").router, call, view=view))
 

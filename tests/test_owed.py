@@ -20,10 +20,9 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import PoolId, Readiness, ReplicaId
+from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.core.forecast import Forecast, Quantiles
-from concertmaster.core.outlook import Outlook, key_of
-from concertmaster.core.queue import Lane
+from concertmaster.core.outlook import Outlook
 from concertmaster.core.request import ModelName, RequestId, WorkflowId
 from concertmaster.core.workflow import Owed, Workflows
 
@@ -75,7 +74,7 @@ def test_what_is_owed_is_what_the_live_workflows_need(  # noqa: C901, PLR0912  #
             at, left = owing[name]
             if what == "stream":
                 workflows.stream(workflows.get(name), tokens)
-                owing[name] = (at, max(0, left - tokens))
+                owing[name] = (at, max(1, left - tokens))
             else:
                 workflows.settle(name, answered=what == "answer")
                 open_calls[name] -= 1
@@ -173,33 +172,7 @@ def test_a_workflow_owes_the_model_that_serves_it() -> None:
     assert (owed(scheduler), owed(scheduler, X)) == ((2 - on_q, 100 - 50 * on_q), (on_q, 80 * on_q))
 
 
-# What stands before a call.
-
-
-@given(
-    st.lists(st.tuples(st.floats(0.0, 500.0), st.integers(1, 900)), max_size=40),
-    st.lists(st.integers(0, 39), max_size=20),
-    st.floats(0.0, 500.0),
-)
-def test_ahead_are_the_tokens_of_calls_with_a_key_in_an_earlier_second_or_the_same(
-    entries: list[tuple[float, int]], leave: list[int], key: float
-) -> None:
-    lane = Lane((PoolId("p"),))
-    waiting = {}
-    for i, (own_key, tokens) in enumerate(entries):
-        call = a_call(f"r{i}", key=own_key, serial=i, owed_tokens=tokens)
-        waiting[i] = call
-        lane.push(call)
-    for i in leave:
-        if i in waiting:
-            lane.remove(waiting.pop(i))
-
-    found = lane.ahead_tokens(key)
-
-    assert found == sum(c.owed_tokens for c in waiting.values() if math.floor(c.key) <= key)
-    surely = sum(c.owed_tokens for c in waiting.values() if c.key <= key)
-    at_most = sum(c.owed_tokens for c in waiting.values() if c.key < key + 1)
-    assert surely <= found <= at_most
+# What waits.
 
 
 def a_crowd(lengths: Sequence[int], of: str = "stjf") -> CheckedScheduler:
@@ -215,35 +188,18 @@ def outlook(scheduler: CheckedScheduler) -> Outlook:
     return scheduler.core._outlook
 
 
-def test_under_shortest_first_only_shorter_workflows_are_ahead() -> None:
-    scheduler = a_crowd([300, 4000, 800])
-    pool = scheduler.fleet.pools[0]
-
-    def ahead(tokens: int) -> int:
-        return outlook(scheduler).ahead_tokens(a_call("new", forecast=needs(tokens)), pool)
-
-    assert [ahead(50), ahead(500), ahead(1500), ahead(9000)] == [0, 300, 1100, 5100]
-
-
-@given(st.lists(st.integers(5, 3000), max_size=12), st.integers(5, 3000))
-def test_ahead_is_what_a_count_over_the_line_by_its_own_keys_finds(
-    lengths: list[int], own: int
-) -> None:
+@given(st.lists(st.integers(5, 3000), max_size=12))
+def test_what_waits_for_a_pool_is_what_the_calls_in_line_owe(lengths: list[int]) -> None:
     scheduler = a_crowd(lengths)
-    call, pool = a_call("new", forecast=needs(own)), scheduler.fleet.pools[0]
-    key = key_of(scheduler.policy, call, pool)
 
-    found = outlook(scheduler).ahead_tokens(call, pool)
-
-    assert found == sum(one.owed_tokens for one in scheduler.core.line if int(one.key) <= key)
+    assert outlook(scheduler).waiting_tokens(scheduler.fleet.pools[0]) == sum(lengths)
 
 
-def test_a_call_that_was_dispatched_is_ahead_of_nobody() -> None:
+def test_a_call_that_was_dispatched_waits_no_longer() -> None:
     scheduler = a_crowd([300])
     scheduler.at(1.0, RequestFinished(RequestId("blocker"), 1, 10))
 
-    call = a_call("new", forecast=needs(9000))
-    assert outlook(scheduler).ahead_tokens(call, scheduler.fleet.pools[0]) == 0
+    assert outlook(scheduler).waiting_tokens(scheduler.fleet.pools[0]) == 0
 
 
 # Room, and readiness.

@@ -64,11 +64,10 @@ class Outlook:
         waited_for = any(pool.pool_id in pools for pools in self._line.lanes)
         return not waited_for and bool(self._window.room(call, pool))
 
-    def ahead_tokens(self, call: Waiting, pool: Pool) -> int:
-        """Tokens in all lanes to the pool whose keys are smaller than the call's would be."""
-        key = key_of(self._policy, call, pool)
+    def waiting_tokens(self, pool: Pool) -> int:
+        """Tokens that the workflows in all lanes to the pool still need."""
         lanes = self._line.lanes.values()
-        return sum(lane.ahead_tokens(key) for lane in lanes if pool.pool_id in lane.pools)
+        return sum(lane.tokens for lane in lanes if pool.pool_id in lane.pools)
 
     def owed(self, model: ModelName) -> Owed:
         """Return what live workflows still need of a model."""

@@ -44,8 +44,8 @@ class View(Protocol):
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         """Whether a replica of the pool could take the call at once."""
 
-    def ahead_tokens(self, call: Waiting, pool: Pool) -> int:
-        """Tokens of the workflows that wait for the pool and would go before this call."""
+    def waiting_tokens(self, pool: Pool) -> int:
+        """Tokens that the workflows which wait for the pool still need."""
 
     def owed(self, model: ModelName) -> Owed:
         """Return what live workflows still need of a model, between their calls too."""

@@ -6,7 +6,6 @@ A call's key is ``urgency_s + aging * arrival_s``, smallest first. Urgency lies 
 """
 
 import heapq
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,7 +52,6 @@ class Waiting:
         expires_s: When it is refused if still here.
         kv_level: Probability with which its answer shall fit the KV room promised to it.
         owed_tokens: What its workflow needs from here on where it is to go, by forecast.
-        bucket: Second of the key under which its lane counts those tokens.
     """
 
     request: Request
@@ -66,7 +64,6 @@ class Waiting:
     kv_level: float
     key: float = 0.0
     owed_tokens: int = 0
-    bucket: int = 0
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
 
@@ -100,11 +97,15 @@ class Waiting:
 
 
 class Lane:
-    """Waiting calls that may go to the same pools, in order."""
+    """Waiting calls that may go to the same pools, in order.
+
+    Attributes:
+        tokens: What the workflows of those calls need from here on, by forecast.
+    """
 
     def __init__(self, pools: tuple[PoolId, ...]) -> None:
         self.pools = pools
-        self._tokens_at: dict[int, int] = {}
+        self.tokens = 0
         self._heap: list[tuple[float, int, Waiting]] = []
         self._waiting: dict[RequestId, Waiting] = {}
 
@@ -117,31 +118,16 @@ class Lane:
     def push(self, call: Waiting) -> None:
         """Put a call in its place."""
         self._waiting[call.request.request_id] = call
-        call.bucket = int(call.key)
-        self._count(call.bucket, call.owed_tokens)
+        self.tokens += call.owed_tokens
         heapq.heappush(self._heap, (call.key, call.serial, call))
 
     def remove(self, call: Waiting) -> None:
         """Take a call out, wherever it stands."""
         del self._waiting[call.request.request_id]
-        self._count(call.bucket, -call.owed_tokens)
+        self.tokens -= call.owed_tokens
         if len(self._heap) > 64 and len(self._heap) > 2 * len(self._waiting):
             self._heap = [entry for entry in self._heap if self._is_live(entry[2])]
             heapq.heapify(self._heap)
-
-    def ahead_tokens(self, key: float) -> int:
-        """Tokens of the workflows whose calls would go before one of this key.
-
-        Keys are told apart by the second, as they were when their calls began to wait.
-        """
-        return sum(tokens for bucket, tokens in self._tokens_at.items() if bucket <= key)
-
-    def _count(self, bucket: int, tokens: int) -> None:
-        left_tokens = self._tokens_at.get(bucket, 0) + tokens
-        if left_tokens:
-            self._tokens_at[bucket] = left_tokens
-        else:
-            self._tokens_at.pop(bucket, None)
 
     def head(self, current_key: Callable[[Waiting], float] | None) -> Waiting | None:
         """Return the call that goes next; keys that have grown are put right on the way.
@@ -240,4 +226,4 @@ class WaitingLine:
         for lane in self.lanes.values():
             assert len(lane), "an empty lane was kept"
             waiting_tokens = sum(call.owed_tokens for call in lane)
-            assert lane.ahead_tokens(math.inf) == waiting_tokens, "a lane lost count of tokens"
+            assert lane.tokens == waiting_tokens, "a lane lost count of tokens"

@@ -123,10 +123,10 @@ class Workflows:
         self._charge(workflow, 1)
 
     def stream(self, workflow: Workflow, fresh_tokens: int) -> None:
-        """Note that a workflow was given output tokens."""
+        """Note that a workflow was given output tokens; while it has an open call it owes one."""
         workflow.output_tokens += fresh_tokens
-        left_tokens = max(0, workflow.owed_tokens - fresh_tokens)
-        self.commit(workflow, workflow.model, left_tokens)
+        left_tokens = workflow.owed_tokens - fresh_tokens
+        self.commit(workflow, workflow.model, max(left_tokens, int(workflow.open_calls > 0)))
 
     def _charge(self, workflow: Workflow, sign: int) -> None:
         if workflow.owed_tokens:

@@ -22,7 +22,7 @@ BLIND = frozenset({"vllm", "vllm+mlfq"})
 LOADS = (0.3, 0.6, 0.9, 1.1)
 MORE_LOADS = (0.45, 0.75, 1.0)
 DEFAULT_WORLDS = 4
-WORKFLOWS = 400
+WORKFLOWS = 300
 
 
 class Witness:

@@ -26,9 +26,9 @@ Rule: TypeAlias = Literal["repaired", "paper"]
 def finish_s(call: Waiting, pools: Sequence[Pool], view: View) -> float:
     """Seconds until the call's workflow is done if one model serves the rest of it.
 
-    Wait for the workflows ahead under the line's own order, prefill of what the model's
-    engines do not hold of the prompt, and the remaining tokens at the pace of the batch that
-    the model's live workflows make.
+    Wait, prefill of what the model's engines do not hold of the prompt, and the remaining
+    tokens at the pace of the batch that the model's live workflows make. The wait is for the
+    whole line, also for workflows that this one would overtake: they pay for it.
     """
     return min(_finish_s(call, pool, pools, view) for pool in pools)
 
@@ -42,7 +42,7 @@ def _finish_s(call: Waiting, pool: Pool, siblings: Sequence[Pool], view: View) -
     step_s = curve.step_s(batch, batch * (prompt_tokens + tokens // 2))
     wait_s = 0.0
     if not view.has_room(call, pool):
-        wait_s = view.ahead_tokens(call, pool) * step_s / (batch * replicas)
+        wait_s = view.waiting_tokens(pool) * step_s / (batch * replicas)
     held_tokens = call.workflow.context_tokens if model == call.workflow.model else 0
     prefill_s = curve.prefill_s(
         prompt_tokens, cached_tokens=held_tokens, chunk_tokens=pool.max_batch_tokens
