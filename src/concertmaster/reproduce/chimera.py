@@ -71,7 +71,7 @@ class Chimera:
         """Rivals at every load; variants at the busy one; the full grid has all fleets."""
         settings = list(world.WORLDS)[: None if full else DEFAULT_WORLDS]
         loads = sorted(LOADS + MORE_LOADS * full)
-        variants = [*SLACKS, *WITHOUT, *ORACLES]
+        variants = [arm for arm in (*SLACKS, *WITHOUT, *ORACLES) if arm not in ARMS]
         arms = [*product(loads, ARMS), *product([BUSY], variants)]
         return [
             Cell(setting=setting, arm=arm, load=load, seed=seed)
