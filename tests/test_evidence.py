@@ -13,7 +13,7 @@ from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.learning.rehearsal import rehearse, remaining, waves
 from concertmaster.predictors.evidence import FEATURES, TARGETS, Evidence, settled
 from concertmaster.predictors.features import cached_tokens
-from concertmaster.predictors.history import MOST_CALLS, MOST_TRACKS, Histories, History, Track
+from concertmaster.predictors.history import MOST_CALLS, MOST_TRACKS, Histories, Track
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
 
 M = ModelName("m")
@@ -188,14 +188,16 @@ def test_a_workflow_without_end_stays_small() -> None:
     assert len(history.finished) == MOST_CALLS
 
 
-def test_labels_of_one_workflow_share_their_weight() -> None:
-    history = History()
+@pytest.mark.parametrize(("calls", "share"), [(4, 0.05), (300, 0.05), (640, 0.025)])
+def test_calls_of_long_workflows_weigh_as_those_of_short_ones_up_to_a_bound(
+    calls: int, share: float
+) -> None:
     evidence = Evidence()
-    for stage in range(4):
+    for stage in range(calls):
         evidence.learn(asked(stage), answered(1))
     history = evidence.histories.of(WorkflowId("w"))
 
-    assert [call.share for call in settled(history.finished)] == [0.25] * 4
+    assert [call.share for call in settled(history.finished)] == [share] * calls
 
 
 # Rehearsal

@@ -39,9 +39,10 @@ LEAN = {
 }
 """Workflows at which a group's own law and its parent's weigh the same, by quantity."""
 
-MOST_SHARE, MOST_WORTH = 0.25, 8.0
-"""What remained at one call moves the calibration as a quarter of a label, and all calls of
-one workflow together as at most eight."""
+MOST_SHARE, MOST_WORTH = 0.05, 16.0
+"""What remained at one call moves the calibration as a twentieth of a label, and all calls of
+one workflow together as at most sixteen. Calls of long workflows weigh as those of short ones
+up to there: if they weighed less, what is stated of them would cover too little."""
 
 _IN_FEATURES = TARGETS[:3]
 FEATURES = (
