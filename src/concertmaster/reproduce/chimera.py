@@ -19,9 +19,9 @@ from concertmaster.workload.records import RunRecords
 BLIND = frozenset({"vllm", "vllm+mlfq"})
 """Rivals that look at no forecast but the room an answer needs, for which recent lengths do."""
 
-LOADS = (0.3, 0.6, 0.9, 1.1)
-MORE_LOADS = (0.45, 0.75, 1.0)
-DEFAULT_WORLDS = 4
+LOADS = (0.3, 0.7, 1.1)
+MORE_LOADS = (0.5, 0.9, 1.0)
+DEFAULT_WORLDS = 3
 WORKFLOWS = 300
 
 

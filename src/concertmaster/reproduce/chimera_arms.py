@@ -5,9 +5,9 @@ ARMS = ("chimera", *RIVALS)
 
 SLACKS = {
     "chimera:tau=0,tau_s=0": "0",
-    "chimera:tau=0.1,tau_s=0.5": "0.1",
-    "chimera": "0.3",
-    "chimera:tau=1,tau_s=5": "1",
+    "chimera:tau=0.3,tau_s=1": "0.3",
+    "chimera": "1",
+    "chimera:tau=2,tau_s=4": "2",
 }
 """The frontier, by what a better model may cost: policy and its ``tau``."""
 
@@ -26,5 +26,5 @@ ORACLES = {
 }
 """The recipe with a part of its forecast from the truth."""
 
-BUSY = 0.9
+BUSY = 1.1
 """The load at which parts are taken out, oracles asked and slacks swept."""

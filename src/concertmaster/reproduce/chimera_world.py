@@ -45,15 +45,15 @@ class World(NamedTuple):
 WORLDS: Mapping[str, World] = {
     "qwen1.5-7b+72b/mmlu-pro": World("qwen15-7b-72b", ("mmlu_pro",)),
     "qwen2.5-3b+72b/math": World("qwen-3b-72b", ("zeroeval_math_l5",)),
-    "qwen2.5-3b+7b+72b/math": World("qwen-3b-7b-72b", ("zeroeval_math_l5",)),
     "gpt-3.5+4/code": World("gpt-stand-ins", _CODE_SETS, _CODE),
+    "qwen2.5-3b+7b+72b/math": World("qwen-3b-7b-72b", ("zeroeval_math_l5",)),
     "llama3.1-8b+70b/gsm": World("llama-8b-70b", ("zeroeval_gsm",)),
     "llama3.1-8b+70b/mmlu-pro": World("llama-8b-70b", ("mmlu_pro",)),
     "qwen2.5-7b+72b/math": World("qwen-7b-72b", ("zeroeval_math_l5",)),
     "phi3+mixtral/mmlu-pro": World("phi-mixtral", ("mmlu_pro",)),
     "llama2-7b+13b+70b/mmlu-pro": World("llama2-7b-13b-70b", ("mmlu_pro",)),
 }
-"""Settings by name; the first four are the default grid."""
+"""Settings by name; the first three are the default grid."""
 
 
 @cache

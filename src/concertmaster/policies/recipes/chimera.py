@@ -80,8 +80,8 @@ class GoodEnough:
         rule: How load is measured.
     """
 
-    tau: float = 0.3
-    tau_s: float = 1.0
+    tau: float = 1.0
+    tau_s: float = 2.0
     min_gain: float = 0.02
     escalate: bool = True
     rule: Rule = "repaired"
