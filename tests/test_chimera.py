@@ -206,7 +206,7 @@ def test_the_chosen_model_is_never_less_sure_than_the_fastest_nor_later_than_the
     chosen = GoodEnough(tau=tau).pick(loads_s, success)
 
     least_s = min(loads_s.values())
-    assert loads_s[chosen] <= max((1 + tau) * least_s, least_s + 0.5)
+    assert loads_s[chosen] <= max((1 + tau) * least_s, least_s + GoodEnough().tau_s)
     assert success[chosen] >= min(success[m] for m in loads_s if loads_s[m] == least_s)
 
 
