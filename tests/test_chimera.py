@@ -170,30 +170,30 @@ def test_the_surest_model_within_the_slack_is_chosen(
 ) -> None:
     loads_s, success = {S: 10.0, L: 12.0, XL: 20.0}, {S: 0.3, L: 0.6, XL: 0.9}
 
-    assert GoodEnough(tau=tau, tau_s=tau_s).pick(loads_s, success) == chosen
+    assert GoodEnough(rule="slack", tau=tau, tau_s=tau_s).pick(loads_s, success) == chosen
 
 
-@pytest.mark.parametrize(("gain", "chosen"), [(0.1, L), (0.2, L), (0.21, S)])
+@pytest.mark.parametrize(("gain", "chosen"), [(0.1, L), (0.19, L), (0.21, S)])
 def test_a_model_must_beat_the_fastest_by_the_least_gain(gain: float, chosen: ModelName) -> None:
-    rule = GoodEnough(tau=1.0, min_gain=gain)
+    rule = GoodEnough(rule="slack", tau=1.0, min_gain=gain)
 
     assert rule.pick({S: 1.0, L: 1.5}, {S: 0.5, L: 0.7}) == chosen
 
 
 def test_ties_go_to_the_faster_model_and_then_to_the_first_of_the_fleet() -> None:
-    rule = GoodEnough(tau=1.0)
+    rule = GoodEnough(rule="slack", tau=1.0)
 
     assert rule.pick({S: 1.0, XL: 1.6, L: 1.5}, {S: 0.1, L: 0.7, XL: 0.7}) == L
     assert rule.pick({XL: 1.0, L: 1.0}, {L: 0.7, XL: 0.7}) == XL
     assert rule.pick({S: 1.0, XL: 1.5, L: 1.5}, {S: 0.1, L: 0.7, XL: 0.7}) == XL
-    assert GoodEnough(min_gain=0.0).pick({S: 1.0, L: 1.01}, {S: 0.7, L: 0.7}) == S
+    assert GoodEnough(rule="slack", min_gain=0.0).pick({S: 1.0, L: 1.01}, {S: 0.7, L: 0.7}) == S
 
 
 def test_models_that_will_never_be_ready_are_still_told_apart_by_success() -> None:
     never_s = float("inf")
 
-    assert GoodEnough(tau=0.0).pick({S: never_s, L: never_s}, {S: 0.1, L: 0.7}) == L
-    assert GoodEnough().pick({S: never_s, L: 9.0}, {S: 0.9, L: 0.1}) == L
+    assert GoodEnough(rule="slack", tau=0.0).pick({S: never_s, L: never_s}, {S: 0.1, L: 0.7}) == L
+    assert GoodEnough(rule="slack").pick({S: never_s, L: 9.0}, {S: 0.9, L: 0.1}) == L
 
 
 loads = st.dictionaries(st.sampled_from((S, L, XL)), st.floats(0.0, 1e4), min_size=1)
@@ -203,11 +203,48 @@ loads = st.dictionaries(st.sampled_from((S, L, XL)), st.floats(0.0, 1e4), min_si
 def test_the_chosen_model_is_never_less_sure_than_the_fastest_nor_later_than_the_slack(
     loads_s: dict[ModelName, float], success: dict[ModelName, float], tau: float
 ) -> None:
-    chosen = GoodEnough(tau=tau).pick(loads_s, success)
+    chosen = GoodEnough(rule="slack", tau=tau).pick(loads_s, success)
 
     least_s = min(loads_s.values())
-    assert loads_s[chosen] <= max((1 + tau) * least_s, least_s + GoodEnough().tau_s)
+    assert loads_s[chosen] <= max((1 + tau) * least_s, least_s + GoodEnough(rule="slack").tau_s)
     assert success[chosen] >= min(success[m] for m in loads_s if loads_s[m] == least_s)
+
+
+@pytest.mark.parametrize(
+    ("worth_s", "chosen"),
+    [(0.0, S), (39.0, S), (41.0, L), (99.0, L), (101.0, XL)],
+)
+def test_a_model_is_granted_time_by_what_it_gains(worth_s: float, chosen: ModelName) -> None:
+    loads_s, success = {S: 10.0, L: 14.0, XL: 44.0}, {S: 0.3, L: 0.4, XL: 0.7}
+
+    assert GoodEnough(worth_s=worth_s).pick(loads_s, success) == chosen
+
+
+def test_at_the_same_gain_short_workflows_go_to_the_slow_model_and_long_ones_do_not() -> None:
+    """A share of the fastest's time does the opposite where only the slow model has a line."""
+    success, line_s = {S: 0.3, L: 0.5}, 3.0
+    short = {S: 2.0, L: 2 * 2.0 + line_s}
+    long = {S: 30.0, L: 2 * 30.0 + line_s}
+    earned, slack = GoodEnough(worth_s=40.0), GoodEnough(rule="slack", tau=1.2, tau_s=0.0)
+
+    assert [earned.pick(loads_s, success) for loads_s in (short, long)] == [L, S]
+    assert [slack.pick(loads_s, success) for loads_s in (short, long)] == [S, L]
+
+
+@given(
+    loads,
+    st.fixed_dictionaries({m: st.floats(0.0, 1.0) for m in (S, L, XL)}),
+    st.floats(0, 500),
+)
+def test_no_model_takes_longer_than_it_has_earned(
+    loads_s: dict[ModelName, float], success: dict[ModelName, float], worth_s: float
+) -> None:
+    chosen = GoodEnough(worth_s=worth_s).pick(loads_s, success)
+
+    fastest = min(loads_s, key=lambda m: loads_s[m])
+    gain = success[chosen] - success[fastest]
+    assert gain >= 0
+    assert loads_s[chosen] <= loads_s[fastest] + worth_s * gain
 
 
 def test_one_queued_call_shuts_a_model_out_under_the_published_rule_only() -> None:
@@ -220,21 +257,21 @@ def test_one_queued_call_shuts_a_model_out_under_the_published_rule_only() -> No
 
     assert routed(GoodEnough(rule="paper", tau=9.0), call, view=view) == "s"
     assert routed(GoodEnough(rule="paper", tau=9.0), call) == "l"
-    assert routed(GoodEnough(rule="repaired"), call, view=view) == "l"
+    assert routed(GoodEnough(rule="slack"), call, view=view) == "l"
 
 
 def test_without_a_forecast_of_success_the_fastest_model_is_taken() -> None:
-    assert routed(GoodEnough(tau=9.0), asking()) == "s"
+    assert routed(GoodEnough(rule="slack", tau=9.0), asking()) == "s"
     busy = a_view(full=("s",), waiting={"s": 100_000})
-    assert routed(GoodEnough(tau=9.0), asking(), view=busy) == "l"
+    assert routed(GoodEnough(rule="slack", tau=9.0), asking(), view=busy) == "l"
 
 
 def test_a_model_without_a_forecast_of_success_is_taken_for_its_speed_alone() -> None:
-    assert routed(GoodEnough(tau=9.0), asking({S: 0.2, L: 0.5})) == "l"
-    assert routed(GoodEnough(tau=9.0), asking({XL: 0.01, L: 0.015})) == "s"
+    assert routed(GoodEnough(rule="slack", tau=9.0), asking({S: 0.2, L: 0.5})) == "l"
+    assert routed(GoodEnough(rule="slack", tau=9.0), asking({XL: 0.01, L: 0.015})) == "s"
 
 
-@pytest.mark.parametrize("rule", ["repaired", "paper"])
+@pytest.mark.parametrize("rule", ["slack", "paper"])
 def test_a_fleet_of_one_model_has_no_choice(rule: str) -> None:
     pools = (SMALL, a_pool("s2", model="s"))
 
@@ -253,12 +290,21 @@ def test_a_workflow_keeps_its_model_while_nobody_sends_its_work_back() -> None:
     surer = {S: 0.1, L: 0.9, XL: 0.95}
     workflow = a_workflow(model=S)
     for role in ("planner", "coder", "tester"):
-        assert routed(GoodEnough(tau=9.0), asking(surer, role=role, workflow=workflow)) == "s"
+        assert (
+            routed(GoodEnough(rule="slack", tau=9.0), asking(surer, role=role, workflow=workflow))
+            == "s"
+        )
         workflow.note_role(role)
 
-    assert routed(GoodEnough(tau=9.0), asking(surer, role="coder", workflow=workflow)) == "xl"
-    assert routed(GoodEnough(tau=9.0, escalate=False), asking(surer, role="coder")) == "xl"
-    stays = GoodEnough(tau=9.0, escalate=False)
+    assert (
+        routed(GoodEnough(rule="slack", tau=9.0), asking(surer, role="coder", workflow=workflow))
+        == "xl"
+    )
+    assert (
+        routed(GoodEnough(rule="slack", tau=9.0, escalate=False), asking(surer, role="coder"))
+        == "xl"
+    )
+    stays = GoodEnough(rule="slack", tau=9.0, escalate=False)
     assert routed(stays, asking(surer, role="coder", workflow=workflow)) == "s"
 
 
@@ -283,17 +329,17 @@ def test_escalation_goes_only_to_models_that_are_at_least_as_sure() -> None:
     success = {S: 0.2, L: 0.5, XL: 0.6}
     call = asking(success, role="coder", workflow=sent_back_to(L))
 
-    assert routed(GoodEnough(tau=0.0, tau_s=0.0), call) == "l"
-    assert routed(GoodEnough(tau=9.0), call) == "xl"
+    assert routed(GoodEnough(rule="slack", tau=0.0, tau_s=0.0), call) == "l"
+    assert routed(GoodEnough(rule="slack", tau=9.0), call) == "xl"
     crowded = a_view(full=("l", "xl"), waiting={"l": 10**6, "xl": 10**6})
-    assert routed(GoodEnough(), call, view=crowded) in ("l", "xl")
+    assert routed(GoodEnough(rule="slack"), call, view=crowded) in ("l", "xl")
 
 
 @given(
     st.fixed_dictionaries({m: st.sampled_from((0.0, 0.2, 0.5, 0.9)) for m in (S, L, XL)}),
     st.sampled_from((S, L, XL)),
     st.fixed_dictionaries({m: st.integers(0, 10**5) for m in ("s", "l", "xl")}),
-    st.sampled_from(("repaired", "paper")),
+    st.sampled_from(("earned", "slack", "paper")),
 )
 def test_work_that_was_sent_back_never_goes_to_a_model_that_is_less_sure(
     success: dict[ModelName, float], at: ModelName, ahead: dict[str, int], rule: str
@@ -309,13 +355,13 @@ def test_work_that_was_sent_back_never_goes_to_a_model_that_is_less_sure(
 def test_work_that_was_sent_back_stays_if_nobody_knows_who_is_surer() -> None:
     call = asking(role="coder", workflow=sent_back_to(XL))
 
-    assert routed(GoodEnough(), call) == "xl"
+    assert routed(GoodEnough(rule="slack"), call) == "xl"
 
 
 def test_a_workflow_leaves_a_model_that_cannot_hold_its_call() -> None:
     call = asking({S: 0.2, L: 0.9}, workflow=a_workflow(model=XL))
 
-    assert routed(GoodEnough(tau=9.0), call, (SMALL, LARGE)) == "l"
+    assert routed(GoodEnough(rule="slack", tau=9.0), call, (SMALL, LARGE)) == "l"
 
 
 # Rivals.
@@ -431,13 +477,17 @@ def test_settings_reach_the_recipe() -> None:
     assert (found.aging, found.ordering) == (0.5, LeastAttained())
     assert found.clairvoyant == {"length", "success"}
     plain = policy("chimera")
-    assert (plain.router, plain.aging, plain.ordering) == (GoodEnough(), 0.1, ShortestRemaining())
+    assert (plain.router, plain.aging, plain.ordering) == (
+        GoodEnough(),
+        0.1,
+        ShortestRemaining(),
+    )
     assert plain.clairvoyant == frozenset()
     assert policy("chimera:knows=length").clairvoyant == {"length"}
     assert policy("chimera:order=fcfs").ordering == Fcfs()
 
 
-KNOWN = "known: aging, escalate, knows, min_gain, order, rule, tau, tau_s"
+KNOWN = "known: aging, escalate, knows, min_gain, order, rule, tau, tau_s, worth_s"
 
 
 @pytest.mark.parametrize(
@@ -459,7 +509,10 @@ KNOWN = "known: aging, escalate, knows, min_gain, order, rule, tau, tau_s"
         ),
         ("chimera:aging=0", 'policy chimera: aging: expected a number, at least 1e-06, found "0"'),
         ("chimera:escalate=1", 'policy chimera: escalate: expected yes or no, found "1"'),
-        ("chimera:rule=old", 'policy chimera: rule: expected repaired or paper, found "old"'),
+        (
+            "chimera:rule=old",
+            'policy chimera: rule: expected earned or slack or paper, found "old"',
+        ),
         ("chimera:order=sjf", 'policy chimera: order: expected stjf or las or fcfs, found "sjf"'),
         (
             "chimera:knows=all",

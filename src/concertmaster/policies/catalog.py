@@ -53,12 +53,13 @@ RECIPES: dict[str, Recipe] = {
     "chimera": Recipe(
         chimera,
         {
+            "worth_s": number(0),
             "tau": number(0),
             "tau_s": number(0),
             "min_gain": number(0, 1),
             "escalate": choice(yes=True, no=False),
             "aging": number(1e-6),
-            "rule": choice(repaired="repaired", paper="paper"),
+            "rule": choice(earned="earned", slack="slack", paper="paper"),
             "order": choice(stjf=ShortestRemaining(), las=LeastAttained(), fcfs=Fcfs()),
             "knows": choice(length=LENGTH, success=SUCCESS, both=LENGTH | SUCCESS),
         },

@@ -4,17 +4,18 @@ RIVALS = ("vllm", "vllm+mlfq", "ltr", "random-model", "quality-only", "cascade")
 ARMS = ("chimera", *RIVALS)
 
 SLACKS = {
-    "chimera:tau=0,tau_s=0": "0",
-    "chimera:tau=0.3,tau_s=1": "0.3",
-    "chimera": "1",
-    "chimera:tau=2,tau_s=4": "2",
+    "chimera:worth_s=0": "0",
+    "chimera:worth_s=15": "15",
+    "chimera": "40",
+    "chimera:worth_s=100": "100",
 }
-"""The frontier, by what a better model may cost: policy and its ``tau``."""
+"""The frontier, by what a right answer is worth: policy and its ``worth_s``."""
 
 WITHOUT = {
     "least-tokens+stjf": "no choice by quality",
     "chimera:order=fcfs": "no forecast of length in the order",
-    "chimera:rule=paper": "load as published",
+    "chimera:rule=slack": "the same slack whatever the gain",
+    "chimera:rule=paper": "load and slack as published",
     "chimera:escalate=no": "no escalation",
 }
 """What is left without a part, and which part."""

@@ -28,6 +28,7 @@ def summary(results: Results) -> Summary:
             _gaps(results),
             *(_table(title, figure, results) for title, figure in _FIGURES),
             _parts(results),
+            _overhead(results),
         ),
         plots=_plots(results),
         notes=(f"load 1, in workflows/s: {capacities}",),
@@ -215,9 +216,9 @@ def _table(title: str, figure: str, results: Results) -> Table:
 
 def _parts(results: Results) -> Table:
     """Compare the recipe with what is left without a part, and with what a truth would add."""
-    variants = {**WITHOUT, **ORACLES, **{arm: f"tau {tau}" for arm, tau in SLACKS.items()}}
+    variants = {**WITHOUT, **ORACLES, **{arm: f"worth {worth} s" for arm, worth in SLACKS.items()}}
     return Table(
-        title=f"Without a part, with a truth, with another slack: over chimera, at load {BUSY:g}",
+        title=f"Without a part, with a truth, with another worth: over chimera, at load {BUSY:g}",
         columns=("variant", "seconds by token", "mean makespan", "P95 makespan", "solved, points"),
         rows=tuple(
             (label, *(_over_chimera(results, figure, arm) for figure in (PER_TOKEN, MEAN, P95, OK)))
@@ -231,6 +232,29 @@ def _over_chimera(results: Results, figure: str, arm: str) -> Estimate:
     join = results.differences if figure == OK else results.ratios
     found = join(figure, arm, "chimera", settings=results.settings, loads=[BUSY])
     return Estimate.of([100 * one for one in found] if figure == OK else found)
+
+
+def _overhead(results: Results) -> Table:
+    """State what deciding costs beside what is decided about; forecasts are not in it."""
+    rows = []
+    for setting in results.settings:
+        each, decision_s, workflows, makespan_s = (
+            mean(results.values(figure, setting=setting, arm="chimera", load=BUSY))
+            for figure in (
+                "scheduler.decisions",
+                "scheduler.decision_s_p50",
+                "workflows.total",
+                MEAN,
+            )
+        )
+        share = each / workflows * decision_s / makespan_s
+        rows.append((setting, each / workflows, 1e6 * decision_s, 100 * share))
+    return Table(
+        title=f"What deciding costs, at load {BUSY:g}",
+        columns=("fleet/questions", "decisions a workflow", "microseconds each", "% of makespan"),
+        rows=tuple(rows),
+        note="decisions of the whole run over the workflows of its middle: an upper bound",
+    )
 
 
 def _plots(results: Results) -> Mapping[str, Plot]:
@@ -248,8 +272,8 @@ def _plots(results: Results) -> Mapping[str, Plot]:
 
 def _frontier(results: Results, setting: str) -> Frontier:
     return Frontier(
-        label="chimera, by tau",
-        curve=[_mark(results, setting, arm, tau) for arm, tau in SLACKS.items()],
+        label="chimera, by worth_s",
+        curve=[_mark(results, setting, arm, worth) for arm, worth in SLACKS.items()],
         others=[_mark(results, setting, arm, arm) for arm in (*RIVALS, *ORACLES)],
     )
 

@@ -20,7 +20,7 @@ from concertmaster.policies.ordering import ShortestRemaining
 from concertmaster.policies.recipes.baselines import baseline
 from concertmaster.policies.routers import by_model, ids_of, sent_back
 
-Rule: TypeAlias = Literal["repaired", "paper"]
+Rule: TypeAlias = Literal["earned", "slack", "paper"]
 
 
 def finish_s(call: Waiting, pools: Sequence[Pool], view: View) -> float:
@@ -60,31 +60,36 @@ def queued_s(_call: Waiting, pools: Sequence[Pool], view: View) -> float:
 
 
 LOADS: Mapping[Rule, Callable[[Waiting, Sequence[Pool], View], float]] = {
-    "repaired": finish_s,
+    "earned": finish_s,
+    "slack": finish_s,
     "paper": queued_s,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoodEnough:
-    """The likeliest model to succeed among those that finish about as soon as the fastest.
+    """A surer model than the fastest, if what it gains is worth the time.
 
     A workflow keeps its model. When a verifier sends work back, the choice is made anew among
     models that are at least as likely to succeed (``escalate``); without a forecast of success
     there is no telling which are, and it stays.
 
     Attributes:
-        tau: How much longer than the fastest a model may take, as a share.
-        tau_s: Seconds that it may take longer in any case; the rule "paper" has none.
+        worth_s: Seconds that a right answer in place of a wrong one is worth: a model that is
+            a tenth likelier to be right may take a tenth of that longer than the fastest.
         min_gain: Success by which it must beat the fastest.
-        rule: How load is measured.
+        rule: "earned" grants time by gain; "slack" the same time whatever the gain, as a
+            share of the fastest's; "paper" does so on load as published.
+        tau: Of "slack" and "paper": how much longer than the fastest, as a share.
+        tau_s: Of "slack": seconds longer in any case.
     """
 
-    tau: float = 1.0
-    tau_s: float = 2.0
+    worth_s: float = 40.0
     min_gain: float = 0.02
     escalate: bool = True
-    rule: Rule = "repaired"
+    rule: Rule = "earned"
+    tau: float = 0.3
+    tau_s: float = 1.0
 
     def route(
         self, call: Waiting, pools: Sequence[Pool], view: View, rng: random.Random
@@ -108,15 +113,21 @@ class GoodEnough:
         """Choose among models by seconds and success; ties go to the faster, then the first."""
         ranked = sorted(loads_s, key=lambda model: loads_s[model])
         fastest = ranked[0]
-        latest_s = (1 + self.tau) * loads_s[fastest]
-        if self.rule == "repaired":
-            latest_s = max(latest_s, loads_s[fastest] + self.tau_s)
         good = [
             model
             for model in ranked
-            if loads_s[model] <= latest_s and success[model] >= success[fastest] + self.min_gain
+            if (gain := success[model] - success[fastest]) >= self.min_gain
+            and loads_s[model] <= self._latest_s(loads_s[fastest], gain)
         ]
-        return max(good, key=lambda model: success[model], default=fastest)
+        price = 1 / self.worth_s if self.rule == "earned" and self.worth_s else 0.0
+        return max(good, key=lambda m: success[m] - price * loads_s[m], default=fastest)
+
+    def _latest_s(self, least_s: float, gain: float) -> float:
+        """When a model that gains so much must be done."""
+        if self.rule == "earned":
+            return least_s + self.worth_s * gain
+        share_s = least_s * (1 + self.tau)
+        return share_s if self.rule == "paper" else max(share_s, least_s + self.tau_s)
 
 
 def chimera(
