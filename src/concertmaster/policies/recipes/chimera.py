@@ -1,10 +1,10 @@
-"""Chimera: a model that is good enough and soon done; the shortest workflow goes first.
+"""Chimera: a surer model where that is worth the time; the shortest workflow goes first.
 
-Of all models that would finish the workflow about as soon as the fastest, the likeliest to
-solve it is taken, and kept until a verifier sends its work back (Chimera, arXiv 2603.22206,
-algorithm 1). What is repaired: load is what live workflows still need, so it neither
-vanishes between two calls nor counts twice; time includes the call's own prefill and
-decode; an idle model does not shut all others out.
+A model may finish the workflow later than the fastest by what it gains in success; it is
+kept until a verifier sends its work back (Chimera, arXiv 2603.22206, algorithm 1). What is
+repaired: time is granted by gain rather than as a share; load is what live workflows still
+need, so it neither vanishes between two calls nor counts twice; time includes the call's
+own prefill and decode; an idle model does not shut all others out.
 """
 
 import random
