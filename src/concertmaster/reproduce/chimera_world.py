@@ -50,7 +50,6 @@ WORLDS: Mapping[str, World] = {
     "llama3.1-8b+70b/gsm": World("llama-8b-70b", ("zeroeval_gsm",)),
     "llama3.1-8b+70b/mmlu-pro": World("llama-8b-70b", ("mmlu_pro",)),
     "qwen2.5-7b+72b/math": World("qwen-7b-72b", ("zeroeval_math_l5",)),
-    "phi3+mixtral/mmlu-pro": World("phi-mixtral", ("mmlu_pro",)),
     "llama2-7b+13b+70b/mmlu-pro": World("llama2-7b-13b-70b", ("mmlu_pro",)),
 }
 """Settings by name; the first three are the default grid."""
