@@ -291,6 +291,9 @@ def reproduce(
     plots: Annotated[Path | None, typer.Option(help="Folder to draw pictures into.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the report here as a page.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget runs that are finished.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with routing sets, for studies that need them.")
+    ] = None,
 ) -> None:
     """Repeat a published comparison, and say which of its claims hold here.
 
@@ -305,6 +308,7 @@ def reproduce(
         plots=plots,
         markdown=markdown,
         fresh=fresh,
+        data=data,
     )
     if not met:
         raise typer.Exit(code=1)

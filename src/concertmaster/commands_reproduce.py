@@ -1,5 +1,6 @@
 """What ``reproduce`` does; ``cli`` says how it is called."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,11 @@ def reproduce(
     plots: Path | None,
     markdown: Path | None,
     fresh: bool,
+    data: Path | None = None,
 ) -> bool:
     """Run a study and print what came of it; return whether every claim is met."""
+    if data is not None:
+        _name_data(data)
     study = study_named(name)
     for option, value in (("--seeds", seeds), ("--jobs", jobs)):
         if value is not None and value < 1:
@@ -49,6 +53,14 @@ def reproduce(
         write_markdown(finding, drawn, markdown)
         show.say(out, f"page              {markdown}")
     return summary.met
+
+
+def _name_data(folder: Path) -> None:
+    """Tell this process and those of the study where the routing sets are."""
+    if not folder.is_dir():
+        remedy = "docs/workloads.md says what belongs in it"
+        raise InputError("--data", "", f"expected a folder, found nothing at {folder}", remedy)
+    os.environ["CONCERTMASTER_DATA"] = str(folder)
 
 
 def _run(study: Study, cells: Sequence[Cell], jobs: int | None, *, fresh: bool) -> Results:

@@ -271,3 +271,10 @@ def test_every_kind_of_plot_is_drawn(tmp_path: Path) -> None:
 
     assert [path.name for path in paths] == [f"{name}.png" for name in PLOTS]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_a_folder_of_data_that_is_not_there_is_bad_input(reproduce: Cli, tmp_path: Path) -> None:
+    code, _, err = reproduce("chimera", "--data", tmp_path / "nowhere")
+
+    assert code == 2
+    assert "--data: expected a folder, found nothing at" in err

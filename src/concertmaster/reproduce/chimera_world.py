@@ -6,6 +6,7 @@ each workflow on a model drawn at random, before any figure is taken.
 """
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,10 @@ from concertmaster.reproduce.ledger import FOLDER
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import NO_OUTCOMES, ModelOutcome, WorkflowPlan
 
-DATA = Path("../shared/data/public")
+DATA_VARIABLE = "CONCERTMASTER_DATA"
+"""Environment variable with the folder of the routing sets; processes of a study inherit it."""
+
+DATA = Path(os.environ.get(DATA_VARIABLE, "../shared/data/public"))
 BLIND = "vllm"
 RUSH_WORKFLOWS = 1200
 WARM_UP_WORKFLOWS, WARM_UP_LOAD, WARM_UP_SEED = 800, 0.6, 4242
