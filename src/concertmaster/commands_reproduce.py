@@ -1,6 +1,5 @@
 """What ``reproduce`` does; ``cli`` says how it is called."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.observe import console as show
 from concertmaster.observe.draw_plots import draw_plots
 from concertmaster.observe.forecast_plots import check_plot_folder
+from concertmaster.reproduce.data import use_data_folder
 from concertmaster.reproduce.registry import available, study_named
 from concertmaster.reproduce.report import Finding, as_json
 from concertmaster.reproduce.results import Cell, Results
@@ -60,7 +60,7 @@ def _name_data(folder: Path) -> None:
     if not folder.is_dir():
         remedy = "docs/workloads.md says what belongs in it"
         raise InputError("--data", "", f"expected a folder, found nothing at {folder}", remedy)
-    os.environ["CONCERTMASTER_DATA"] = str(folder)
+    use_data_folder(folder)
 
 
 def _run(study: Study, cells: Sequence[Cell], jobs: int | None, *, fresh: bool) -> Results:

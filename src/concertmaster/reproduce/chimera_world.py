@@ -6,10 +6,8 @@ each workflow on a model drawn at random, before any figure is taken.
 """
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from concertmaster import compose
@@ -19,16 +17,14 @@ from concertmaster.core.request import ModelName
 from concertmaster.learning.datasets import held_out, key_of
 from concertmaster.predictors.interface import Predictor
 from concertmaster.reproduce.capacity import capacity_rps, full_rate_rps
+from concertmaster.reproduce.data import data_folder
 from concertmaster.reproduce.draw import draw
 from concertmaster.reproduce.fleets import study_fleet
 from concertmaster.reproduce.ledger import FOLDER
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import NO_OUTCOMES, ModelOutcome, WorkflowPlan
 
-DATA_VARIABLE = "CONCERTMASTER_DATA"
-"""Environment variable with the folder of the routing sets; processes of a study inherit it."""
-
-DATA = Path(os.environ.get(DATA_VARIABLE, "../shared/data/public"))
+DATA = data_folder()
 BLIND = "vllm"
 RUSH_WORKFLOWS = 1200
 WARM_UP_WORKFLOWS, WARM_UP_LOAD, WARM_UP_SEED = 800, 0.6, 4242
