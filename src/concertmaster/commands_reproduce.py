@@ -14,6 +14,7 @@ from concertmaster.reproduce.results import Cell, Results
 from concertmaster.reproduce.runner import ledger_of, run_study
 from concertmaster.reproduce.show import show_finding, write_markdown
 from concertmaster.reproduce.study import Study
+from concertmaster.workload.routing import QUESTIONS_FILE
 
 __all__ = ["available", "reproduce"]
 
@@ -57,9 +58,9 @@ def reproduce(
 
 def _name_data(folder: Path) -> None:
     """Tell this process and those of the study where the routing sets are."""
-    if not folder.is_dir():
-        remedy = "docs/workloads.md says what belongs in it"
-        raise InputError("--data", "", f"expected a folder, found nothing at {folder}", remedy)
+    if not (folder / QUESTIONS_FILE).is_file():
+        problem = f"expected a folder with {QUESTIONS_FILE}, found none at {folder}"
+        raise InputError("--data", "", problem, "docs/workloads.md says what belongs in it")
     use_data_folder(folder)
 
 

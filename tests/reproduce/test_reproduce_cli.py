@@ -274,7 +274,8 @@ def test_every_kind_of_plot_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_data_that_is_not_there_is_bad_input(reproduce: Cli, tmp_path: Path) -> None:
-    code, _, err = reproduce("chimera", "--data", tmp_path / "nowhere")
+    for folder in (tmp_path / "nowhere", tmp_path):
+        code, _, err = reproduce("chimera", "--data", folder)
 
-    assert code == 2
-    assert "--data: expected a folder, found nothing at" in err
+        assert code == 2
+        assert "--data: expected a folder with routing_questions.parquet, found none at" in err
