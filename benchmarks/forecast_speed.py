@@ -64,13 +64,14 @@ def measured(predictor: LearnedPredictor) -> dict[str, float]:
     """Return milliseconds: the whole forecast, and the parts of it."""
     rng = random.Random(0)
     calls = [(_request(i), _prompt(rng)) for i in range(CALLS)]
-    looks = [predictor.evidence.look(request, prompt) for request, prompt in calls]
+    others = [(_request(i), _prompt(rng)) for i in range(CALLS)]
+    looks = [predictor.evidence.look(request, prompt) for request, prompt in others]
     heads = predictor.heads
     assert heads is not None, "a store holds heads"
     figures = {
         "heads": [
-            _ms(heads.predict, look.features, call[1].text)
-            for look, call in zip(looks, calls, strict=True)
+            _ms(heads.predict, look.features, other[1].text)
+            for look, other in zip(looks, others, strict=True)
         ],
         "whole forecast": [_ms(predictor.predict, *call) for call in calls],
         "the same prompt again": [_ms(predictor.predict, *calls[-1]) for _ in range(CALLS)],

@@ -58,13 +58,14 @@ def asking(
     role: str = "",
     workflow: Workflow | None = None,
     owed_tokens: int = 0,
+    prompt_tokens: int = 100,
 ) -> Waiting:
     forecast = Forecast(
         output_tokens=Quantiles.exactly(tokens),
         remaining_tokens=Quantiles.exactly(tokens),
         success=success or {},
     )
-    request = a_request(role=role, max_output_tokens=4000)
+    request = a_request(role=role, max_output_tokens=4000, prompt_tokens=prompt_tokens)
     workflow = workflow or a_workflow()
     return a_waiting_call(
         request=request, forecast=forecast, workflow=workflow, owed_tokens=owed_tokens
@@ -258,6 +259,27 @@ def test_one_queued_call_shuts_a_model_out_under_the_published_rule_only() -> No
     assert routed(GoodEnough(rule="paper", tau=9.0), call, view=view) == "s"
     assert routed(GoodEnough(rule="paper", tau=9.0), call) == "l"
     assert routed(GoodEnough(rule="slack"), call, view=view) == "l"
+
+
+def test_the_published_load_can_be_had_without_the_published_rule_and_the_rule_without_it() -> None:
+    """The call itself needs more time than a right answer is worth, and its load is open calls."""
+    call = asking({S: 0.2, L: 0.9}, tokens=100_000)
+
+    assert routed(GoodEnough(), call) == "s"
+    assert routed(GoodEnough(load="open"), call) == "l"
+    assert routed(GoodEnough(rule="paper"), call) == "l"
+    assert routed(GoodEnough(rule="paper", load="owed"), call) == "s"
+
+
+def test_leaving_a_model_costs_the_prefill_of_what_it_holds_unless_that_is_switched_off() -> None:
+    success = {S: 0.5, L: 0.54}
+    workflow = sent_back_to(S)
+    workflow.context_tokens = 100_000
+    call = asking(success, role="coder", workflow=workflow, tokens=1, prompt_tokens=100_000)
+    twins = [SMALL, a_pool("l", model="l")]
+
+    assert routed(GoodEnough(), call, twins) == "s"
+    assert routed(GoodEnough(switch_cost=False), call, twins) == "l"
 
 
 def test_without_a_forecast_of_success_the_fastest_model_is_taken() -> None:
@@ -487,7 +509,9 @@ def test_settings_reach_the_recipe() -> None:
     assert policy("chimera:order=fcfs").ordering == Fcfs()
 
 
-KNOWN = "known: aging, escalate, knows, min_gain, order, rule, tau, tau_s, worth_s"
+KNOWN = (
+    "known: aging, escalate, knows, load, min_gain, order, rule, switch_cost, tau, tau_s, worth_s"
+)
 
 
 @pytest.mark.parametrize(

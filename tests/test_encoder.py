@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,11 +14,8 @@ from concertmaster.core.errors import InputError
 from concertmaster.learning.distill import Teacher, distill
 from concertmaster.predictors.encoder import (
     STATIC_CHARS,
-    EmbeddingCache,
     Encoder,
     StaticEncoder,
-    Vectors,
-    content_key,
     encode_fresh,
     excerpt,
     fresh_part,
@@ -76,7 +72,6 @@ ENCODERS: dict[str, Encoder] = {
     "projected": HashedEncoder(
         projection=np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
     ),
-    "cached": EmbeddingCache(static(), entries=4),
 }
 every_encoder = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 
@@ -172,43 +167,6 @@ def test_a_static_encoder_survives_its_arrays(tmp_path: Path) -> None:
         restored = StaticEncoder.from_arrays(arrays)
     texts = list(GOLDEN)
     assert restored.encode(texts).tolist() == encoder.encode(texts).tolist()
-
-
-class Counting:
-    """Counts the texts it is asked for."""
-
-    def __init__(self) -> None:
-        self.name, self.dims, self.asked = "counting", 2, 0
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        self.asked += len(texts)
-        return np.array([[len(text), 1] for text in texts], np.float32).reshape(-1, 2)
-
-
-@given(calls=st.lists(st.lists(st.sampled_from("abcdef"), max_size=8), max_size=8))
-def test_a_cache_answers_as_its_encoder_does_and_stays_small(calls: list[list[str]]) -> None:
-    cache = EmbeddingCache(Counting(), entries=3)
-    for texts in calls:
-        assert cache.encode(texts).tolist() == Counting().encode(texts).tolist()
-        assert len(cache) <= 3
-    assert cache.hits + cache.misses == sum(map(len, calls))
-
-
-def test_a_cache_asks_once_while_it_remembers_and_forgets_the_one_unused_for_longest() -> None:
-    encoder = Counting()
-    cache = EmbeddingCache(encoder, entries=2)
-    cache.encode(["a", "b", "a"])
-    assert (encoder.asked, cache.hits, cache.misses) == (2, 1, 2)
-    cache.encode(["a"])
-    cache.encode(["c"])
-    cache.encode(["a"])
-    assert encoder.asked == 3
-    cache.encode(["b"])
-    assert encoder.asked == 4
-
-
-def test_texts_with_lone_surrogates_have_keys_of_their_own() -> None:
-    assert len({content_key("\ud800"), content_key("\udfff"), content_key("")}) == 3
 
 
 @given(head=st.text(max_size=40), one=st.text(max_size=20), other=st.text(max_size=20))

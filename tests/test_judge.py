@@ -129,7 +129,7 @@ def test_the_first_prompt_that_a_model_answered_is_what_it_learns_from() -> None
 def test_nothing_is_embedded_twice() -> None:
     encoder = Counting()
     predictor = a_predictor(Judge(a_success_head(), encoder))
-    serve(predictor, 1.0, NEWCOMER, OTHER)
+    serve(predictor, 1.0, NEWCOMER, OTHER, NEWCOMER, prompts=["what", "is + ?", "what"])
 
     assert encoder.texts == 2
 

@@ -8,10 +8,12 @@ import pytest
 from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
 from concertmaster.learning.datasets import held_out, key_of
 from concertmaster.policies.catalog import policy
+from concertmaster.predictors.recent import RecentLengths
 from concertmaster.reproduce import chimera_world as world
 from concertmaster.reproduce.chimera import STUDY, longest_wait_s, per_token_s, promised_ratio
-from concertmaster.reproduce.chimera_arms import ARMS, BUSY
+from concertmaster.reproduce.chimera_arms import ARMS, BUSY, ORACLES, SLACKS, UNGRADED, WITHOUT
 from concertmaster.reproduce.chimera_summary import summary
+from concertmaster.reproduce.chimera_witness import Witness
 from concertmaster.reproduce.results import Cell, Results
 from concertmaster.workload.records import CallRecord, Gauges, RunRecords, WorkflowRecord
 
@@ -156,9 +158,30 @@ def test_a_rival_dominates_only_if_it_is_sooner_and_as_good(
 def test_every_arm_is_a_policy_and_the_busy_load_has_all_of_them() -> None:
     cells = STUDY.cells(seeds=1, full=True)
 
-    assert {policy(cell.arm).name for cell in cells} == {cell.arm for cell in cells}
+    policies = {cell.arm.removesuffix(UNGRADED) for cell in cells}
+    assert {policy(name).name for name in policies} == policies
     assert {cell.arm for cell in cells if cell.load == BUSY} == {cell.arm for cell in cells}
     assert {cell.arm for cell in cells if cell.load != BUSY} == set(ARMS)
+
+
+def test_by_default_parts_are_taken_out_on_one_fleet_and_worth_is_swept_on_all() -> None:
+    cells = STUDY.cells(seeds=1, full=False)
+
+    assert len({cell.setting for cell in cells if cell.arm in {*WITHOUT, *ORACLES}}) == 1
+    assert len({cell.setting for cell in cells if cell.arm in SLACKS}) == 3
+
+
+def test_grades_that_are_kept_back_reach_no_forecast() -> None:
+    told: list[float | None] = []
+
+    class Told(RecentLengths):
+        def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
+            told.append(success)
+
+    Witness(Told()).close(WorkflowId("w"), 1.0)
+    Witness(Told(), graded=False).close(WorkflowId("w"), 1.0)
+
+    assert told == [1.0, None]
 
 
 def test_the_full_grid_has_at_least_four_pairs_and_two_triples() -> None:

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import le, lt
 
 from concertmaster.core.request import ModelName
 
@@ -43,9 +44,9 @@ class Quantiles:
     def __post_init__(self) -> None:
         if not self.levels or len(self.levels) != len(self.values):
             raise ValueError("quantiles need as many values as levels, at least one")
-        if any(b <= a for a, b in zip(self.levels, self.levels[1:], strict=False)):
+        if not all(map(lt, self.levels, self.levels[1:])):
             raise ValueError(f"levels must increase, got {self.levels}")
-        if any(b < a for a, b in zip(self.values, self.values[1:], strict=False)):
+        if not all(map(le, self.values, self.values[1:])):
             raise ValueError(f"values must not decrease, got {self.values}")
 
     @classmethod

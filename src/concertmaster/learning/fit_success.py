@@ -16,7 +16,8 @@ from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
 from concertmaster.learning.loadings import Sample, fit_loadings
 from concertmaster.learning.networks import Floats, Net, Task
-from concertmaster.predictors.encoder import Encoder, content_key
+from concertmaster.predictors.encoder import Encoder
+from concertmaster.predictors.kept import content_key
 from concertmaster.predictors.lexical import lexical
 from concertmaster.predictors.model_names import name_traits
 from concertmaster.predictors.success import Prior, SuccessHead

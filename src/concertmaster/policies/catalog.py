@@ -60,6 +60,8 @@ RECIPES: dict[str, Recipe] = {
             "escalate": choice(yes=True, no=False),
             "aging": number(1e-6),
             "rule": choice(earned="earned", slack="slack", paper="paper"),
+            "load": choice(owed="owed", open="open"),
+            "switch_cost": choice(yes=True, no=False),
             "order": choice(stjf=ShortestRemaining(), las=LeastAttained(), fcfs=Fcfs()),
             "knows": choice(length=LENGTH, success=SUCCESS, both=LENGTH | SUCCESS),
         },

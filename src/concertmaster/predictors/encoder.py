@@ -4,9 +4,7 @@ Every encoder answers with unit rows and looks at a bounded part of a text, so t
 longest prompt costs little more than a short one.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -108,57 +106,6 @@ class StaticEncoder:
             arrays["scale"].astype(np.float32),
             arrays["bias"].astype(np.float32),
         )
-
-
-class EmbeddingCache:
-    """An encoder that remembers: each text is embedded once while it is kept.
-
-    Texts are told apart by a 16-byte hash; none is stored.
-
-    Args:
-        encoder: Asked for texts that are not kept.
-        entries: Vectors to keep; the one unused for longest goes first.
-    """
-
-    def __init__(self, encoder: Encoder, *, entries: int = 4_096) -> None:
-        self.name = encoder.name
-        self.dims = encoder.dims
-        self.hits = 0
-        self.misses = 0
-        self._encoder = encoder
-        self._entries = entries
-        self._kept: OrderedDict[bytes, Vectors] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """One row a text, from memory where it is kept; see `Encoder`."""
-        keys = [content_key(text) for text in texts]
-        wanted = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._kept}
-        self.misses += len(wanted)
-        self.hits += len(texts) - len(wanted)
-        found = dict(zip(wanted, self._encode_all(list(wanted.values())), strict=True))
-        rows = [found[key] if key in found else self._touch(key) for key in keys]
-        self._keep(found)
-        return np.stack(rows) if rows else np.zeros((0, self.dims), np.float32)
-
-    def _encode_all(self, texts: Sequence[str]) -> Sequence[Vectors]:
-        return list(self._encoder.encode(texts)) if texts else []
-
-    def _touch(self, key: bytes) -> Vectors:
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def _keep(self, found: Mapping[bytes, Vectors]) -> None:
-        self._kept.update(found)
-        while len(self._kept) > self._entries:
-            self._kept.popitem(last=False)
-
-
-def content_key(text: str) -> bytes:
-    """Sixteen bytes that tell texts apart, lone surrogates included."""
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def fresh_part(text: str, previous: str) -> str:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.predictors.encoder import Encoder
+from concertmaster.predictors.kept import Kept
 from concertmaster.predictors.success import SuccessHead
 from concertmaster.predictors.trunk import Floats
 
@@ -37,18 +38,19 @@ class Judge:
     def __init__(self, head: SuccessHead, encoder: Encoder) -> None:
         self.head = head
         self._encoder = encoder
+        self._traits = Kept(self._read)
         self._asked: OrderedDict[RequestId, Floats] = OrderedDict()
         self._parts: OrderedDict[WorkflowId, dict[ModelName, _Part]] = OrderedDict()
 
     def __call__(self, text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
         """Return the chance of each model that is known, or whose name tells something."""
-        return self.head.predict_from(self._traits(text), models)
+        return self.head.predict_from(self._traits.of(text), models)
 
     def foresee(
         self, request: Request, text: str, models: Sequence[ModelName]
     ) -> dict[ModelName, float]:
         """Answer, and keep the traits of the prompt until its call is answered."""
-        traits = self._traits(text)
+        traits = self._traits.of(text)
         _keep(self._asked, request.request_id, traits)
         return self.head.predict_from(traits, models)
 
@@ -69,7 +71,7 @@ class Judge:
         for model, (traits, count) in parts.items():
             self.head.learn_from(traits, model, grade, worth=count / calls)
 
-    def _traits(self, text: str) -> Floats:
+    def _read(self, text: str) -> Floats:
         return self.head.traits(text, self._encoder.encode([text])[0])
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from concertmaster.core.errors import InputError
 from concertmaster.core.request import ModelName
 from concertmaster.predictors.calibration import Calibration
-from concertmaster.predictors.encoder import EmbeddingCache, Encoder, StaticEncoder
+from concertmaster.predictors.encoder import Encoder, StaticEncoder
 from concertmaster.predictors.evidence import LEAN, Evidence
 from concertmaster.predictors.hashing import HashedEncoder
 from concertmaster.predictors.heads import LEVELS, Heads, part
@@ -318,7 +318,7 @@ def judge_of(store: Store) -> Judge | None:
     if encoder is None or head.encoder != encoder.name:
         problem = f'expected the encoder "{head.encoder}", found "{store.manifest.encoder.name}"'
         raise InputError(str(store.folder / MANIFEST), "encoder", problem, AGAIN)
-    return Judge(head, EmbeddingCache(encoder))
+    return Judge(head, encoder)
 
 
 def restore(

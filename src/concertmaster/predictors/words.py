@@ -13,6 +13,8 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
+from concertmaster.predictors.kept import Kept
+
 HEAD_CHARS, TAIL_CHARS = 300, 250
 BUCKETS = 1 << 17
 Floats = npt.NDArray[np.float32]
@@ -52,9 +54,13 @@ class WordScores:
         self._by_bucket = np.ascontiguousarray(np.vstack((weights, rarity**2)).T)
         self._rarity = rarity
         self._offsets = offsets
+        self._kept = Kept(self._scores)
 
     def scores(self, text: str) -> Floats:
         """Return the scores of a text, shape ``(targets,)``, in log odds of a rank."""
+        return self._kept.of(text)
+
+    def _scores(self, text: str) -> Floats:
         found = buckets(text)
         if not found.size:
             return self._offsets

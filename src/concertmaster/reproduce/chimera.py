@@ -1,16 +1,22 @@
 """Model choice under load: who is right how often, and how soon, on mixed fleets."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from concertmaster import compose
-from concertmaster.core.forecast import NO_FORECAST, Forecast
-from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
-from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.core.request import ModelName, RequestId, WorkflowId
 from concertmaster.reproduce import chimera_world as world
-from concertmaster.reproduce.chimera_arms import ARMS, BUSY, ORACLES, SLACKS, WITHOUT
+from concertmaster.reproduce.chimera_arms import (
+    ARMS,
+    BUSY,
+    ORACLES,
+    SLACKS,
+    UNGRADED,
+    WITHOUT,
+)
 from concertmaster.reproduce.chimera_summary import summary
+from concertmaster.reproduce.chimera_witness import Witness
 from concertmaster.reproduce.draw import draw
 from concertmaster.reproduce.study import Cell, Figures, Results, Summary
 from concertmaster.reproduce.window import figures, middle
@@ -22,36 +28,8 @@ BLIND = frozenset({"vllm", "vllm+mlfq"})
 LOADS = (0.3, 0.7, 1.1)
 MORE_LOADS = (0.5, 0.9, 1.0)
 DEFAULT_WORLDS = 3
-WORKFLOWS = 300
-
-
-class Witness:
-    """Passes forecasts on, and remembers what success they promised."""
-
-    def __init__(self, inner: Predictor) -> None:
-        self.reads_prompts = inner.reads_prompts
-        self.promised: dict[RequestId, Mapping[ModelName, float]] = {}
-        self._inner = inner
-
-    def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
-        """Note what is promised."""
-        forecast = self._inner.predict(request, prompt)
-        self.promised[request.request_id] = forecast.success
-        return forecast
-
-    def learn(
-        self,
-        request: Request,
-        completion: Completion,
-        prompt: Prompt = NO_PROMPT,
-        forecast: Forecast = NO_FORECAST,
-    ) -> None:
-        """Pass on."""
-        self._inner.learn(request, completion, prompt, forecast)
-
-    def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
-        """Pass on."""
-        self._inner.close(workflow_id, success)
+WORKFLOWS, RUSH_WORKFLOWS = 300, 900
+"""Of a run, below load 1 and from there on, where lines grow for as long as it lasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +38,24 @@ class Chimera:
 
     name: str = "chimera"
     title: str = "The right model under load, the shortest workflow first"
-    modules: tuple[str, ...] = ("chimera", "chimera_world", "chimera_arms")
+    modules: tuple[str, ...] = ("chimera", "chimera_world", "chimera_arms", "chimera_witness")
 
     @property
     def settings(self) -> Mapping[str, object]:
         """How many workflows a run has, and from which data."""
-        return {"workflows": WORKFLOWS, "data": str(world.DATA)}
+        return {"workflows": [WORKFLOWS, RUSH_WORKFLOWS], "data": str(world.DATA)}
 
     def cells(self, *, seeds: int, full: bool) -> Sequence[Cell]:
-        """Rivals at every load; variants at the busy one; the full grid has all fleets."""
+        """Rivals at every load; variants at the busy one, on one fleet unless it is the full grid.
+
+        What a right answer is worth is swept on every fleet, and the full grid has them all.
+        """
         settings = list(world.WORLDS)[: None if full else DEFAULT_WORLDS]
         loads = sorted(LOADS + MORE_LOADS * full)
-        variants = [arm for arm in (*SLACKS, *WITHOUT, *ORACLES) if arm not in ARMS]
-        arms = [*product(loads, ARMS), *product([BUSY], variants)]
         return [
             Cell(setting=setting, arm=arm, load=load, seed=seed)
-            for seed, setting, (load, arm) in product(range(seeds), settings, arms)
+            for seed, setting in product(range(seeds), settings)
+            for load, arm in _arms(loads, variants=full or setting == settings[0])
         ]
 
     def run(self, cell: Cell) -> Figures:
@@ -83,15 +63,13 @@ class Chimera:
         fleet, capacity_rps = world.fleet_of(cell.setting), world.capacity_of(cell.setting)
         workload = draw(
             world.plans_of(cell.setting, test=True),
-            workflows=WORKFLOWS,
+            workflows=WORKFLOWS if cell.load < 1 else RUSH_WORKFLOWS,
             rate_rps=cell.load * capacity_rps,
             seed=cell.seed,
         )
-        if cell.arm in BLIND:
-            witness = Witness(compose.predictor_of(compose.RECENT, fleet))
-        else:
-            witness = Witness(world.predictor_of(cell.setting))
-        run = compose.simulate(fleet, workload, cell.arm, seed=cell.seed, predictor=witness)
+        witness = _witness(cell)
+        policy = cell.arm.removesuffix(UNGRADED)
+        run = compose.simulate(fleet, workload, policy, seed=cell.seed, predictor=witness)
         kept = middle(run)
         plans = {plan.workflow_id: plan for plan in workload}
         asked = [plans[one.workflow_id] for one in kept.workflows]
@@ -110,6 +88,20 @@ class Chimera:
     def summarise(self, results: Results) -> Summary:
         """State the claims."""
         return summary(results)
+
+
+def _arms(loads: Sequence[float], *, variants: bool) -> Iterator[tuple[float, str]]:
+    yield from product(loads, ARMS)
+    for arm in (*SLACKS, *(*WITHOUT, *ORACLES) * variants):
+        if arm not in ARMS:
+            yield BUSY, arm
+
+
+def _witness(cell: Cell) -> Witness:
+    if cell.arm in BLIND:
+        return Witness(compose.predictor_of(compose.RECENT, world.fleet_of(cell.setting)))
+    graded = not cell.arm.endswith(UNGRADED)
+    return Witness(world.predictor_of(cell.setting, graded=graded), graded=graded)
 
 
 def per_token_s(run: RunRecords) -> float:

@@ -11,12 +11,18 @@ SLACKS = {
 }
 """The frontier, by what a right answer is worth: policy and its ``worth_s``."""
 
+UNGRADED = " ungraded"
+"""Ends an arm whose forecasts of success are as trained: no grade of its traffic is learned."""
+
 WITHOUT = {
     "least-tokens+stjf": "no choice by quality",
     "chimera:order=fcfs": "no forecast of length in the order",
+    f"chimera{UNGRADED}": "success as trained, not calibrated by grades",
+    "chimera:load=open": "load of open calls only, as published",
+    "chimera:switch_cost=no": "no cost of leaving a model",
+    "chimera:escalate=no": "no escalation",
     "chimera:rule=slack": "the same slack whatever the gain",
     "chimera:rule=paper": "load and slack as published",
-    "chimera:escalate=no": "no escalation",
 }
 """What is left without a part, and which part."""
 

@@ -124,7 +124,13 @@ def _alone(results: Results) -> tuple[Claim, ...]:
         Claim.over_seeds(
             "oracle-length",
             f"mean makespan at load {BUSY:g}, chimera / the same with true lengths",
-            results.ratios(MEAN, "chimera", "chimera:knows=length", settings=settings, loads=busy),
+            results.ratios(
+                MEAN,
+                "chimera",
+                "chimera:knows=length",
+                settings=_taken_apart(results),
+                loads=busy,
+            ),
             "at most",
             1.15,
         ),
@@ -136,6 +142,16 @@ def _alone(results: Results) -> tuple[Claim, ...]:
             3.0,
         ),
     )
+
+
+def _taken_apart(results: Results) -> list[str]:
+    """Fleets on which parts were taken out and oracles asked."""
+    arms = (*WITHOUT, *ORACLES)
+    return [
+        setting
+        for setting in results.settings
+        if all(results.has(setting=setting, arm=arm, load=BUSY) for arm in arms)
+    ]
 
 
 def _dominations(results: Results) -> list[float]:
@@ -225,12 +241,13 @@ def _parts(results: Results) -> Table:
             for arm, label in variants.items()
             if arm != "chimera"
         ),
+        note=f"on {', '.join(_taken_apart(results))}",
     )
 
 
 def _over_chimera(results: Results, figure: str, arm: str) -> Estimate:
     join = results.differences if figure == OK else results.ratios
-    found = join(figure, arm, "chimera", settings=results.settings, loads=[BUSY])
+    found = join(figure, arm, "chimera", settings=_taken_apart(results), loads=[BUSY])
     return Estimate.of([100 * one for one in found] if figure == OK else found)
 
 
@@ -274,7 +291,11 @@ def _frontier(results: Results, setting: str) -> Frontier:
     return Frontier(
         label="chimera, by worth_s",
         curve=[_mark(results, setting, arm, worth) for arm, worth in SLACKS.items()],
-        others=[_mark(results, setting, arm, arm) for arm in (*RIVALS, *ORACLES)],
+        others=[
+            _mark(results, setting, arm, arm)
+            for arm in (*RIVALS, *ORACLES)
+            if results.has(setting=setting, arm=arm, load=BUSY)
+        ],
     )
 
 

@@ -17,6 +17,7 @@ from concertmaster.core.request import ModelName
 from concertmaster.learning.datasets import held_out, key_of
 from concertmaster.predictors.interface import Predictor
 from concertmaster.reproduce.capacity import capacity_rps, full_rate_rps
+from concertmaster.reproduce.chimera_witness import Witness
 from concertmaster.reproduce.data import data_folder
 from concertmaster.reproduce.draw import draw
 from concertmaster.reproduce.fleets import study_fleet
@@ -93,7 +94,7 @@ def capacity_of(setting: str) -> float:
 
 
 @cache
-def _warm_predictor(setting: str) -> Predictor:
+def _warm_predictor(setting: str, *, graded: bool) -> Predictor:
     fleet = fleet_of(setting)
     predictor = compose.predictor_of(compose.SHIPPED, fleet)
     rate_rps = WARM_UP_LOAD * capacity_of(setting)
@@ -103,13 +104,19 @@ def _warm_predictor(setting: str) -> Predictor:
         rate_rps=rate_rps,
         seed=WARM_UP_SEED,
     )
-    compose.simulate(fleet, workload, "random-model", seed=WARM_UP_SEED, predictor=predictor)
+    witness = Witness(predictor, graded=graded)
+    compose.simulate(fleet, workload, "random-model", seed=WARM_UP_SEED, predictor=witness)
     return predictor
 
 
-def predictor_of(setting: str) -> Predictor:
-    """Return forecasts as they stand after the warm-up, to be used up by one run."""
-    return copy.deepcopy(_warm_predictor(setting))
+def predictor_of(setting: str, *, graded: bool = True) -> Predictor:
+    """Return forecasts as they stand after the warm-up, to be used up by one run.
+
+    Args:
+        setting: Whose questions are warmed up on.
+        graded: Whether they were told the grades of these workflows.
+    """
+    return copy.deepcopy(_warm_predictor(setting, graded=graded))
 
 
 def by_model(setting: str, plans: Sequence[WorkflowPlan]) -> dict[str, float]:

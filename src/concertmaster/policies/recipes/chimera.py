@@ -8,7 +8,7 @@ own prefill and decode; an idle model does not shut all others out.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -21,19 +21,33 @@ from concertmaster.policies.recipes.baselines import baseline
 from concertmaster.policies.routers import by_model, ids_of, sent_back
 
 Rule: TypeAlias = Literal["earned", "slack", "paper"]
+Load: TypeAlias = Literal["owed", "open"]
 
 
-def finish_s(call: Waiting, pools: Sequence[Pool], view: View) -> float:
+def finish_s(
+    call: Waiting, pools: Sequence[Pool], view: View, *, switch_cost: bool = True
+) -> float:
     """Seconds until the call's workflow is done if one model serves the rest of it.
 
     Wait, prefill of what the model's engines do not hold of the prompt, and the remaining
     tokens at the pace of the batch that the model's live workflows make. The wait is for the
     whole line, also for workflows that this one would overtake: they pay for it.
+
+    Args:
+        call: The call that asks where to go.
+        pools: Those of the model.
+        view: The fleet as it stands.
+        switch_cost: Whether a model that served the workflow before has less to prefill.
     """
-    return min(_finish_s(call, pool, pools, view) for pool in pools)
+    held_tokens = 0
+    if switch_cost and pools[0].model.name == call.workflow.model:
+        held_tokens = call.workflow.context_tokens
+    return min(_finish_s(call, pool, pools, view, held_tokens) for pool in pools)
 
 
-def _finish_s(call: Waiting, pool: Pool, siblings: Sequence[Pool], view: View) -> float:
+def _finish_s(
+    call: Waiting, pool: Pool, siblings: Sequence[Pool], view: View, held_tokens: int
+) -> float:
     model, curve = pool.model.name, pool.curve
     replicas = max(1, sum(len(view.in_service(one)) for one in siblings))
     batch = 1 + min(view.owed(model).workflows // replicas, pool.max_sequences - 1)
@@ -43,7 +57,6 @@ def _finish_s(call: Waiting, pool: Pool, siblings: Sequence[Pool], view: View) -
     wait_s = 0.0
     if not view.has_room(call, pool):
         wait_s = view.waiting_tokens(pool) * step_s / (batch * replicas)
-    held_tokens = call.workflow.context_tokens if model == call.workflow.model else 0
     prefill_s = curve.prefill_s(
         prompt_tokens, cached_tokens=held_tokens, chunk_tokens=pool.max_batch_tokens
     )
@@ -59,13 +72,6 @@ def queued_s(_call: Waiting, pools: Sequence[Pool], view: View) -> float:
     return tokens * token_s / replicas
 
 
-LOADS: Mapping[Rule, Callable[[Waiting, Sequence[Pool], View], float]] = {
-    "earned": finish_s,
-    "slack": finish_s,
-    "paper": queued_s,
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoodEnough:
     """A surer model than the fastest, if what it gains is worth the time.
@@ -79,7 +85,10 @@ class GoodEnough:
             a tenth likelier to be right may take a tenth of that longer than the fastest.
         min_gain: Success by which it must beat the fastest.
         rule: "earned" grants time by gain; "slack" the same time whatever the gain, as a
-            share of the fastest's; "paper" does so on load as published.
+            share of the fastest's or in seconds; "paper" as a share, as published.
+        load: "owed" is ``finish_s``, "open" is ``queued_s``; ``None`` is what the rule was
+            made for: the latter for "paper".
+        switch_cost: Whether leaving a model costs the prefill of what it holds.
         tau: Of "slack" and "paper": how much longer than the fastest, as a share.
         tau_s: Of "slack": seconds longer in any case.
     """
@@ -88,6 +97,8 @@ class GoodEnough:
     min_gain: float = 0.02
     escalate: bool = True
     rule: Rule = "earned"
+    load: Load | None = None
+    switch_cost: bool = True
     tau: float = 0.3
     tau_s: float = 1.0
 
@@ -103,8 +114,7 @@ class GoodEnough:
             if not (may_leave and sent_back(call.workflow, call.request.role)):
                 return ids_of(groups[staying])
             groups = {m: own for m, own in groups.items() if success[m] >= success[staying]}
-        load_s = LOADS[self.rule]
-        loads_s = {model: load_s(call, own, view) for model, own in groups.items()}
+        loads_s = {model: self._load_s(call, own, view) for model, own in groups.items()}
         return ids_of(groups[self.pick(loads_s, success)])
 
     def pick(
@@ -121,6 +131,12 @@ class GoodEnough:
         ]
         price = 1 / self.worth_s if self.rule == "earned" and self.worth_s else 0.0
         return max(good, key=lambda m: success[m] - price * loads_s[m], default=fastest)
+
+    def _load_s(self, call: Waiting, pools: Sequence[Pool], view: View) -> float:
+        load = self.load or ("open" if self.rule == "paper" else "owed")
+        if load == "open":
+            return queued_s(call, pools, view)
+        return finish_s(call, pools, view, switch_cost=self.switch_cost)
 
     def _latest_s(self, least_s: float, gain: float) -> float:
         """When a model that gains so much must be done."""

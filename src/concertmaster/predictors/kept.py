@@ -1,0 +1,50 @@
+"""What was worked out of a text, kept for when the text comes again."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Generic, TypeVar
+
+KEPT_TEXTS = 4_096
+"""An agent's steps begin alike, and calls are asked again."""
+
+_V = TypeVar("_V")
+
+
+class Kept(Generic[_V]):
+    """Remembers a value a text; the one unused for longest goes first.
+
+    Texts are told apart by a 16-byte hash; none is stored.
+
+    Args:
+        make: Works the value out; it must depend on the text alone.
+        entries: Values to keep.
+    """
+
+    def __init__(self, make: Callable[[str], _V], *, entries: int = KEPT_TEXTS) -> None:
+        self._make = make
+        self._entries = entries
+        self._kept: OrderedDict[bytes, _V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def of(self, text: str) -> _V:
+        """Return the value of a text.
+
+        >>> Kept(len).of("four")
+        4
+        """
+        key = content_key(text)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        value = self._kept[key] = self._make(text)
+        if len(self._kept) > self._entries:
+            self._kept.popitem(last=False)
+        return value
+
+
+def content_key(text: str) -> bytes:
+    """Sixteen bytes that tell texts apart, lone surrogates included."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
