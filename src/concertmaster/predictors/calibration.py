@@ -6,6 +6,7 @@ covered, so that the share covered tends to the level whatever the labels do. Of
 log odds of ranks, see ``laws``; a group begins with its parent's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -108,7 +109,7 @@ class Calibration:
             known = min(FIRST_LABELS + group.labels, LAST_LABELS)
             step = np.minimum(MOST_STEP, 1 / (known * self._density)) * worth
             moved = group.offsets + step * (self._levels - covered)
-            group.offsets = np.clip(moved, -MOST_OFFSET, MOST_OFFSET)
+            group.offsets = np.minimum(np.maximum(moved, -MOST_OFFSET), MOST_OFFSET)
             trust = group.trust + _TRUST_STEP * worth * better
             group.trust = min(max(trust, -MOST_TRUST), MOST_TRUST)
             group.labels += worth
@@ -217,6 +218,9 @@ def log_pinball(stated: Quantiles, truth: float) -> float:
     >>> round(log_pinball(Quantiles((0.5,), (0.0,)), 0.0), 3)
     0.0
     """
-    levels = np.array(stated.levels)
-    errors = np.log1p(truth) - np.log1p(np.array(stated.values))
-    return float(np.mean(np.maximum(levels * errors, (levels - 1) * errors)))
+    true = math.log1p(truth)
+    total = 0.0
+    for level, value in zip(stated.levels, stated.values, strict=True):
+        error = true - math.log1p(value)
+        total += level * error if error > 0 else (level - 1) * error
+    return total / len(stated.levels)

@@ -10,7 +10,8 @@ nobody has seen.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,9 @@ LEAN_WORKFLOWS = 3.0
 
 APP_LEAN_WORKFLOWS = 1.0
 """The same for an app as a whole: what other apps needed says little of a new one."""
+
+LEAST_REST = 1e-6
+"""Weight of coarser groups below which they are not looked at."""
 
 MOST_WORKFLOWS = 3000.0
 """What a group may be worth; beyond, what it has seen is halved, so that it follows drift."""
@@ -131,21 +135,31 @@ class LawTree:
 
     def law(self, path: Path) -> Law:
         """Blend the groups along a path, as far as they were seen."""
-        below, workflows, depth = _PRIOR, 0.0, -1
-        for end, lean, group in self._along(path):
+        seen = self._along(path)
+        below, rest = np.zeros(BINS + 1), 1.0
+        for _, lean, group in reversed(seen):
             own = group.workflows / (group.workflows + lean)
-            below = (1 - own) * below + (own / group.seen) * group.below
-            workflows, depth = group.workflows, end
-        by_model = _of_model(path) in self._groups
-        return Law(below, workflows=workflows, depth=depth, by_model=by_model)
+            below += rest * own / group.seen * group.below
+            rest *= 1 - own
+            if rest < LEAST_REST:
+                break
+        below += rest * _PRIOR
+        depth, _, finest = seen[-1] if seen else (-1, 0.0, None)
+        return Law(
+            below / below[-1],
+            workflows=0.0 if finest is None else finest.workflows,
+            depth=depth,
+            by_model=_of_model(path) in self._groups,
+        )
 
-    def _along(self, path: Path) -> Iterator[tuple[int, float, _Group]]:
-        """Yield depth, lean and group: of all apps, of the model in any app, then of the path."""
+    def _along(self, path: Path) -> list[tuple[int, float, _Group]]:
+        """Depth, lean and group: of all apps, of the model in any app, then of the path."""
         chain = ((0, ()), (0, _of_model(path)), *((i, path[:i]) for i in range(1, len(path) + 1)))
-        for end, key in chain:
-            group = self._groups.get(key)
-            if group is not None and group.seen:
-                yield end, APP_LEAN_WORKFLOWS if end == 1 else self._lean, group
+        return [
+            (end, APP_LEAN_WORKFLOWS if end == 1 else self._lean, group)
+            for end, key in chain
+            if (group := self._groups.get(key)) is not None and group.seen
+        ]
 
     def add(self, path: Path, count: float, *, worth: float = 1.0) -> None:
         """Take in a count; ``worth`` is what it adds to the evidence, in workflows."""
@@ -229,7 +243,12 @@ def path_of(*names: str) -> Path:
     >>> path_of("chat", "", "planner")
     ('chat', '', 'planner')
     """
-    return tuple(name.translate(_SPACES) for name in names)
+    return tuple(map(_clean, names))
+
+
+@lru_cache(4_096)
+def _clean(name: str) -> str:
+    return name.translate(_SPACES)
 
 
 def stage_bucket(stage: int) -> str:

@@ -8,6 +8,7 @@ each workflow on a model drawn at random, before any figure is taken.
 import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 from concertmaster import compose
@@ -65,19 +66,25 @@ def fleet_of(setting: str) -> Fleet:
 @cache
 def plans_of(setting: str, *, test: bool) -> tuple[WorkflowPlan, ...]:
     """Return the chains of one split that every model of the fleet has answered."""
-    world = WORLDS[setting]
     models = {pool.model.name for pool in fleet_of(setting).pools}
     plans = [
         plan
-        for source in world.sources
-        for template in world.templates
-        for plan in load_source(f"{DATA}#{source}:{template}", seed=0).plans
+        for plan in _chains(WORLDS[setting].sources, WORLDS[setting].templates)
         if held_out(key_of(plan)) == test and models <= _outcomes(plan).keys()
     ]
     if not plans:
         problem = f"expected answers of {', '.join(sorted(models))}, found none"
         raise InputError(str(DATA), setting, problem, "take the routing sets whole")
     return tuple(plans)
+
+
+@cache
+def _chains(sources: tuple[str, ...], templates: tuple[str, ...]) -> list[WorkflowPlan]:
+    return [
+        plan
+        for source, template in product(sources, templates)
+        for plan in load_source(f"{DATA}#{source}:{template}", seed=0).plans
+    ]
 
 
 @cache
