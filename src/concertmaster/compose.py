@@ -30,6 +30,7 @@ from concertmaster.core.fleet import (
     PoolId,
     Readiness,
     ReplicaId,
+    ScalingLimits,
 )
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
@@ -98,6 +99,11 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
         nodes=tuple(yard.nodes.values()),
         pools=tuple(pools),
         replicas=replicas,
+        limits=ScalingLimits(
+            gpus=file.scaling.gpus,
+            most_changes=file.scaling.most_changes,
+            cooldown_s=file.scaling.cooldown_s,
+        ),
     )
 
 
@@ -133,6 +139,8 @@ def build_pool(section: PoolSection) -> Pool:
         max_batch_tokens=section.max_batch_tokens,
         priority_scheduling=section.scheduling == "priority",
         prefix_caching=section.prefix_caching,
+        least_replicas=section.least,
+        stopped=section.stopped_state,
         ready_s={
             state: ready_s(state.value, card.weights_bytes / section.tensor_parallel, hardware)
             for state in Readiness

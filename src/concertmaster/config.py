@@ -44,6 +44,8 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tensor_parallel: int = 1
     cluster: str | None = None
     state: Readiness = Readiness.RUNNING
+    stopped: Readiness | None = None
+    least_replicas: int | None = None
     memory_ratio: float = 0.9
     kv_blocks: int | None = None
     block_tokens: int = 16
@@ -56,6 +58,21 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def count(self) -> int:
         """Replicas in the pool: as said, else one an endpoint, else one."""
         return self.replicas if self.replicas is not None else max(1, len(self.endpoints))
+
+    @property
+    def runs(self) -> bool:
+        """Whether its replicas run at the start."""
+        return self.state is Readiness.RUNNING
+
+    @property
+    def least(self) -> int:
+        """Replicas that scaling leaves it with: as said, else one if it runs at the start."""
+        return self.least_replicas if self.least_replicas is not None else int(self.runs)
+
+    @property
+    def stopped_state(self) -> Readiness:
+        """Where weights lie once stopped: as said, else where they lie at the start, or on disk."""
+        return self.stopped or (Readiness.DISK if self.runs else self.state)
 
 
 class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,6 +97,14 @@ class EmulatorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     speedup: float = 1.0
 
 
+class ScalingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[scaling]``: what no scaling policy may exceed."""
+
+    gpus: int | None = None
+    most_changes: int = 8
+    cooldown_s: float = 30.0
+
+
 class FleetFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole fleet file."""
 
@@ -89,6 +114,7 @@ class FleetFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     nodes: list[NodeSection] = msgspec.field(default_factory=list)
     gateway: GatewaySection = GatewaySection()
     emulator: EmulatorSection = EmulatorSection()
+    scaling: ScalingSection = ScalingSection()
 
 
 class EngineFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,6 +160,7 @@ def load_fleet(path: Path) -> FleetFile:
     for i, cluster in enumerate(fleet.clusters):
         _check_least(path, f"clusters[{i}].network_ms", cluster.network_ms, 0)
     _check_clusters(path, fleet)
+    _check_scaling(path, fleet)
     _check_positive(path, "emulator.speedup", fleet.emulator.speedup)
     _check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
     if fleet.gateway.window_s is not None:
@@ -177,6 +204,7 @@ def _load(path: Path, kind: type[_File]) -> _File:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "state": tuple(Readiness),
+    "stopped": tuple(Readiness),
     "scheduling": ("fcfs", "priority"),
 }
 
@@ -204,6 +232,7 @@ def _keys_at(where: str, kind: type[msgspec.Struct]) -> set[str]:
         "clusters": ClusterSection,
         "gateway": GatewaySection,
         "emulator": EmulatorSection,
+        "scaling": ScalingSection,
     }
     section = sections.get(re.split(r"[\[.]", where)[0], kind)
     return set(section.__struct_fields__)
@@ -221,6 +250,12 @@ def _value_at(raw: Any, where: str) -> object:  # noqa: ANN401  # whatever the T
 def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
     if pool.count < 1:
         raise InputError(str(path), f"{where}.replicas", f"expected >= 1, found {pool.count}")
+    if not 0 <= pool.least <= pool.count:
+        problem = f"expected 0 to replicas ({pool.count}), found {pool.least}"
+        raise InputError(str(path), f"{where}.least_replicas", problem)
+    if pool.stopped is Readiness.RUNNING:
+        hint = "choose sleeping, host, disk or remote"
+        raise InputError(str(path), f"{where}.stopped", "a stopped replica does not run", hint)
     if pool.endpoints and pool.count != len(pool.endpoints):
         raise InputError(
             str(path),
@@ -271,6 +306,23 @@ def _check_clusters(path: Path, fleet: FleetFile) -> None:
     for kind, cluster in sections:
         if cluster is not None and cluster not in known:
             raise unknown_name(str(path), kind, "cluster", cluster, known)
+
+
+def _check_scaling(path: Path, fleet: FleetFile) -> None:
+    """Check limits, and that the GPUs hold what runs at the start and one of any other pool."""
+    scaling = fleet.scaling
+    _check_least(path, "scaling.most_changes", scaling.most_changes, 1)
+    _check_least(path, "scaling.cooldown_s", scaling.cooldown_s, 0)
+    if scaling.gpus is None:
+        return
+    running = sum(pool.count * pool.tensor_parallel for pool in fleet.pools if pool.runs)
+    least = sum(pool.least * pool.tensor_parallel for pool in fleet.pools)
+    one = max((pool.tensor_parallel for pool in fleet.pools if not pool.least), default=0)
+    needed = max(running, least + one)
+    if scaling.gpus < needed:
+        problem = f"expected at least {needed}, found {scaling.gpus}"
+        hint = "it must hold what runs at the start, and least_replicas of each pool and one more"
+        raise InputError(str(path), "scaling.gpus", problem, hint)
 
 
 def _check_unique(path: Path, where: str, names: list[str]) -> None:

@@ -70,4 +70,14 @@ class Wake:
     replica_id: ReplicaId
 
 
-Action: TypeAlias = Dispatch | Reject | Fail | Cancel | Wake
+@fact(frozen=True, slots=True)
+class Stop:
+    """Move this idle replica's weights away; report ``ReplicaDemoted``, or ``ReplicaReady``.
+
+    The latter says that it could not be stopped and serves on.
+    """
+
+    replica_id: ReplicaId
+
+
+Action: TypeAlias = Dispatch | Reject | Fail | Cancel | Wake | Stop

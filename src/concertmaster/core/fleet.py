@@ -69,6 +69,8 @@ class Pool:
         decode_token_s: Seconds of a step that decodes for one call; computed.
         most_tokens: Longest prompt and answer that a replica can hold; computed.
         priority_scheduling: Whether its engines take a priority (vLLM: lower goes first).
+        least_replicas: Replicas that a scaling policy leaves it with.
+        stopped: Where the weights of a replica lie once it was stopped.
     """
 
     pool_id: PoolId
@@ -83,6 +85,8 @@ class Pool:
     priority_scheduling: bool = False
     prefix_caching: bool = True
     ready_s: Mapping[Readiness, float] = field(default_factory=dict)
+    least_replicas: int = 1
+    stopped: Readiness = Readiness.DISK
     prefill_token_s: float = field(init=False)
     decode_token_s: float = field(init=False)
     most_tokens: int = field(init=False)
@@ -263,6 +267,21 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingLimits:
+    """What no scaling policy may exceed.
+
+    Attributes:
+        gpus: GPUs of replicas that run or start; ``None`` for no limit.
+        most_changes: Replicas started, drained or taken back at one time of asking.
+        cooldown_s: Seconds after a pool grew before it shrinks, and the other way round.
+    """
+
+    gpus: int | None = None
+    most_changes: int = 8
+    cooldown_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """All pools and replicas, as a fleet file describes them. Immutable: the scheduler copies it.
 
@@ -275,6 +294,7 @@ class Fleet:
     nodes: tuple[Node, ...]
     pools: tuple[Pool, ...]
     replicas: Mapping[ReplicaId, tuple[Pool, Node, Readiness]]
+    limits: ScalingLimits = ScalingLimits()
 
     @property
     def gpus(self) -> int:

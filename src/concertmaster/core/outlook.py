@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica
+from concertmaster.core.events import RejectReason
+from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, able_pools
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting, WaitingLine, line_key
-from concertmaster.core.request import ModelName, RequestId
+from concertmaster.core.request import ModelName, Request, RequestId
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Owed, Workflows
 
@@ -16,6 +17,7 @@ class Outlook:
 
     Args:
         policy: Gives the order in which calls wait.
+        pools: All there are, in the order of the fleet.
         by_pool: Replicas of each pool, whatever their state.
         line: Calls that wait.
         running: Calls that were handed out, with their replica.
@@ -27,6 +29,7 @@ class Outlook:
         self,
         policy: Policy,
         *,
+        pools: Sequence[Pool],
         by_pool: Mapping[PoolId, Sequence[Replica]],
         line: WaitingLine,
         running: Mapping[RequestId, tuple[Waiting, Replica]],
@@ -34,11 +37,25 @@ class Outlook:
         window: Window,
     ) -> None:
         self._policy = policy
+        self._pools = pools
         self._by_pool = by_pool
         self._line = line
         self._running = running
         self._workflows = workflows
         self._window = window
+
+    def able(self, request: Request) -> list[Pool] | RejectReason:
+        """Return the pools that can hold a call, or why there is none."""
+        pools = self._pools
+        if request.models:
+            pools = [pool for pool in pools if pool.model.name in request.models]
+            if not pools:
+                return "model_not_found"
+        able = able_pools(pools, request)
+        if not able:
+            return "too_long"
+        living = [pool for pool in able if any(r.alive for r in self._by_pool[pool.pool_id])]
+        return living or "no_replica"
 
     def in_service(self, pool: Pool) -> list[Replica]:
         """Replicas that are alive, ready and not on their way out."""

@@ -2,7 +2,8 @@
 
 May the line take it (``Admission``), which pools may serve it (``Router``), who goes first
 (``Ordering``), may this replica serve it (``Filter``), what would that cost in seconds
-(``Scorer``), which one (``Picker``). A policy owns no clock, no random source and no memory:
+(``Scorer``), which one (``Picker``); and, now and then, how many replicas there shall be
+(``Scaling``, in ``standing.py``). A policy owns no clock, no random source and no memory:
 what it may know is handed to it, and the same question gets the same answer.
 """
 
@@ -16,6 +17,7 @@ from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request
+from concertmaster.core.standing import Scaling
 from concertmaster.core.workflow import Owed, Workflow
 
 Truth: TypeAlias = Literal["length", "success"]
@@ -142,6 +144,7 @@ class Policy:
         window_s: Prefill that a replica may have been handed ahead of time. Smaller keeps
             more calls in the line, where their order can still change.
         kv_level: Probability with which an answer shall fit the KV room promised to it.
+        scaling: How many replicas there shall be; ``None`` leaves the fleet as its file says.
         clairvoyant: What a named oracle is told: the driver then forecasts that from the truth.
     """
 
@@ -155,6 +158,7 @@ class Policy:
     aging: float = 1.0
     window_s: float = 0.25
     kv_level: float = 0.9
+    scaling: Scaling | None = None
     clairvoyant: frozenset[Truth] = frozenset()
 
     def __post_init__(self) -> None:

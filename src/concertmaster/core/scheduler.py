@@ -9,7 +9,7 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject
@@ -38,13 +38,13 @@ from concertmaster.core.fleet import (
     Readiness,
     Replica,
     ReplicaId,
-    able_pools,
 )
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.outlook import Outlook, key_of
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Lane, Waiting, WaitingLine
 from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.scaling import Scaler
 from concertmaster.core.waking import Waking
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
@@ -69,26 +69,36 @@ class Scheduler:
         self.policy = policy
         self.replicas: dict[ReplicaId, Replica] = {r.replica_id: r for r in fleet.build()}
         self.pools: dict[PoolId, Pool] = {pool.pool_id: pool for pool in fleet.pools}
-        self._by_pool: dict[PoolId, list[Replica]] = {pool_id: [] for pool_id in self.pools}
-        for replica in self.replicas.values():
-            self._by_pool[replica.pool.pool_id].append(replica)
+        replicas = self.replicas.values()
+        self._by_pool = {one: [r for r in replicas if r.pool.pool_id == one] for one in self.pools}
         self.line = WaitingLine()
         self.workflows = Workflows()
         self._rng = rng
         self._record_candidates = record_candidates
-        self._window = Window(self.replicas.values(), policy.window_s, policy.filters)
+        self._window = Window(replicas, policy.window_s, policy.filters)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
             policy,
+            pools=fleet.pools,
             by_pool=self._by_pool,
             line=self.line,
             running=self._running,
             workflows=self.workflows,
             window=self._window,
         )
-        self._waking = Waking(self._by_pool)
-        self._serial = 0
-        self._dispatches = 0
+        self._waking = Waking(self._by_pool, self._window)
+        self._scaler: Scaler | None = None
+        if policy.scaling is not None:
+            self._scaler = Scaler(
+                policy.scaling,
+                fleet.limits,
+                by_pool=self._by_pool,
+                waking=self._waking,
+                line=self.line,
+                running=self._running,
+                workflows=self.workflows,
+            )
+        self._serial = self._dispatches = 0
         self._now_s = 0.0
 
     def handle(self, now_s: float, event: Event) -> list[Action]:
@@ -99,18 +109,22 @@ class Scheduler:
         now_s = self._now_s = max(now_s, self._now_s)
         self._window.reopen(now_s)
         actions = self._take_in(now_s, event)
+        if self._scaler is not None:
+            actions += self._scaler.act(now_s)
         if len(self.line):
             for call in self.line.pop_expired(now_s):
                 actions.append(self._reject(now_s, call.request, "waited_too_long"))
                 self.workflows.settle(call.workflow.workflow_id, answered=False)
             self._dispatch(now_s, actions)
+        if self._waking.leaving:
+            actions += self._waking.stops()
         return actions
 
     def next_wakeup_s(self) -> float | None:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
-        if not len(self.line):
-            return None
-        times_s = [self.line.next_expiry_s(), self._window.next_reopen_s()]
+        times_s = [None if self._scaler is None else self._scaler.due_s]
+        if len(self.line):
+            times_s += [self.line.next_expiry_s(), self._window.next_reopen_s()]
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     def in_flight(self, request_id: RequestId) -> ReplicaId | None:
@@ -142,7 +156,7 @@ class Scheduler:
                 return self._cancel(now_s, request_id)
             case RequestFailed(request_id, attempt, retriable):
                 call = self._release(now_s, request_id, attempt, settle=False)
-                return self._retry(call, "engine_error", retriable=retriable) if call else []
+                return self._retry(now_s, call, "engine_error", retriable=retriable) if call else []
             case ReplicaDied(replica_id):
                 replica = self.replicas[replica_id]
                 replica.alive = False
@@ -153,9 +167,8 @@ class Scheduler:
             case ReplicaDemoted(replica_id, readiness):
                 return self._demote(now_s, self.replicas[replica_id], readiness)
             case ReplicaDraining(replica_id):
-                self.replicas[replica_id].draining = True
-                self._window.update(now_s, self.replicas[replica_id])
-                return [*self._waking.wake_all(self.line.lanes)]
+                self._waking.disown(now_s, self.replicas[replica_id])
+                return [*self._waking.wake_all(now_s, self.line.lanes)]
             case PaceObserved(paces):
                 for replica_id, pace in paces:
                     self.replicas[replica_id].pace = pace
@@ -173,7 +186,7 @@ class Scheduler:
         assert request_id not in self.line, f"{request_id} waits already"
         assert request_id not in self._running, f"{request_id} runs already"
         policy = self.policy
-        able = self._able_pools(request)
+        able = self._outlook.able(request)
         if isinstance(able, str):
             return [self._reject(now_s, request, able)]
         refusal = policy.admission.refuses(request, len(self.line))
@@ -197,25 +210,12 @@ class Scheduler:
         if replicas:
             return [self._place(now_s, call, replicas)]
         self._wait(call)
-        return [*self._waking.wake(call.pools)]
+        return [*self._waking.wake(now_s, call.pools)]
 
     def _commit(self, call: Waiting, model: ModelName) -> None:
         call.owed_tokens = call.remaining_tokens(model)
         self.workflows.commit(call.workflow, model, call.owed_tokens)
         call.workflow.context_tokens = call.request.prompt_tokens + call.expected_tokens(model)
-
-    def _able_pools(self, request: Request) -> list[Pool] | RejectReason:
-        """Return the pools that can hold a call, or why there is none."""
-        pools: Iterable[Pool] = self.pools.values()
-        if request.models:
-            pools = [pool for pool in pools if pool.model.name in request.models]
-            if not pools:
-                return "model_not_found"
-        able = able_pools(pools, request)
-        if not able:
-            return "too_long"
-        living = [pool for pool in able if any(r.alive for r in self._by_pool[pool.pool_id])]
-        return living or "no_replica"
 
     def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
         running = self._running.get(request_id)
@@ -231,8 +231,8 @@ class Scheduler:
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
         if request_id in self.line:
-            call = self.line.remove(request_id)
-            self.workflows.settle(call.workflow.workflow_id, answered=False)
+            workflow = self.line.remove(request_id).workflow
+            self.workflows.settle(workflow.workflow_id, answered=False)
             return []
         running = self._running.get(request_id)
         if running is None:
@@ -244,22 +244,22 @@ class Scheduler:
     def _revive(self, now_s: float, replica: Replica) -> None:
         replica.alive, replica.draining = True, False
         replica.readiness = Readiness.RUNNING
-        self._waking.forget(replica.replica_id)
+        self._waking.forget(replica)
         self._window.update(now_s, replica)
 
     def _demote(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
         """Take a replica out of service; calls it still had go back to the line or fail."""
         replica.readiness = readiness
         replica.prefixes.clear()
-        self._waking.forget(replica.replica_id)
+        self._waking.forget(replica)
         self._window.update(now_s, replica)
         actions: list[Action] = []
         for request_id in list(replica.in_flight):
             seen_tokens = replica.in_flight[request_id].streamed_tokens
             call = self._running[request_id][0]
             self._release(now_s, request_id, call.attempt, settle=False)
-            actions += self._retry(call, "replica_died", retriable=seen_tokens == 0)
-        return [*actions, *self._waking.wake_all(self.line.lanes)]
+            actions += self._retry(now_s, call, "replica_died", retriable=seen_tokens == 0)
+        return [*actions, *self._waking.wake_all(now_s, self.line.lanes)]
 
     # Outcomes
 
@@ -277,11 +277,13 @@ class Scheduler:
             self.workflows.settle(call.workflow.workflow_id)
         return call
 
-    def _retry(self, call: Waiting, reason: FailReason, *, retriable: bool) -> list[Action]:
+    def _retry(
+        self, now_s: float, call: Waiting, reason: FailReason, *, retriable: bool
+    ) -> list[Action]:
         if retriable and call.attempt < MAX_ATTEMPTS:
             call.attempt += 1
             self._wait(call)
-            return [*self._waking.wake(call.pools)]
+            return [*self._waking.wake(now_s, call.pools)]
         self.workflows.settle(call.workflow.workflow_id, answered=False)
         return [Fail(call.request.request_id, reason)]
 
@@ -375,6 +377,8 @@ class Scheduler:
             decode_tokens=expected_tokens,
             expected_tokens=expected_tokens,
         )
+        if self._scaler is not None:
+            self._scaler.note_dispatch(model, in_flight)
         replica.admit(now_s, in_flight, min(call.kv_tokens(model), replica.pool.kv_tokens))
         self._dispatches += 1
         replica.last_dispatch = self._dispatches
@@ -390,5 +394,4 @@ class Scheduler:
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
         assert on_replicas == sorted(self._running), "the running calls are not those on replicas"
         assert not any(rid in self.line for rid in self._running), "a call both waits and runs"
-        waiting = {call.workflow.workflow_id for call in self.line}
-        assert all(self.workflows.get(workflow_id).open_calls > 0 for workflow_id in waiting)
+        assert all(self.workflows.get(call.workflow.workflow_id).open_calls for call in self.line)

@@ -1,41 +1,138 @@
-"""Which sleeping replica to wake for a call that nobody can take."""
+"""Which replicas come into service and which leave it, call by call.
+
+One that shall go takes no further calls, finishes those it has, and is told to stop once it
+is idle. Until then it can be taken back, which is better than waking another.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from concertmaster.core.actions import Wake
-from concertmaster.core.fleet import PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.actions import Stop, Wake
+from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.window import Window
 
 
 class Waking:
-    """The replicas that were told to wake and have not been heard of since.
+    """The replicas that were told to wake, to leave or to stop.
+
+    Attributes:
+        starting: Told to wake, and not heard of since.
+        leaving: Drained by a scaling policy and not told to stop yet.
+        gpus: Most GPUs of replicas that run or start; ``None`` for no limit.
+        promised: Replicas that each pool shall have; their GPUs are kept for it.
 
     Args:
         by_pool: Replicas of each pool, whatever their state.
+        window: Told which replicas take calls.
     """
 
-    def __init__(self, by_pool: Mapping[PoolId, Sequence[Replica]]) -> None:
+    def __init__(self, by_pool: Mapping[PoolId, Sequence[Replica]], window: Window) -> None:
         self._by_pool = by_pool
-        self._waking: dict[ReplicaId, None] = {}
+        self._window = window
+        self.gpus: int | None = None
+        self.starting: dict[ReplicaId, Replica] = {}
+        self.leaving: dict[ReplicaId, Replica] = {}
+        self._stopping: dict[ReplicaId, Replica] = {}
+        self.promised: Mapping[PoolId, int] = {}
 
-    def forget(self, replica_id: ReplicaId) -> None:
+    def forget(self, replica: Replica) -> None:
         """Take in that a replica is ready, or has left service."""
-        self._waking.pop(replica_id, None)
+        replica_id = replica.replica_id
+        self.starting.pop(replica_id, None)
+        if replica_id in self.leaving or replica_id in self._stopping:
+            replica.draining = False
+        self.leaving.pop(replica_id, None)
+        self._stopping.pop(replica_id, None)
 
-    def wake(self, pools: Iterable[PoolId]) -> list[Wake]:
-        """Wake the nearest replica if no other of these pools takes calls or is being woken."""
+    def disown(self, now_s: float, replica: Replica) -> None:
+        """Take in that somebody else drains a replica: it is theirs to end."""
+        self.leaving.pop(replica.replica_id, None)
+        replica.draining = True
+        self._window.update(now_s, replica)
+
+    def wake(self, now_s: float, pools: Iterable[PoolId]) -> list[Wake]:
+        """See that one of these pools takes calls, or soon will.
+
+        If none does, a replica that is leaving is taken back, else the nearest is woken.
+        """
+        pools = tuple(pools)
         staying = [replica for replica in self._alive(pools) if not replica.draining]
-        if not staying or any(
-            replica.readiness is Readiness.RUNNING or replica.replica_id in self._waking
-            for replica in staying
-        ):
+        if any(r.readiness is Readiness.RUNNING or r.replica_id in self.starting for r in staying):
             return []
-        nearest = min(staying, key=lambda r: (r.pool.ready_s.get(r.readiness, 0.0), r.replica_id))
-        self._waking[nearest.replica_id] = None
-        return [Wake(nearest.replica_id)]
+        for replica in self.leaving.values():
+            if replica.pool.pool_id in pools:
+                self.take_back(now_s, replica)
+                return []
+        nearest = min(filter(self.affords, staying), key=distance, default=None)
+        return [] if nearest is None else [self.start(nearest)]
 
-    def wake_all(self, lanes: Iterable[tuple[PoolId, ...]]) -> list[Wake]:
+    def wake_all(self, now_s: float, lanes: Iterable[tuple[PoolId, ...]]) -> list[Wake]:
         """Wake what each lane of the line needs after a replica has left service."""
-        return [action for pools in lanes for action in self.wake(pools)]
+        return [action for pools in lanes for action in self.wake(now_s, pools)]
+
+    def start(self, replica: Replica) -> Wake:
+        """Wake a replica."""
+        self.starting[replica.replica_id] = replica
+        return Wake(replica.replica_id)
+
+    def drain(self, now_s: float, replica: Replica) -> None:
+        """Let a replica finish what it has and take nothing more."""
+        replica.draining = True
+        self.leaving[replica.replica_id] = replica
+        self._window.update(now_s, replica)
+
+    def take_back(self, now_s: float, replica: Replica) -> None:
+        """Let a replica that was leaving take calls again."""
+        replica.draining = False
+        del self.leaving[replica.replica_id]
+        self._window.update(now_s, replica)
+
+    def stops(self) -> list[Stop]:
+        """Stop every leaving replica that is idle."""
+        idle = [replica for replica in self.leaving.values() if not replica.in_flight]
+        for replica in idle:
+            self._stopping[replica.replica_id] = self.leaving.pop(replica.replica_id)
+        return [Stop(replica.replica_id) for replica in idle]
+
+    def affords(self, replica: Replica) -> bool:
+        """Whether it fits the GPUs that are neither busy nor promised to other pools."""
+        if self.gpus is None:
+            return True
+        mine = replica.pool
+        promised_gpus = sum(
+            (shall - self.present(pool_id)) * self._pool(pool_id).tensor_parallel
+            for pool_id, shall in self.promised.items()
+            if pool_id != mine.pool_id and shall > self.present(pool_id)
+        )
+        return self.fits(replica, promised_gpus)
+
+    def fits(self, replica: Replica, promised_gpus: int = 0) -> bool:
+        """Whether it fits beside the replicas that run, leave or start."""
+        if self.gpus is None:
+            return True
+        busy_gpus = sum(
+            other.pool.tensor_parallel
+            for other in self._alive(self._by_pool)
+            if other.readiness is Readiness.RUNNING or other.replica_id in self.starting
+        )
+        return busy_gpus + promised_gpus + replica.pool.tensor_parallel <= self.gpus
+
+    def present(self, pool_id: PoolId) -> int:
+        """Replicas of a pool that take calls or are about to."""
+        return sum(self.counts(replica) for replica in self._alive((pool_id,)))
+
+    def counts(self, replica: Replica) -> bool:
+        """Whether a living replica takes calls or is about to."""
+        if replica.replica_id in self.starting:
+            return True
+        return replica.readiness is Readiness.RUNNING and not replica.draining
+
+    def _pool(self, pool_id: PoolId) -> Pool:
+        return self._by_pool[pool_id][0].pool
 
     def _alive(self, pools: Iterable[PoolId]) -> Iterator[Replica]:
         return (r for pool_id in pools for r in self._by_pool[pool_id] if r.alive)
+
+
+def distance(replica: Replica) -> tuple[float, ReplicaId]:
+    """Sort key of replicas that could be woken: the nearest to serving first."""
+    return replica.pool.ready_s.get(replica.readiness, 0.0), replica.replica_id

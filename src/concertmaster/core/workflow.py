@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from concertmaster.core.demand import Demands
 from concertmaster.core.request import ModelName, Request, WorkflowId
 
 _NOWHERE = ModelName("")
@@ -60,9 +61,13 @@ class Workflows:
     Args:
         idle_s: An idle one is forgotten after this.
         most: Beyond this many, the longest idle ones are forgotten earlier.
+
+    Attributes:
+        demands: Told what each model is asked for, if anybody wants to know.
     """
 
     def __init__(self, *, idle_s: float = 3600.0, most: int = 100_000) -> None:
+        self.demands: Demands | None = None
         self._idle_s = idle_s
         self._most = most
         self._by_id: OrderedDict[WorkflowId, Workflow] = OrderedDict()
@@ -118,15 +123,34 @@ class Workflows:
 
     def commit(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
         """Note which model a workflow is with now, and what it will need of it."""
-        self._charge(workflow, -1)
-        workflow.model, workflow.owed_tokens = model, max(0, tokens)
-        self._charge(workflow, 1)
+        if self.demands is not None:
+            self._announce(workflow, model, max(0, tokens))
+        self._owe(workflow, model, max(0, tokens))
 
     def stream(self, workflow: Workflow, fresh_tokens: int) -> None:
         """Note that a workflow was given output tokens; while it has an open call it owes one."""
         workflow.output_tokens += fresh_tokens
         left_tokens = workflow.owed_tokens - fresh_tokens
-        self.commit(workflow, workflow.model, max(left_tokens, int(workflow.open_calls > 0)))
+        owed_tokens = max(0, left_tokens, int(workflow.open_calls > 0))
+        if self.demands is not None:
+            flow = self.demands.flow(workflow.model)
+            flow.output_tokens += fresh_tokens
+            flow.announce(owed_tokens - left_tokens)
+        self._owe(workflow, workflow.model, owed_tokens)
+
+    def _announce(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
+        """Tell what is newly asked for; what goes to another model is taken from the first."""
+        assert self.demands is not None
+        if workflow.model == model:
+            tokens -= workflow.owed_tokens
+        elif workflow.owed_tokens:
+            self.demands.flow(workflow.model).announce(-workflow.owed_tokens)
+        self.demands.flow(model).announce(tokens)
+
+    def _owe(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
+        self._charge(workflow, -1)
+        workflow.model, workflow.owed_tokens = model, tokens
+        self._charge(workflow, 1)
 
     def _charge(self, workflow: Workflow, sign: int) -> None:
         if workflow.owed_tokens:

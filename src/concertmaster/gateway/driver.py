@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
@@ -108,9 +108,10 @@ class Gateway:
 
     def start(self) -> None:
         """Begin to watch engines and to tell the core of progress."""
-        loop = asyncio.get_running_loop()
         duties = (self._tick(), self._health.watch(), self._forecaster.watch())
-        self._tasks = [loop.create_task(duty) for duty in duties]
+        self._tasks = [asyncio.create_task(duty) for duty in duties]
+        if self.scheduler.policy.scaling is not None:
+            self.feed(TimerFired())  # its clock starts with the first event
 
     async def stop(self, *, drain_s: float) -> None:
         """Take nothing new, let calls in flight end for a while, then close everything."""
@@ -264,6 +265,8 @@ class Gateway:
                 pass  # the exchange dropped its engine connection when its caller went
             case Wake(replica_id):
                 self._health.wake(replica_id)
+            case Stop(replica_id):
+                self._health.stop(replica_id)
             case _:
                 assert_never(action)
 
@@ -384,8 +387,7 @@ class Gateway:
             if progress:
                 self.feed(TokensStreamed(tuple(progress)))
             now_s = self._clock()
-            paces = None if self._pace is None else self._pace.due(now_s)
-            if paces is not None:
+            if self._pace is not None and (paces := self._pace.due(now_s)) is not None:
                 self._feed(now_s, paces)
             self._close_workflows(now_s)
             self.metrics.fold()

@@ -1,12 +1,12 @@
-"""Which engines are alive, asked now and then; and waking those that sleep."""
+"""Which engines are alive, asked now and then; putting them to sleep, and waking them."""
 
 import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from concertmaster.core.events import Event, ReplicaDied, ReplicaReady
-from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.events import Event, ReplicaDemoted, ReplicaDied, ReplicaReady
+from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.engines.openai_http import fetch
 
 _log = logging.getLogger(__name__)
@@ -15,6 +15,7 @@ PROBE_TIMEOUT_S = 2.0
 MAX_SILENT_PROBES = 3
 """Probes without an answer that make an engine dead: a busy one may miss some."""
 
+SLEEP_TIMEOUT_S = 60.0
 WAKE_TIMEOUT_S = 600.0
 WAKE_RETRY_S = 0.5
 
@@ -39,16 +40,18 @@ class HealthWatch:
         self._is_alive = is_alive
         self._interval_s = interval_s
         self._waking: dict[ReplicaId, asyncio.Task[None]] = {}
+        self._stopping: dict[ReplicaId, asyncio.Task[None]] = {}
+        self._sleepless: set[ReplicaId] = set()
         self._silent_probes: Counter[ReplicaId] = Counter()
 
     async def watch(self) -> None:
-        """Probe for ever; cancel the task to stop, wakes under way too."""
+        """Probe for ever; cancel the task to stop, wakes and stops under way too."""
         try:
             while True:
                 await asyncio.gather(*(self._probe(*entry) for entry in self._urls.items()))
                 await asyncio.sleep(self._interval_s)
         finally:
-            for task in self._waking.values():
+            for task in (*self._waking.values(), *self._stopping.values()):
                 task.cancel()
 
     async def _probe(self, replica_id: ReplicaId, url: str) -> None:
@@ -94,6 +97,27 @@ class HealthWatch:
         if problem:
             _log.warning("replica %s at %s did not wake: %s", replica_id, url, problem)
         self._feed(ReplicaDied(replica_id) if problem else ReplicaReady(replica_id))
+
+    def stop(self, replica_id: ReplicaId) -> None:
+        """Put an idle engine to sleep; the core is told that it sleeps, or that it serves on."""
+        task = asyncio.get_running_loop().create_task(self._stop(replica_id))
+        self._stopping[replica_id] = task
+        task.add_done_callback(lambda _: self._stopping.pop(replica_id))
+
+    async def _stop(self, replica_id: ReplicaId) -> None:
+        url = self._urls[replica_id]
+        try:
+            status, _ = await fetch("POST", url, "/sleep?level=1", timeout_s=SLEEP_TIMEOUT_S)
+            problem = "" if status == 200 else f"POST /sleep answered {status}"
+        except (OSError, TimeoutError) as error:
+            problem = str(error) or type(error).__name__
+        if problem and replica_id not in self._sleepless:
+            self._sleepless.add(replica_id)
+            _log.warning("replica %s at %s cannot be stopped: %s", replica_id, url, problem)
+        if problem and self._is_alive(replica_id):
+            self._feed(ReplicaReady(replica_id))
+        elif not problem:
+            self._feed(ReplicaDemoted(replica_id, Readiness.SLEEPING))
 
 
 async def _is_asleep(url: str) -> bool:

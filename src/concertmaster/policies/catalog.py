@@ -2,14 +2,17 @@
 
 ``PLACEMENT+ORDERING`` joins any two parts (``round-robin+las``); a placement alone is
 first come, first served, and an ordering alone places by tokens. A recipe takes settings
-after a colon (``chimera:tau=0.3,rule=paper``).
+after a colon (``chimera:tau=0.3,rule=paper``). Any of them may end in a scaling
+(``round-robin/reactive``), which takes settings in the same way.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from concertmaster.core.errors import InputError, unknown_name
 from concertmaster.core.policy import Ordering, Policy, Truth
+from concertmaster.core.standing import Scaling
 from concertmaster.policies.ordering import (
     EarliestDeadline,
     Fcfs,
@@ -21,6 +24,7 @@ from concertmaster.policies.ordering import (
 from concertmaster.policies.recipes.baselines import PLACEMENTS, baseline
 from concertmaster.policies.recipes.chimera import chimera
 from concertmaster.policies.routers import Cascade, RandomModel, Sticky, SurestPools
+from concertmaster.policies.scaling import Foreseen, Reactive
 from concertmaster.policies.settings import Reader, choice, number, read_settings
 
 ORDERINGS: dict[str, tuple[Ordering, float]] = {
@@ -95,6 +99,32 @@ RECIPES: dict[str, Recipe] = {
 }
 """Whole policies; those that are clairvoyant run in simulation only."""
 
+
+class ScalingRecipe(NamedTuple):
+    """A way to choose how many replicas there are.
+
+    Attributes:
+        build: Makes it.
+        settings: What may follow its name.
+    """
+
+    build: Callable[..., Scaling | None]
+    settings: Mapping[str, Reader] = {}
+
+
+_PACE: Mapping[str, Reader] = {"interval_s": number(0.1), "settle_s": number(0)}
+
+SCALINGS: dict[str, ScalingRecipe] = {
+    "static": ScalingRecipe(lambda: None),
+    "reactive": ScalingRecipe(
+        Reactive, {**_PACE, "target": number(0.1), "tolerance": number(0, 1), "burst": number(0)}
+    ),
+    "foreseen": ScalingRecipe(
+        Foreseen, {**_PACE, "memory_s": number(1), "level": number(0.5, 0.9999)}
+    ),
+}
+"""Scalings by name; without one the fleet stays as its file says."""
+
 NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *RECIPES)
 
 
@@ -107,6 +137,20 @@ def policy(name: str) -> Policy:
     Raises:
         InputError: If a part of the name is not known; it suggests the nearest.
     """
+    whole, slash, scaling = name.partition("/")
+    built = _unscaled(whole)
+    return replace(built, name=name, scaling=_scaling(scaling)) if slash else built
+
+
+def _scaling(name: str) -> Scaling | None:
+    base, _, text = name.partition(":")
+    if base not in SCALINGS:
+        raise unknown_name("", "policy", "scaling", base, SCALINGS)
+    recipe = SCALINGS[base]
+    return recipe.build(**read_settings(base, text, recipe.settings))
+
+
+def _unscaled(name: str) -> Policy:
     base, colon, text = name.partition(":")
     if base in RECIPES:
         recipe = RECIPES[base]

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
 from concertmaster.core.events import (
     Event,
+    ReplicaDemoted,
     ReplicaDied,
     ReplicaReady,
     RequestArrived,
@@ -75,6 +76,7 @@ class Simulation:
         self._engines: dict[ReplicaId, BatchingEngine] = {
             replica.replica_id: make_engine(replica.pool) for replica in scheduler.replicas.values()
         }
+        self._unsettled = len(workload)
         self._gauges = FleetGauges(scheduler.replicas.values(), self._engines)
         self._polls_s: dict[ReplicaId, float] = {}
         self._pace = PaceWatch(scheduler) if follow_pace else None
@@ -140,6 +142,8 @@ class Simulation:
         if self._timer_s != wakeup_s:
             return
         self._timer_s = None
+        if not self._unsettled:
+            return  # only a scaling policy still asks, for ever
         due_s = self._scheduler.next_wakeup_s()
         if due_s is not None and due_s <= now_s:
             self._feed(now_s, TimerFired())
@@ -159,6 +163,8 @@ class Simulation:
                 self._poll_later(now_s, replica_id)
             case Wake(replica_id):
                 self._wake(now_s, replica_id)
+            case Stop(replica_id):
+                self._stop(now_s, replica_id)
             case _:
                 assert_never(action)
 
@@ -186,6 +192,7 @@ class Simulation:
     def _close_if_settled(self, workflow_id: WorkflowId) -> None:
         """Tell the predictor once that no call of a workflow is open or will follow."""
         if self._agents.is_settled(workflow_id):
+            self._unsettled -= 1
             self._predictor.close(workflow_id, self._agents.success(workflow_id))
 
     # Engines
@@ -307,17 +314,24 @@ class Simulation:
     # Incidents and weights
 
     def _strike(self, now_s: float, event: Event) -> None:
-        self._gauges.pay(now_s)
-        if isinstance(event, ReplicaDied):
+        if isinstance(event, ReplicaDied | ReplicaDemoted | ReplicaReady):
+            self._gauges.note_change(now_s, event.replica_id)
+        if isinstance(event, ReplicaDied | ReplicaDemoted):
             self._engines[event.replica_id].clear()
             self._polls_s.pop(event.replica_id, None)
         self._feed(now_s, event)
 
     def _wake(self, now_s: float, replica_id: ReplicaId) -> None:
         replica = self._scheduler.replicas[replica_id]
+        self._gauges.note_wake(now_s, replica)
         ready_s = replica.pool.ready_s.get(replica.readiness, 0.0)
-        self._gauges.note_wake(replica.readiness, ready_s)
         self._at(now_s + ready_s, self._strike, ReplicaReady(replica_id))
+
+    def _stop(self, now_s: float, replica_id: ReplicaId) -> None:
+        """Move an idle replica's weights away, which takes no time."""
+        self._gauges.note_stop()
+        stopped = self._scheduler.replicas[replica_id].pool.stopped
+        self._at(now_s, self._strike, ReplicaDemoted(replica_id, stopped))
 
 
 def engine_settings(pool: Pool) -> EngineSettings:

@@ -18,6 +18,7 @@ class FleetGauges:
         self.totals = Gauges()
         self._replicas = list(replicas)
         self._engines = engines
+        self._starting: set[ReplicaId] = set()
         self._sampled_s = 0.0
         self._paid_s = 0.0
 
@@ -40,13 +41,26 @@ class FleetGauges:
         """Note that nothing was held since the last sample."""
         self._sampled_s = now_s
 
-    def note_wake(self, readiness: Readiness, ready_s: float) -> None:
-        """Count a replica that is made ready."""
-        if readiness is Readiness.SLEEPING:
+    def note_wake(self, now_s: float, replica: Replica) -> None:
+        """Count a replica that is made ready; its GPUs count from here on."""
+        ready_s = replica.pool.ready_s.get(replica.readiness, 0.0)
+        self.pay(now_s)
+        self._starting.add(replica.replica_id)
+        if replica.readiness is Readiness.SLEEPING:
             self.totals.wakes += 1
         else:
             self.totals.cold_starts += 1
         self.totals.ready_wait_s += ready_s
+        self.totals.replica_starts += 1
+
+    def note_stop(self) -> None:
+        """Count a replica that is stopped."""
+        self.totals.replica_stops += 1
+
+    def note_change(self, now_s: float, replica_id: ReplicaId) -> None:
+        """Pay up to an event of a replica: it is ready, or gone; call it before the event."""
+        self.pay(now_s)
+        self._starting.discard(replica_id)
 
     def finish(self, now_s: float) -> None:
         """Close the integrals at the end of the run."""
@@ -54,11 +68,12 @@ class FleetGauges:
         self.pay(now_s)
 
     def pay(self, now_s: float) -> None:
-        """Add GPU time up to now; call it before the set of running replicas changes."""
+        """Add GPU time up to now; call it before the set of busy replicas changes."""
         gpus = sum(
             replica.pool.tensor_parallel
             for replica in self._replicas
-            if replica.alive and replica.readiness is Readiness.RUNNING
+            if replica.alive
+            and (replica.readiness is Readiness.RUNNING or replica.replica_id in self._starting)
         )
         self.totals.gpu_s += gpus * (now_s - self._paid_s)
         self._paid_s = now_s
