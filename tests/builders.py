@@ -19,6 +19,7 @@ from concertmaster.core.fleet import (
     Readiness,
     Replica,
     ReplicaId,
+    ScalingLimits,
 )
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.policy import Policy
@@ -74,6 +75,7 @@ def a_fleet(
     states: Mapping[str, Readiness] | None = None,
     network_s: float = 0.0,
     name: str = "test",
+    limits: ScalingLimits | None = None,
 ) -> Fleet:
     """Every pool has ``replicas`` replicas, named ``p-0``, ``p-1``…; ``states`` by that name."""
     cluster = Cluster(cluster_id=ClusterId("local"), network_s=network_s)
@@ -87,7 +89,12 @@ def a_fleet(
             state = (states or {}).get(replica, Readiness.RUNNING)
             placed[ReplicaId(replica)] = (pool, nodes[-1], state)
     return Fleet(
-        name=name, clusters=(cluster,), nodes=tuple(nodes), pools=tuple(pools), replicas=placed
+        name=name,
+        clusters=(cluster,),
+        nodes=tuple(nodes),
+        pools=tuple(pools),
+        replicas=placed,
+        limits=limits or ScalingLimits(),
     )
 
 

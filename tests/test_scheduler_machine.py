@@ -5,7 +5,8 @@ every request gets exactly one outcome, promises are taken back, nobody is overt
 replica idles beside a call it could serve, and the same history gives the same actions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import settings
@@ -19,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from builders import CheckedScheduler, a_fleet, a_forecast, a_policy, a_pool
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Wake
+from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
 from concertmaster.core.events import (
     Event,
     ReplicaDemoted,
@@ -33,11 +34,13 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import Fleet, Readiness, Replica, ReplicaId
+from concertmaster.core.fleet import Fleet, PoolId, Readiness, Replica, ReplicaId, ScalingLimits
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, RequestId, WorkflowId
+from concertmaster.core.standing import FleetStanding, Scaling
 from concertmaster.policies.admission import BoundedLine
+from concertmaster.policies.scaling import Foreseen, Reactive
 
 POLICIES = (
     "random",
@@ -76,6 +79,27 @@ def a_small_fleet() -> Fleet:
     )
 
 
+@dataclass(frozen=True)
+class Erratic:
+    """Wants any number of replicas, another at every interval."""
+
+    interval_s: float = 4.0
+    settle_s: float = 0.0
+    memory_s: float = 60.0
+
+    def targets(self, now_s: float, view: FleetStanding) -> Mapping[PoolId, int]:
+        step = int(now_s)
+        return {one: (step * 7 + 3 * i) % 4 - 1 for i, one in enumerate(view.pools)}
+
+
+SCALINGS: dict[str, tuple[Scaling, ScalingLimits]] = {
+    "erratic": (Erratic(), ScalingLimits(cooldown_s=0.0)),
+    "erratic, few GPUs": (Erratic(), ScalingLimits(gpus=4, most_changes=2, cooldown_s=9.0)),
+    "reactive": (Reactive(interval_s=4.0, settle_s=8.0), ScalingLimits(gpus=4)),
+    "foreseen": (Foreseen(interval_s=4.0, settle_s=8.0), ScalingLimits(gpus=4, cooldown_s=1.0)),
+}
+
+
 @dataclass
 class Attempt:
     """What a driver knows of a call it was told to send."""
@@ -89,13 +113,14 @@ class Driver(RuleBasedStateMachine):
     """Performs what the core asks for and reports what comes of it, right or stale."""
 
     policy = "least-tokens"
+    scaling: Scaling | None = None
+    limits = ScalingLimits()
 
     def __init__(self) -> None:
         super().__init__()
         admission = BoundedLine(max_waiting=6, max_wait_s=200.0)
-        self.scheduler = CheckedScheduler(
-            a_small_fleet(), a_policy(self.policy, admission=admission)
-        )
+        policy = a_policy(self.policy, admission=admission, scaling=self.scaling)
+        self.scheduler = CheckedScheduler(replace(a_small_fleet(), limits=self.limits), policy)
         self.core = self.scheduler.core
         self.now_s = 0.0
         self.arrived = 0
@@ -103,6 +128,7 @@ class Driver(RuleBasedStateMachine):
         self.running: dict[RequestId, Attempt] = {}
         self.over: list[tuple[RequestId, int]] = []
         self.waking: set[ReplicaId] = set()
+        self.stopping: set[ReplicaId] = set()
         self.outcomes: dict[RequestId, str] = {}
 
     # The driver.
@@ -114,6 +140,7 @@ class Driver(RuleBasedStateMachine):
         for action in actions:
             match action:
                 case Dispatch(request_id, replica_id, attempt):
+                    assert replica_id not in self.stopping, "sent to a replica that stops"
                     del self.waiting[request_id]
                     self.running[request_id] = Attempt(attempt, replica_id)
                     self.check_order(request_id, self.core.replicas[replica_id])
@@ -131,6 +158,23 @@ class Driver(RuleBasedStateMachine):
                     assert replica_id not in self.waking, "woken twice"
                     assert self.core.replicas[replica_id].readiness is not Readiness.RUNNING
                     self.waking.add(replica_id)
+                    self.check_wake(self.core.replicas[replica_id])
+                case Stop(replica_id):
+                    assert replica_id not in self.stopping, "stopped twice"
+                    assert all(one.replica_id != replica_id for one in self.running.values())
+                    self.stopping.add(replica_id)
+
+    def check_wake(self, woken: Replica) -> None:
+        """It keeps to the GPUs, and none that was about to leave could serve instead."""
+        gpus = self.limits.gpus
+        assert gpus is None or self.busy_gpus() <= gpus, "more GPUs than there are"
+        leaving = self.core._waking.leaving.values()
+        assert all(replica.pool is not woken.pool for replica in leaving), "woken needlessly"
+
+    def busy_gpus(self) -> int:
+        replicas = self.core.replicas.values()
+        busy = [r for r in replicas if r.alive and r.readiness is Readiness.RUNNING]
+        return len(busy) + len(self.waking)
 
     def settle(self, request_id: RequestId, outcome: str) -> None:
         assert request_id not in self.outcomes, f"{request_id} has two outcomes"
@@ -257,6 +301,7 @@ class Driver(RuleBasedStateMachine):
     def lose(self, replica_id: ReplicaId, event: Event) -> None:
         """Whatever the replica had is retried if nobody saw a token of it, and fails if not."""
         self.waking.discard(replica_id)
+        self.stopping.discard(replica_id)
         lost = {rid: one for rid, one in self.running.items() if one.replica_id == replica_id}
         for request_id, attempt in lost.items():
             self.end_attempt(request_id)
@@ -281,12 +326,23 @@ class Driver(RuleBasedStateMachine):
     @rule(name=st.sampled_from(REPLICAS))
     def make_ready(self, name: str) -> None:
         self.waking.discard(ReplicaId(name))
+        self.stopping.discard(ReplicaId(name))
         self.feed(ReplicaReady(ReplicaId(name)))
 
     @precondition(lambda self: self.waking)
     @rule(data=st.data())
     def wake_up(self, data: st.DataObject) -> None:
         self.make_ready(data.draw(st.sampled_from(sorted(self.waking))))
+
+    @precondition(lambda self: self.stopping)
+    @rule(data=st.data(), stops=st.booleans())
+    def hear_of_stop(self, data: st.DataObject, *, stops: bool) -> None:
+        """It is stopped, or could not be and serves on."""
+        replica_id = data.draw(st.sampled_from(sorted(self.stopping)))
+        if stops:
+            self.lose(replica_id, ReplicaDemoted(replica_id, Readiness.DISK))
+        else:
+            self.make_ready(replica_id)
 
     @rule(name=st.sampled_from(REPLICAS))
     def drain(self, name: str) -> None:
@@ -339,11 +395,14 @@ class Driver(RuleBasedStateMachine):
     def nobody_waits_beside_an_idle_replica_or_a_sleeping_one(self) -> None:
         for call in self.core.line:
             able = [r for r in self.core.replicas.values() if r.pool.pool_id in call.pools]
+            leaving = [r for r in able if r.replica_id in self.core._waking.leaving]
             able = [r for r in able if r.alive and not r.draining]
             serving = [r for r in able if r.readiness is Readiness.RUNNING]
             assert all(r.in_flight for r in serving), "a replica idles beside a waiting call"
             woken = any(r.replica_id in self.waking for r in able)
-            assert serving or woken or not able, "a call waits for a replica that nobody wakes"
+            full = self.limits.gpus is not None and not any(map(self.core._waking.affords, able))
+            assert serving or woken or full or not able, "a call waits and nobody is woken"
+            assert serving or woken or not leaving, "a call waits beside one that leaves"
 
     def teardown(self) -> None:
         for name in REPLICAS:
@@ -354,6 +413,11 @@ class Driver(RuleBasedStateMachine):
             assert rounds < 1000, "a call waits for ever"
             if self.running:
                 self.finish_one(next(iter(self.running)), 1)
+            elif self.waking:
+                self.make_ready(min(self.waking))
+            elif self.stopping:
+                replica_id = min(self.stopping)
+                self.lose(replica_id, ReplicaDemoted(replica_id, Readiness.DISK))
             else:
                 self.fire_timer()
         self.core_and_driver_agree_on_where_every_call_is()
@@ -378,4 +442,14 @@ def test_any_history_keeps_every_promise(policy: str) -> None:
     DriverOfPolicy.policy = policy
     run_state_machine_as_test(
         DriverOfPolicy, settings=settings(max_examples=40, stateful_step_count=60)
+    )
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_any_history_keeps_every_promise_while_replicas_come_and_go(name: str) -> None:
+    class ScalingDriver(Driver):
+        scaling, limits = SCALINGS[name]
+
+    run_state_machine_as_test(
+        ScalingDriver, settings=settings(max_examples=60, stateful_step_count=60)
     )
