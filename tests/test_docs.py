@@ -27,6 +27,7 @@ from concertmaster.config import (
     GatewaySection,
     NodeSection,
     PoolSection,
+    ScalingSection,
 )
 from concertmaster.core.actions import Action
 from concertmaster.core.events import Event, FailReason, RejectReason
@@ -53,6 +54,7 @@ FILE_SECTIONS: dict[str, type[Any]] = {
     "`[[nodes]]`": NodeSection,
     "`[gateway]`": GatewaySection,
     "`[emulator]`": EmulatorSection,
+    "`[scaling]`": ScalingSection,
     "Engine file": EngineFile,
     "`[faults]`": Faults,
 }

@@ -1,7 +1,7 @@
 """What models are asked for, counted as it happens: sums in which old news fades."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from concertmaster.core.request import ModelName
 from concertmaster.core.standing import Demand
@@ -9,7 +9,7 @@ from concertmaster.core.standing import Demand
 
 @dataclass(slots=True)
 class Flow:
-    """Decayed sums of one model.
+    """Sums of one model.
 
     Attributes:
         tokens: Output tokens by which forecasts of what workflows need have changed.
@@ -35,14 +35,23 @@ class Flow:
             self.growths += 1.0
             self.squares += float(tokens) * tokens
 
-    def fade(self, factor: float) -> None:
-        """Let everything count for less."""
+    def take_in(self, fresh: "Flow", factor: float) -> None:
+        """Let everything count for less, and add what is fresh."""
         for name in Flow.__slots__:
-            setattr(self, name, factor * getattr(self, name))
+            setattr(self, name, factor * getattr(self, name) + getattr(fresh, name))
+
+
+@dataclass(slots=True)
+class _Account:
+    """One model: what came since the last fading, the last that was taken in, and all."""
+
+    fresh: Flow = field(default_factory=Flow)
+    latest: Flow = field(default_factory=Flow)
+    whole: Flow = field(default_factory=Flow)
 
 
 class Demands:
-    """The flows of all models over a fading memory.
+    """What all models are asked for, over a fading memory.
 
     Args:
         memory_s: News counts with e^-1 of its weight after this long.
@@ -50,21 +59,26 @@ class Demands:
 
     def __init__(self, memory_s: float) -> None:
         self._memory_s = memory_s
-        self._flows: dict[ModelName, Flow] = {}
-        self._begun_s: float | None = None
-        self._faded_s = 0.0
+        self._accounts: dict[ModelName, _Account] = {}
+        self._faded_s: float | None = None
+        self._latest_s = 0.0
+        self._window_s = 0.0
+        self._window_squares = 0.0
 
     @property
     def models(self) -> list[ModelName]:
         """Models that were asked for anything."""
-        return list(self._flows)
+        return list(self._accounts)
 
     def flow(self, model: ModelName) -> Flow:
-        """Return the sums of a model, to add to."""
-        flow = self._flows.get(model)
-        if flow is None:
-            flow = self._flows[model] = Flow()
-        return flow
+        """Return the sums since the last fading, to add to."""
+        return self._account(model).fresh
+
+    def _account(self, model: ModelName) -> _Account:
+        account = self._accounts.get(model)
+        if account is None:
+            account = self._accounts[model] = _Account()
+        return account
 
     def dispatched(self, model: ModelName, prefill_tokens: int, context_tokens: float) -> None:
         """Note a call handed to a replica."""
@@ -74,35 +88,38 @@ class Demands:
         flow.contexts += context_tokens
 
     def fade(self, now_s: float) -> None:
-        """Let time pass; memory begins at the first call of this."""
-        if self._begun_s is None:
-            self._begun_s = self._faded_s = now_s
-        factor = math.exp((self._faded_s - now_s) / self._memory_s)
-        self._faded_s = now_s
-        for flow in self._flows.values():
-            flow.fade(factor)
+        """Let time pass; memory begins at the first call of this.
+
+        The memory's own length fades in the same way, so that rates are right from the start.
+        """
+        latest_s = 0.0 if self._faded_s is None else now_s - self._faded_s
+        factor = math.exp(-latest_s / self._memory_s)
+        self._faded_s, self._latest_s = now_s, latest_s
+        self._window_s = factor * self._window_s + latest_s
+        self._window_squares = factor * factor * self._window_squares + latest_s
+        for account in self._accounts.values():
+            account.whole.take_in(account.fresh, factor)
+            account.latest, account.fresh = account.fresh, Flow()
 
     def demand(self, model: ModelName, *, owed_tokens: int, owed_workflows: int) -> Demand:
-        """Return rates as of the last fading.
-
-        A sum that fades with ``memory_s`` counts as much as ``window_s`` seconds of news; with
-        little of it, the rate is uncertain.
-        """
-        flow = self._flows.get(model)
-        if flow is None or self._begun_s is None or self._faded_s <= self._begun_s:
+        """Return rates as of the last fading."""
+        account, window_s = self._accounts.get(model), self._window_s
+        if account is None or not window_s or not self._latest_s:
             return Demand(owed_tokens=owed_tokens, owed_workflows=owed_workflows)
-        fresh = math.exp((self._begun_s - self._faded_s) / self._memory_s)
-        window_s = self._memory_s * (1 - fresh)
+        whole, latest = account.whole, account.latest
         return Demand(
-            tokens_per_s=max(0.0, flow.tokens) / window_s,
-            announcements_per_s=flow.growths / window_s,
-            variance=flow.squares / window_s,
-            uncertainty_per_s=(1 + fresh) / (2 * window_s),
+            tokens_per_s=max(0.0, whole.tokens) / window_s,
+            announcements_per_s=whole.growths / window_s,
+            variance=whole.squares / window_s,
+            uncertainty_per_s=self._window_squares / window_s**2,
+            latest_tokens_per_s=max(0.0, latest.tokens) / self._latest_s,
+            latest_variance=latest.squares / self._latest_s,
+            latest_s=self._latest_s,
             owed_tokens=owed_tokens,
             owed_workflows=owed_workflows,
-            open_ratio=_ratio(flow.open_calls, flow.live_workflows, 1.0),
-            prefill_ratio=_ratio(flow.prefill_tokens, flow.output_tokens, 0.0),
-            context_tokens=max(1.0, _ratio(flow.contexts, flow.dispatches, 1.0)),
+            open_ratio=_ratio(whole.open_calls, whole.live_workflows, 1.0),
+            prefill_ratio=_ratio(whole.prefill_tokens, whole.output_tokens, 0.0),
+            context_tokens=max(1.0, _ratio(whole.contexts, whole.dispatches, 1.0)),
         )
 
 

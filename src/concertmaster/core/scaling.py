@@ -103,14 +103,14 @@ class Scaler:
     # What the policy sees
 
     def _see(self, now_s: float) -> None:
-        """Let old news fade, and sample how many calls live workflows have open."""
-        self._demands.fade(now_s)
+        """Sample how many calls live workflows have open, and let old news fade."""
         for call in self._line:
             self._demands.flow(call.workflow.model).open_calls += 1.0
         for _, replica in self._running.values():
             self._demands.flow(replica.pool.model.name).open_calls += 1.0
         for model in self._demands.models:
             self._demands.flow(model).live_workflows += self._workflows.owed(model).workflows
+        self._demands.fade(now_s)
 
     def view(self) -> FleetStanding:
         """Return the fleet as it stands."""
@@ -171,7 +171,7 @@ class Scaler:
             settled = self._wishes[pool_id].most(now_s, settle_s)
             wishes[pool_id] = wish
             targets[pool_id] = max(wish, min(present, most if settled is None else settled, most))
-        for pool_id in self._called_for(view):
+        for pool_id in self._called_for(view, wishes):
             for tier in (floors, wishes, targets):
                 tier[pool_id] = max(1, tier[pool_id])
         if self._limits.gpus is None:
@@ -183,14 +183,16 @@ class Scaler:
             free_gpus -= _grant(fitted, tier, gpus, free_gpus)
         return fitted
 
-    def _called_for(self, view: FleetStanding) -> Iterable[PoolId]:
-        """Pools of which one replica is needed: calls wait, and none of their pools has any."""
+    def _called_for(self, view: FleetStanding, targets: Mapping[PoolId, int]) -> Iterable[PoolId]:
+        """Pools that need a replica: calls wait, and none of their pools has one or shall."""
         for pools in self._line.lanes:
-            standings = [view.pools[pool_id] for pool_id in pools]
-            if not any(standing.present for standing in standings):
+            present = [one for one in pools if view.pools[one].present]
+            if not present:
                 startable = [r for one in pools for r in self._by_pool[one] if _may_start(r)]
                 if startable:
                     yield min(startable, key=distance).pool.pool_id
+            elif not any(targets[one] for one in pools):
+                yield present[0]
 
     def _drained_gpus(self) -> int:
         """GPUs of replicas that an operator drains: they run, and no target counts them."""

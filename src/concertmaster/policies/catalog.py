@@ -120,7 +120,8 @@ SCALINGS: dict[str, ScalingRecipe] = {
         Reactive, {**_PACE, "target": number(0.1), "tolerance": number(0, 1), "burst": number(0)}
     ),
     "foreseen": ScalingRecipe(
-        Foreseen, {**_PACE, "memory_s": number(1), "level": number(0.5, 0.9999)}
+        Foreseen,
+        {**_PACE, "memory_s": number(1), "level": number(0.5, 0.9999), "clear_s": number(1)},
     ),
 }
 """Scalings by name; without one the fleet stays as its file says."""

@@ -13,6 +13,9 @@ from concertmaster.core.standing import Demand, FleetStanding, Standing
 SLOWDOWN = 1.5
 """A replica is full once a step takes this much longer than with one call."""
 
+RISE_DEVIATIONS = 2.33
+"""Standard deviations that the latest arrivals must be above the rest: chance in one of 100."""
+
 
 def full_batch(pool: Pool, context_tokens: float) -> int:
     """Return how many calls a replica decodes at once while it is still quick.
@@ -80,12 +83,14 @@ class Foreseen:
 
     Attributes:
         level: Probability with which the replicas shall suffice.
+        clear_s: Seconds in which what has piled up shall be worked off.
     """
 
     interval_s: float = 15.0
     settle_s: float = 300.0
     memory_s: float = 120.0
     level: float = 0.9
+    clear_s: float = 120.0
 
     def targets(self, now_s: float, view: FleetStanding) -> Mapping[PoolId, int]:
         """Give each model what it needs; if GPUs are too few, first where most is missing."""
@@ -105,14 +110,22 @@ class Foreseen:
             standings, key=lambda one: -rates[one.pool.pool_id] / one.pool.tensor_parallel
         )
         pool = cheapest[0].pool
-        horizon_s = self.interval_s + pool.ready_s.get(pool.stopped, 0.0)
+        ready_s = pool.ready_s.get(pool.stopped, 0.0)
+        horizon_s = self.interval_s + ready_s
         batch = full_batch(pool, demand.context_tokens)
         call_tokens_per_s = rates[pool.pool_id] / batch
         if not demand.owed_workflows and self._is_quiet(demand, horizon_s):
             need = 0.0
         else:
             need = needed_tokens_per_s(
-                demand, call_tokens_per_s, horizon_s=horizon_s, level=self.level
+                demand,
+                call_tokens_per_s,
+                present_tokens_per_s=sum(
+                    one.present * rates[one.pool.pool_id] for one in standings
+                ),
+                ready_s=ready_s,
+                clear_s=self.clear_s,
+                level=self.level,
             )
         return _Plan(cheapest, rates, need)
 
@@ -122,31 +135,59 @@ class Foreseen:
 
 
 def needed_tokens_per_s(
-    demand: Demand, call_tokens_per_s: float, *, horizon_s: float, level: float
+    demand: Demand,
+    call_tokens_per_s: float,
+    *,
+    present_tokens_per_s: float,
+    ready_s: float,
+    clear_s: float,
+    level: float,
 ) -> float:
-    """Output tokens a second that suffice over the horizon, with this probability.
+    """Output tokens a second that suffice with this probability.
 
     What comes in, plus what live workflows owe beyond what such a stream keeps in flight, as
-    far as they can use it in that time. Both are taken at the pace of calls on a full replica.
+    far as they can use it while that is worked off, plus what piles up until another replica
+    is ready.
+    All are taken at the pace of calls on a full replica.
 
     >>> steady = Demand(tokens_per_s=100.0, owed_tokens=1000, owed_workflows=10)
-    >>> needed_tokens_per_s(steady, 10.0, horizon_s=30.0, level=0.5)
+    >>> needed_tokens_per_s(
+    ...     steady, 10.0, present_tokens_per_s=100.0, ready_s=15.0, clear_s=15.0, level=0.5
+    ... )
     100.0
 
     Args:
         demand: What is asked of the model.
         call_tokens_per_s: Output tokens a second of one call on a full replica.
-        horizon_s: How far to look.
+        present_tokens_per_s: The same of all replicas that serve or start.
+        ready_s: Seconds until another replica can serve.
+        clear_s: Seconds in which what has piled up shall be worked off.
         level: Probability with which it shall suffice.
     """
+    deviations = NormalDist().inv_cdf(level)
+    coming, variance = _coming(demand)
     workflow_tokens_per_s = max(demand.open_ratio, 1e-3) * call_tokens_per_s
     each_tokens = demand.owed_tokens / max(1, demand.owed_workflows)
     lasts_s = each_tokens / workflow_tokens_per_s
-    excess_tokens = max(0.0, demand.owed_tokens - demand.tokens_per_s * lasts_s)
-    used_ratio = -math.expm1(-horizon_s / lasts_s) if lasts_s else 0.0
-    mean = demand.tokens_per_s + excess_tokens * used_ratio / horizon_s
-    variance = demand.variance * (1 / (horizon_s + lasts_s) + demand.uncertainty_per_s)
-    return mean + max(0.0, NormalDist().inv_cdf(level)) * math.sqrt(variance)
+    excess_tokens = max(0.0, demand.owed_tokens - coming * lasts_s)
+    used_ratio = -math.expm1(-clear_s / lasts_s) if lasts_s else 0.0
+    piled_tokens = max(0.0, coming - present_tokens_per_s) * ready_s
+    mean = coming + (excess_tokens * used_ratio + piled_tokens) / clear_s
+    spread = variance * (1 / (ready_s + clear_s + lasts_s) + demand.uncertainty_per_s)
+    return mean + deviations * math.sqrt(spread)
+
+
+def _coming(demand: Demand) -> tuple[float, float]:
+    """Tokens a second that come in, and their variance.
+
+    The long memory counts, unless what has come since the last time of asking is more than
+    chance explains: then it has risen at least to the lower end of that.
+    """
+    chance = RISE_DEVIATIONS * math.sqrt(demand.latest_variance / demand.latest_s)
+    risen = demand.latest_tokens_per_s - chance
+    if risen > demand.tokens_per_s:
+        return risen, max(demand.variance, demand.latest_variance)
+    return demand.tokens_per_s, demand.variance
 
 
 class _Plan:
