@@ -10,7 +10,7 @@ from concertmaster.core.events import Event, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ScalingLimits
 from concertmaster.core.standing import Demand
 from concertmaster.policies.scaling import replica_tokens_per_s
-from concertmaster.workload.plan import Workload
+from concertmaster.workload.plan import Workload, WorkflowPlan
 from concertmaster.workload.records import RunRecords
 
 SEATS = 4
@@ -28,7 +28,8 @@ def a_scaled_fleet(*, most: int = 16, serving: int = 1, gpus: int | None = None)
 def agents(rate: Callable[[float], float], until_s: float, seed: int) -> Workload:
     """One call, or two with a tool between,, at a rate that may change."""
     rng = random.Random(seed)
-    plans, now_s = [], 0.0
+    plans: list[WorkflowPlan] = []
+    now_s = 0.0
     while (now_s := now_s + rng.expovariate(max(1e-3, rate(now_s)))) < until_s:
         calls = [
             a_call(
