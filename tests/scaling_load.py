@@ -10,7 +10,7 @@ from concertmaster.core.events import Event, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ScalingLimits
 from concertmaster.core.standing import Demand
 from concertmaster.policies.scaling import replica_tokens_per_s
-from concertmaster.workload.plan import Workload, WorkflowPlan
+from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords
 
 SEATS = 4
