@@ -8,7 +8,7 @@ import pytest
 from concertmaster.compose import build_fleet, endpoints
 from concertmaster.config import EngineFile, FleetFile, load_engine, load_fleet
 from concertmaster.core.errors import InputError
-from concertmaster.core.fleet import Fleet, Readiness, ReplicaId
+from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
 from concertmaster.core.request import ModelName
 from concertmaster.physics.hardware import gpu, ready_s
 from concertmaster.physics.models import model_card
@@ -20,15 +20,17 @@ model = "llama-3.1-8b-instruct"
 gpu = "a100-80g"
 """
 POOL_KEYS = (
-    "block_tokens, cluster, endpoints, gpu, kv_blocks, max_batch_tokens, max_sequences, "
-    "memory_ratio, model, name, prefix_caching, replicas, scheduling, "
-    "served_name, state, tensor_parallel"
+    "block_tokens, cluster, endpoints, gpu, kv_blocks, least_replicas, max_batch_tokens, "
+    "max_sequences, memory_ratio, model, name, prefix_caching, replicas, scheduling, "
+    "served_name, state, stopped, tensor_parallel"
 )
 CLUSTER_KEYS = "known: name, network_ms"
-FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools"
+FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools, scaling"
 STATES = "known: disk, host, remote, running, sleeping"
 MOST = "max_sequences (256)"
 STEP_HINT = "each sequence decodes a token a step"
+STOPPED_HINT = "choose sleeping, host, disk or remote"
+GPUS_HINT = "it must hold what runs at the start, and least_replicas of each pool and one more"
 COUNT_HINT = "leave replicas out to count endpoints"
 GATEWAY_KEYS = (
     "connect_timeout_s, feedback, forecast_budget_ms, health_interval_s, host, max_body_mb, "
@@ -119,6 +121,22 @@ def test_a_model_goes_by_the_name_that_it_is_served_under(tmp_path: Path) -> Non
 
     assert ours.model == replace(plain.model, name=ModelName("team/ours"))
     assert (ours.curve, ours.kv_blocks) == (plain.curve, plain.kv_blocks)
+
+
+def test_scaling_keeps_one_of_what_runs_and_stops_to_where_the_rest_lies(tmp_path: Path) -> None:
+    asleep = POOL.replace('"a"', '"z"') + 'state = "sleeping"\n'
+    said = POOL.replace('"a"', '"s"') + 'replicas = 2\nstopped = "host"\nleast_replicas = 2\n'
+    limits = "[scaling]\ngpus = 9\nmost_changes = 3\ncooldown_s = 7\n"
+
+    fleet = built(tmp_path, POOL + asleep + said + limits)
+
+    assert [(pool.least_replicas, pool.stopped) for pool in fleet.pools] == [
+        (1, Readiness.DISK),
+        (0, Readiness.SLEEPING),
+        (2, Readiness.HOST),
+    ]
+    assert fleet.limits == ScalingLimits(gpus=9, most_changes=3, cooldown_s=7.0)
+    assert built(tmp_path, POOL).limits == ScalingLimits()
 
 
 def test_endpoints_count_replicas_and_keep_their_order(tmp_path: Path) -> None:
@@ -223,6 +241,31 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
         (
             'scheduling = "lifo"',
             'pools[0].scheduling: unknown scheduling "lifo" (known: fcfs, priority)',
+        ),
+        (
+            'stopped = "running"',
+            f"pools[0].stopped: a stopped replica does not run ({STOPPED_HINT})",
+        ),
+        (
+            'stopped = "asleep"',
+            f'pools[0].stopped: unknown stopped "asleep" (did you mean "sleeping"? {STATES})',
+        ),
+        ("least_replicas = 2", "pools[0].least_replicas: expected 0 to replicas (1), found 2"),
+        ("least_replicas = -1", "pools[0].least_replicas: expected 0 to replicas (1), found -1"),
+        (
+            "[scaling]\ngpu = 2",
+            'scaling: unknown key "gpu" (did you mean "gpus"? '
+            "known: cooldown_s, gpus, most_changes)",
+        ),
+        ("[scaling]\nmost_changes = 0", "scaling.most_changes: expected at least 1, found 0"),
+        ("[scaling]\ncooldown_s = -1", "scaling.cooldown_s: expected at least 0, found -1.0"),
+        (
+            "replicas = 3\n[scaling]\ngpus = 2",
+            f"scaling.gpus: expected at least 3, found 2 ({GPUS_HINT})",
+        ),
+        (
+            'state = "disk"\ntensor_parallel = 2\n[scaling]\ngpus = 1',
+            f"scaling.gpus: expected at least 2, found 1 ({GPUS_HINT})",
         ),
         ("[emulator]\nspeedup = 0", "emulator.speedup: expected a number above 0, found 0.0"),
         ("[gateway]\nwindow_s = -1", "gateway.window_s: expected at least 0, found -1.0"),
