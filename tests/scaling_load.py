@@ -26,7 +26,7 @@ def a_scaled_fleet(*, most: int = 16, serving: int = 1, gpus: int | None = None)
 
 
 def agents(rate: Callable[[float], float], until_s: float, seed: int) -> Workload:
-    """One call, or two with a tool between,, at a rate that may change."""
+    """One call, or two with a tool between, at a rate that may change."""
     rng = random.Random(seed)
     plans: list[WorkflowPlan] = []
     now_s = 0.0
@@ -58,11 +58,14 @@ class Comings:
 
     def __init__(self) -> None:
         self.starts_s: list[float] = []
+        self.woken: list[tuple[float, str]] = []
         self.ready_s: list[float] = []
         self.stops_s: list[float] = []
 
     def __call__(self, now_s: float, event: Event, actions: list[Action]) -> None:
-        self.starts_s += [now_s for action in actions if isinstance(action, Wake)]
+        woken = [action.replica_id for action in actions if isinstance(action, Wake)]
+        self.woken += [(now_s, replica_id) for replica_id in woken]
+        self.starts_s += [now_s] * len(woken)
         self.stops_s += [now_s for action in actions if isinstance(action, Stop)]
         self.ready_s += [now_s] if isinstance(event, ReplicaReady) else []
 

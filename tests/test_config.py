@@ -31,6 +31,7 @@ MOST = "max_sequences (256)"
 STEP_HINT = "each sequence decodes a token a step"
 STOPPED_HINT = "choose sleeping, host, disk or remote"
 GPUS_HINT = "it must hold what runs at the start, and least_replicas of each pool and one more"
+SCALING_KEYS = "known: cooldown_s, gpus, most_changes"
 COUNT_HINT = "leave replicas out to count endpoints"
 GATEWAY_KEYS = (
     "connect_timeout_s, feedback, forecast_budget_ms, health_interval_s, host, max_body_mb, "
@@ -254,8 +255,7 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
         ("least_replicas = -1", "pools[0].least_replicas: expected 0 to replicas (1), found -1"),
         (
             "[scaling]\ngpu = 2",
-            'scaling: unknown key "gpu" (did you mean "gpus"? '
-            "known: cooldown_s, gpus, most_changes)",
+            f'scaling: unknown key "gpu" (did you mean "gpus"? {SCALING_KEYS})',
         ),
         ("[scaling]\nmost_changes = 0", "scaling.most_changes: expected at least 1, found 0"),
         ("[scaling]\ncooldown_s = -1", "scaling.cooldown_s: expected at least 0, found -1.0"),

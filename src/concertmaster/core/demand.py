@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from concertmaster.core.request import ModelName
 from concertmaster.core.standing import Demand
 
+RISE_DEVIATIONS = 5.0
+"""Standard deviations above the usual from which the usual is over: 3 in 100,000 by chance."""
+
 
 @dataclass(slots=True)
 class Flow:
@@ -29,11 +32,16 @@ class Flow:
     live_workflows: float = 0.0
 
     def announce(self, tokens: int) -> None:
-        """Note that workflows are now known to need so many more tokens, or fewer."""
+        """Note that a call changes by so many tokens what its workflow is known to need."""
         self.tokens += tokens
         if tokens > 0:
             self.growths += 1.0
             self.squares += float(tokens) * tokens
+
+    def exceed(self, tokens: int, before_tokens: int) -> None:
+        """Note that an answer outgrows its forecast: it belongs to what was announced before."""
+        self.tokens += tokens
+        self.squares += float(tokens) * (tokens + 2 * before_tokens)
 
     def take_in(self, fresh: "Flow", factor: float) -> None:
         """Let everything count for less, and add what is fresh."""
@@ -43,11 +51,35 @@ class Flow:
 
 @dataclass(slots=True)
 class _Account:
-    """One model: what came since the last fading, the last that was taken in, and all."""
+    """One model: what came since the last fading, and what is remembered.
+
+    Attributes:
+        window_s: How much time the memory stands for.
+        window_squares: Sum of the squares of the weights of its seconds.
+    """
 
     fresh: Flow = field(default_factory=Flow)
-    latest: Flow = field(default_factory=Flow)
     whole: Flow = field(default_factory=Flow)
+    window_s: float = 0.0
+    window_squares: float = 0.0
+
+    def fade(self, latest_s: float, factor: float) -> None:
+        """Take in what is fresh; it alone counts if it is more than chance explains."""
+        if self._has_risen(latest_s):
+            self.whole, self.window_s, self.window_squares = Flow(), 0.0, 0.0
+        self.whole.take_in(self.fresh, factor)
+        self.window_s = factor * self.window_s + latest_s
+        self.window_squares = factor * factor * self.window_squares + latest_s
+        self.fresh = Flow()
+
+    def _has_risen(self, latest_s: float) -> bool:
+        if not latest_s or not self.window_s:
+            return False
+        usual = self.whole.tokens / self.window_s
+        variance = self.whole.squares / self.window_s
+        uncertainty = 1 / latest_s + self.window_squares / self.window_s**2
+        chance = RISE_DEVIATIONS * math.sqrt(variance * uncertainty)
+        return self.fresh.tokens / latest_s > usual + chance
 
 
 class Demands:
@@ -61,9 +93,6 @@ class Demands:
         self._memory_s = memory_s
         self._accounts: dict[ModelName, _Account] = {}
         self._faded_s: float | None = None
-        self._latest_s = 0.0
-        self._window_s = 0.0
-        self._window_squares = 0.0
 
     @property
     def models(self) -> list[ModelName]:
@@ -72,13 +101,10 @@ class Demands:
 
     def flow(self, model: ModelName) -> Flow:
         """Return the sums since the last fading, to add to."""
-        return self._account(model).fresh
-
-    def _account(self, model: ModelName) -> _Account:
         account = self._accounts.get(model)
         if account is None:
             account = self._accounts[model] = _Account()
-        return account
+        return account.fresh
 
     def dispatched(self, model: ModelName, prefill_tokens: int, context_tokens: float) -> None:
         """Note a call handed to a replica."""
@@ -94,27 +120,21 @@ class Demands:
         """
         latest_s = 0.0 if self._faded_s is None else now_s - self._faded_s
         factor = math.exp(-latest_s / self._memory_s)
-        self._faded_s, self._latest_s = now_s, latest_s
-        self._window_s = factor * self._window_s + latest_s
-        self._window_squares = factor * factor * self._window_squares + latest_s
+        self._faded_s = now_s
         for account in self._accounts.values():
-            account.whole.take_in(account.fresh, factor)
-            account.latest, account.fresh = account.fresh, Flow()
+            account.fade(latest_s, factor)
 
     def demand(self, model: ModelName, *, owed_tokens: int, owed_workflows: int) -> Demand:
         """Return rates as of the last fading."""
-        account, window_s = self._accounts.get(model), self._window_s
-        if account is None or not window_s or not self._latest_s:
+        account = self._accounts.get(model)
+        if account is None or not account.window_s:
             return Demand(owed_tokens=owed_tokens, owed_workflows=owed_workflows)
-        whole, latest = account.whole, account.latest
+        whole, window_s = account.whole, account.window_s
         return Demand(
             tokens_per_s=max(0.0, whole.tokens) / window_s,
             announcements_per_s=whole.growths / window_s,
             variance=whole.squares / window_s,
-            uncertainty_per_s=self._window_squares / window_s**2,
-            latest_tokens_per_s=max(0.0, latest.tokens) / self._latest_s,
-            latest_variance=latest.squares / self._latest_s,
-            latest_s=self._latest_s,
+            uncertainty_per_s=account.window_squares / window_s**2,
             owed_tokens=owed_tokens,
             owed_workflows=owed_workflows,
             open_ratio=_ratio(whole.open_calls, whole.live_workflows, 1.0),

@@ -211,6 +211,9 @@ class Forecast:
         remaining_tokens: Output tokens of the workflow from here on, this call included, on a
             model without an entry of its own.
         remaining_tokens_on: The same, by the model that serves the rest of the workflow.
+        remaining_by: Mean output tokens of the workflow from here on, this call included, by
+            the model that its calls name; "" stands for those that name none. Empty where all
+            calls go with this one.
         remaining_calls: Calls of the workflow from here on, this call included.
         remaining_tool_s: Seconds of tools and people between those calls.
         tool_call: Probability that the answer asks for a tool; ``None`` if nothing is predicted.
@@ -222,6 +225,7 @@ class Forecast:
     success: Mapping[ModelName, float] = field(default_factory=dict)
     remaining_tokens: Quantiles | None = None
     remaining_tokens_on: Mapping[ModelName, Quantiles] = field(default_factory=dict)
+    remaining_by: Mapping[ModelName, float] = field(default_factory=dict)
     remaining_calls: Quantiles | None = None
     remaining_tool_s: Quantiles | None = None
     tool_call: float | None = None
@@ -234,6 +238,16 @@ class Forecast:
     def remaining_on(self, model: ModelName) -> Quantiles | None:
         """Distribution of what the workflow still needs if ``model`` serves it."""
         return self.remaining_tokens_on.get(model, self.remaining_tokens)
+
+    def elsewhere(self, model: ModelName) -> Mapping[ModelName, int]:
+        """Return the output tokens that calls bound to other models than this will need.
+
+        >>> by = {ModelName("m"): 30.0, ModelName("x"): 400.2, ModelName(""): 5.0}
+        >>> Forecast(remaining_by=by).elsewhere(ModelName("m"))
+        {'x': 400}
+        """
+        named = {one: round(mean) for one, mean in self.remaining_by.items()}
+        return {one: tokens for one, tokens in named.items() if one not in ("", model) and tokens}
 
     def output_at(self, model: ModelName, level: float, most: int) -> int:
         """Output tokens on ``model`` at a probability level, from 1 to the caller's cap.

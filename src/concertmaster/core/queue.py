@@ -95,6 +95,14 @@ class Waiting:
         law, tokens = self.forecast.remaining_on(model), self.expected_tokens(model)
         return tokens if law is None else max(1, round(law.mean))
 
+    def owes_tokens(self, model: ModelName) -> int:
+        """Return the same, less what calls bound to other models will need of those."""
+        by = self.forecast.remaining_by
+        if not by:
+            return self.remaining_tokens(model)
+        mean = by.get(model, 0.0) + by.get(ModelName(""), 0.0)
+        return max(self.expected_tokens(model), round(mean))
+
 
 class Lane:
     """Waiting calls that may go to the same pools, in order.

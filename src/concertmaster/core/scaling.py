@@ -105,7 +105,7 @@ class Scaler:
     def _see(self, now_s: float) -> None:
         """Sample how many calls live workflows have open, and let old news fade."""
         for call in self._line:
-            self._demands.flow(call.workflow.model).open_calls += 1.0
+            self._demands.flow(self._pools[call.pools[0]].model.name).open_calls += 1.0
         for _, replica in self._running.values():
             self._demands.flow(replica.pool.model.name).open_calls += 1.0
         for model in self._demands.models:

@@ -213,8 +213,9 @@ class Scheduler:
         return [*self._waking.wake(now_s, call.pools)]
 
     def _commit(self, call: Waiting, model: ModelName) -> None:
-        call.owed_tokens = call.remaining_tokens(model)
-        self.workflows.commit(call.workflow, model, call.owed_tokens)
+        call.owed_tokens = call.owes_tokens(model)
+        elsewhere = call.forecast.elsewhere(model)
+        self.workflows.commit(call.workflow, model, call.owed_tokens, elsewhere)
         call.workflow.context_tokens = call.request.prompt_tokens + call.expected_tokens(model)
 
     def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
@@ -226,7 +227,7 @@ class Scheduler:
         prefill_tokens = replica.in_flight[request_id].prefill_tokens
         workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
         fresh_tokens = replica.stream(request_id, tokens)
-        self.workflows.stream(workflow, fresh_tokens)
+        self.workflows.stream(workflow, fresh_tokens, pool.model.name)
         workflow.attained_s += fresh_tokens * pool.decode_token_s * pace
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:

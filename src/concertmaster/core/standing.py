@@ -42,9 +42,6 @@ class Demand:
         announcements_per_s: How often they grew: new workflows, and calls nobody foresaw.
         variance: Of the tokens announced in a second, as in a compound Poisson process.
         uncertainty_per_s: ``variance`` times it is the variance of ``tokens_per_s`` itself.
-        latest_tokens_per_s: The same as ``tokens_per_s`` since the policy was last asked.
-        latest_variance: The same as ``variance`` since then.
-        latest_s: How long that is.
         owed_tokens: Output tokens that live workflows still need, by forecast.
         owed_workflows: Live workflows that need some.
         open_ratio: Calls open at once for each such workflow; below 1 where tools take long.
@@ -56,9 +53,6 @@ class Demand:
     announcements_per_s: float = 0.0
     variance: float = 0.0
     uncertainty_per_s: float = 0.0
-    latest_tokens_per_s: float = 0.0
-    latest_variance: float = 0.0
-    latest_s: float = 1.0
     owed_tokens: int = 0
     owed_workflows: int = 0
     open_ratio: float = 1.0

@@ -1,12 +1,14 @@
 """Workflows, as far as they are resolved: what they have asked for, got, and are owed."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from concertmaster.core.demand import Demands
 from concertmaster.core.request import ModelName, Request, WorkflowId
 
 _NOWHERE = ModelName("")
+_NOTHING: Mapping[ModelName, int] = {}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,7 +19,8 @@ class Workflow:
         attained_s: Engine seconds its calls have been given, by the rate curves.
         open_calls: Calls that have arrived and have no outcome.
         model: The model that its latest call was sent to; "" before the first.
-        owed_tokens: Output tokens that it still needs of that model, by forecast.
+        owed: Output tokens that it still needs, by forecast and model.
+        grown_tokens: By how much its latest call has raised what it owes.
         context_tokens: Prompt and expected answer of its latest call: what an engine may hold.
         roles: Roles of its calls before the latest.
         last_role: Role of its latest call.
@@ -31,10 +34,16 @@ class Workflow:
     output_tokens: int = 0
     attained_s: float = 0.0
     model: ModelName = _NOWHERE
-    owed_tokens: int = 0
+    owed: dict[ModelName, int] = field(default_factory=dict)
+    grown_tokens: int = 0
     context_tokens: int = 0
     roles: set[str] = field(default_factory=set)
     last_role: str = ""
+
+    @property
+    def owed_tokens(self) -> int:
+        """What it still needs of the model that it is with."""
+        return self.owed.get(self.model, 0)
 
     def note_role(self, role: str) -> None:
         """Take in the role of a call once it has been decided where the call goes."""
@@ -121,52 +130,62 @@ class Workflows:
         """Return what live workflows still need of a model."""
         return self._owed.setdefault(model, Owed())
 
-    def commit(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
-        """Note which model a workflow is with now, and what it will need of it."""
-        if self.demands is not None:
-            self._announce(workflow, model, max(0, tokens))
-        self._owe(workflow, model, max(0, tokens))
+    def commit(
+        self,
+        workflow: Workflow,
+        model: ModelName,
+        tokens: int,
+        elsewhere: Mapping[ModelName, int] = _NOTHING,
+    ) -> None:
+        """Note which model a workflow is with now, and what it will need of it and of others."""
+        owed = {**elsewhere, model: max(0, tokens)}
+        workflow.grown_tokens = max(0, owed[model] - workflow.owed.get(model, 0))
+        workflow.model = model
+        for one in (*owed, *(gone for gone in workflow.owed if gone not in owed)):
+            self._announce(workflow, one, owed.get(one, 0))
 
-    def stream(self, workflow: Workflow, fresh_tokens: int) -> None:
-        """Note that a workflow was given output tokens; while it has an open call it owes one."""
+    def stream(self, workflow: Workflow, fresh_tokens: int, model: ModelName | None = None) -> None:
+        """Note output tokens of a model, by default the one that the workflow is with.
+
+        While it has an open call it owes that one a token at least.
+        """
+        model = workflow.model if model is None else model
         workflow.output_tokens += fresh_tokens
-        left_tokens = workflow.owed_tokens - fresh_tokens
-        owed_tokens = max(0, left_tokens, int(workflow.open_calls > 0))
+        least = int(workflow.open_calls > 0 and model == workflow.model)
+        left_tokens = workflow.owed.get(model, 0) - fresh_tokens
+        grown_tokens = max(0, least - left_tokens)
         if self.demands is not None:
-            flow = self.demands.flow(workflow.model)
+            flow = self.demands.flow(model)
             flow.output_tokens += fresh_tokens
-            flow.announce(owed_tokens - left_tokens)
-        self._owe(workflow, workflow.model, owed_tokens)
+            flow.exceed(grown_tokens, workflow.grown_tokens)
+        workflow.grown_tokens += grown_tokens
+        self._owe(workflow, model, left_tokens + grown_tokens)
 
     def _announce(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
-        """Tell what is newly asked for; what goes to another model is taken from the first."""
-        assert self.demands is not None
-        if workflow.model == model:
-            tokens -= workflow.owed_tokens
-        elif workflow.owed_tokens:
-            self.demands.flow(workflow.model).announce(-workflow.owed_tokens)
-        self.demands.flow(model).announce(tokens)
+        """Tell what is newly asked of a model, or no longer."""
+        more_tokens = tokens - workflow.owed.get(model, 0)
+        if more_tokens:
+            if self.demands is not None:
+                self.demands.flow(model).announce(more_tokens)
+            self._owe(workflow, model, tokens)
 
     def _owe(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
-        self._charge(workflow, -1)
-        workflow.model, workflow.owed_tokens = model, tokens
-        self._charge(workflow, 1)
-
-    def _charge(self, workflow: Workflow, sign: int) -> None:
-        if workflow.owed_tokens:
-            owed = self.owed(workflow.model)
-            owed.workflows += sign
-            owed.tokens += sign * workflow.owed_tokens
+        owed, before_tokens = self.owed(model), workflow.owed.pop(model, 0)
+        owed.tokens += tokens - before_tokens
+        owed.workflows += bool(tokens) - bool(before_tokens)
+        if tokens:
+            workflow.owed[model] = tokens
 
     def _drop(self, workflow: Workflow) -> None:
-        self._charge(workflow, -1)
+        self.commit(workflow, workflow.model, 0)
         del self._by_id[workflow.workflow_id]
 
     def validate(self) -> None:
         """Check that what is owed is the sum over the live workflows."""
         for model, owed in self._owed.items():
-            mine = [w.owed_tokens for w in self._by_id.values() if w.model == model]
-            assert (owed.workflows, owed.tokens) == (sum(map(bool, mine)), sum(mine)), model
+            mine = [w.owed[model] for w in self._by_id.values() if model in w.owed]
+            assert (owed.workflows, owed.tokens) == (len(mine), sum(mine)), model
+            assert all(tokens > 0 for tokens in mine), model
 
     def _forget(self, now_s: float) -> None:
         """Drop idle workflows from the old end; two a call keep pace with arrivals."""

@@ -121,7 +121,13 @@ SCALINGS: dict[str, ScalingRecipe] = {
     ),
     "foreseen": ScalingRecipe(
         Foreseen,
-        {**_PACE, "memory_s": number(1), "level": number(0.5, 0.9999), "clear_s": number(1)},
+        {
+            **_PACE,
+            "memory_s": number(1),
+            "level": number(0.5, 0.9999),
+            "clear_s": number(1),
+            "tolerance": number(0, 1),
+        },
     ),
 }
 """Scalings by name; without one the fleet stays as its file says."""

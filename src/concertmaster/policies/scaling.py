@@ -13,9 +13,6 @@ from concertmaster.core.standing import Demand, FleetStanding, Standing
 SLOWDOWN = 1.5
 """A replica is full once a step takes this much longer than with one call."""
 
-RISE_DEVIATIONS = 2.33
-"""Standard deviations that the latest arrivals must be above the rest: chance in one of 100."""
-
 
 def full_batch(pool: Pool, context_tokens: float) -> int:
     """Return how many calls a replica decodes at once while it is still quick.
@@ -84,13 +81,15 @@ class Foreseen:
     Attributes:
         level: Probability with which the replicas shall suffice.
         clear_s: Seconds in which what has piled up shall be worked off.
+        tolerance: Share of what there is by which it may fall short before anything starts.
     """
 
     interval_s: float = 15.0
-    settle_s: float = 300.0
+    settle_s: float = 600.0
     memory_s: float = 120.0
     level: float = 0.9
     clear_s: float = 120.0
+    tolerance: float = 0.1
 
     def targets(self, now_s: float, view: FleetStanding) -> Mapping[PoolId, int]:
         """Give each model what it needs; if GPUs are too few, first where most is missing."""
@@ -117,16 +116,17 @@ class Foreseen:
         if not demand.owed_workflows and self._is_quiet(demand, horizon_s):
             need = 0.0
         else:
+            present_tokens_per_s = sum(one.present * rates[one.pool.pool_id] for one in standings)
             need = needed_tokens_per_s(
                 demand,
                 call_tokens_per_s,
-                present_tokens_per_s=sum(
-                    one.present * rates[one.pool.pool_id] for one in standings
-                ),
+                present_tokens_per_s=present_tokens_per_s,
                 ready_s=ready_s,
                 clear_s=self.clear_s,
                 level=self.level,
             )
+            if 0 < need - present_tokens_per_s <= self.tolerance * present_tokens_per_s:
+                need = present_tokens_per_s
         return _Plan(cheapest, rates, need)
 
     def _is_quiet(self, demand: Demand, horizon_s: float) -> bool:
@@ -145,9 +145,10 @@ def needed_tokens_per_s(
 ) -> float:
     """Output tokens a second that suffice with this probability.
 
-    What comes in, plus what live workflows owe beyond what such a stream keeps in flight, as
-    far as they can use it while that is worked off, plus what piles up until another replica
-    is ready.
+    What comes in, and beyond it the larger of two: a margin for chance, and what it takes to
+    work off what has piled up, since a margin that chance does not use does that too. Piled up
+    is what live workflows owe beyond what such a stream keeps in flight, as far as they can
+    use it meanwhile, and what comes until another replica is ready.
     All are taken at the pace of calls on a full replica.
 
     >>> steady = Demand(tokens_per_s=100.0, owed_tokens=1000, owed_workflows=10)
@@ -165,29 +166,16 @@ def needed_tokens_per_s(
         level: Probability with which it shall suffice.
     """
     deviations = NormalDist().inv_cdf(level)
-    coming, variance = _coming(demand)
+    coming = demand.tokens_per_s
     workflow_tokens_per_s = max(demand.open_ratio, 1e-3) * call_tokens_per_s
     each_tokens = demand.owed_tokens / max(1, demand.owed_workflows)
     lasts_s = each_tokens / workflow_tokens_per_s
     excess_tokens = max(0.0, demand.owed_tokens - coming * lasts_s)
     used_ratio = -math.expm1(-clear_s / lasts_s) if lasts_s else 0.0
     piled_tokens = max(0.0, coming - present_tokens_per_s) * ready_s
-    mean = coming + (excess_tokens * used_ratio + piled_tokens) / clear_s
-    spread = variance * (1 / (ready_s + clear_s + lasts_s) + demand.uncertainty_per_s)
-    return mean + deviations * math.sqrt(spread)
-
-
-def _coming(demand: Demand) -> tuple[float, float]:
-    """Tokens a second that come in, and their variance.
-
-    The long memory counts, unless what has come since the last time of asking is more than
-    chance explains: then it has risen at least to the lower end of that.
-    """
-    chance = RISE_DEVIATIONS * math.sqrt(demand.latest_variance / demand.latest_s)
-    risen = demand.latest_tokens_per_s - chance
-    if risen > demand.tokens_per_s:
-        return risen, max(demand.variance, demand.latest_variance)
-    return demand.tokens_per_s, demand.variance
+    clearing_tokens_per_s = (excess_tokens * used_ratio + piled_tokens) / clear_s
+    spread = demand.variance * (1 / (ready_s + clear_s + lasts_s) + demand.uncertainty_per_s)
+    return coming + max(clearing_tokens_per_s, deviations * math.sqrt(spread))
 
 
 class _Plan:

@@ -18,6 +18,7 @@ from concertmaster.predictors.history import Closed
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
 from concertmaster.predictors.judge import Judge
 from concertmaster.predictors.laws import Law, Path, expit, logit
+from concertmaster.predictors.shares import ModelShares
 
 _LAW_ODDS = logit(LEVELS)
 
@@ -53,6 +54,7 @@ class LearnedPredictor:
         self._models = tuple(models)
         self.judge = judge
         self._adapt = adapt
+        self._shares = ModelShares()
 
     def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
         """Answer from what is known at arrival."""
@@ -83,6 +85,7 @@ class LearnedPredictor:
                 )
                 for model in models
             },
+            remaining_by=self._shares.of(request),
             remaining_calls=laws["remaining_calls"],
             remaining_tool_s=laws["remaining_tool_s"],
             success=judge.foresee(request, prompt.text, models) if judge is not None else {},
@@ -110,6 +113,8 @@ class LearnedPredictor:
                 completion.output_tokens,
             )
         self.evidence.learn(request, completion, prompt, forecast, keep=self._adapt)
+        if self._adapt:
+            self._shares.note(request, completion)
         if self.judge is not None:
             self.judge.answered(request, completion.model)
 
@@ -120,6 +125,7 @@ class LearnedPredictor:
         """
         if self._adapt and self.judge is not None and success is not None and 0 <= success <= 1:
             self.judge.graded(workflow_id, success)
+        self._shares.close(workflow_id)
         for closed in self.evidence.close(workflow_id, keep=self._adapt):
             if self._adapt:
                 self._settle(closed)

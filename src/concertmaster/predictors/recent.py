@@ -1,10 +1,12 @@
 """A baseline that is hard to shame: the answer lengths seen lately for the same role."""
 
 from collections import deque
+from dataclasses import replace
 
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.request import Request, WorkflowId
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
+from concertmaster.predictors.shares import ModelShares
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 MIN_LENGTHS = 8
@@ -55,9 +57,14 @@ class RecentLengths:
         self._window = window
         self._max_groups = max_groups
         self._by_group: dict[tuple[str, ...], _Window] = {}
+        self._shares = ModelShares(most_groups=max_groups)
 
     def predict(self, request: Request, prompt: Prompt = NO_PROMPT) -> Forecast:
         """Answer with the finest group that has seen enough; none at all before that."""
+        forecast, shares = self._lengths(request), self._shares.of(request)
+        return replace(forecast, remaining_by=shares) if shares else forecast
+
+    def _lengths(self, request: Request) -> Forecast:
         for _, group in _steps(request):
             window = self._by_group.get(group)
             if window is not None and window.forecast is not None:
@@ -72,6 +79,7 @@ class RecentLengths:
         forecast: Forecast = NO_FORECAST,
     ) -> None:
         """Remember one length in each group of the call."""
+        self._shares.note(request, completion)
         for source, group in _steps(request):
             window = self._by_group.get(group)
             if window is None:
@@ -81,7 +89,8 @@ class RecentLengths:
             window.add(completion.output_tokens)
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
-        """Nothing is kept of a workflow."""
+        """Learn which models it asked."""
+        self._shares.close(workflow_id)
 
 
 def _steps(request: Request) -> tuple[tuple[str, tuple[str, ...]], ...]:

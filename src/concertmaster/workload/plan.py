@@ -62,6 +62,7 @@ class Call:
             ``PREFIX_CHUNK_TOKENS`` tokens; equal hashes mean an equal prefix up to there.
         outcomes: What each model would answer, where that is known.
         model: The model that answered when this was recorded; ``None`` if unknown.
+        models: Models that the caller allows; empty means any.
         doubt: A number in 0…1; the call is made only if the verifier before it rejects the last
             answer, and it does so if this is below ``CAUGHT`` for a wrong one, or below
             ``FALSE_ALARMS`` for a right one. ``None`` makes the call in any case.
@@ -82,6 +83,7 @@ class Call:
     prefix_hashes: tuple[int, ...] = ()
     outcomes: Mapping[ModelName, ModelOutcome] = field(default_factory=lambda: NO_OUTCOMES)
     model: ModelName | None = None
+    models: tuple[ModelName, ...] = ()
     doubt: float | None = None
 
     def is_called_for(self, grade: float) -> bool:
