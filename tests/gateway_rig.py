@@ -354,6 +354,7 @@ async def a_rig(
     speedup: float = 1.0,
     drain_s: float = 0.0,
     may_log: bool = False,
+    commands: Mapping[ReplicaId, Sequence[str]] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[Rig]:
     """Start a gateway; whatever goes wrong unseen in its event loop fails the test."""
@@ -382,6 +383,7 @@ async def a_rig(
                 speedup=speedup,
                 observe=observe,
                 drain_s=drain_s,
+                commands=commands,
             ) as (gateway, port),
             aiohttp.ClientSession(
                 f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=10)

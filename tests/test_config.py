@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from concertmaster.compose import build_fleet, endpoints
+from concertmaster.compose import build_fleet, commands, endpoints
 from concertmaster.config import EngineFile, FleetFile, load_engine, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
@@ -20,7 +20,7 @@ model = "llama-3.1-8b-instruct"
 gpu = "a100-80g"
 """
 POOL_KEYS = (
-    "block_tokens, cluster, endpoints, gpu, kv_blocks, least_replicas, max_batch_tokens, "
+    "block_tokens, cluster, command, endpoints, gpu, kv_blocks, least_replicas, max_batch_tokens, "
     "max_sequences, memory_ratio, model, name, prefix_caching, replicas, scheduling, "
     "served_name, state, stopped, tensor_parallel"
 )
@@ -147,6 +147,16 @@ def test_endpoints_count_replicas_and_keep_their_order(tmp_path: Path) -> None:
     assert list(build_fleet(file, name="f").replicas) == ["a-0", "a-1"]
 
 
+def test_a_command_is_run_with_the_port_of_its_endpoint(tmp_path: Path) -> None:
+    line = 'endpoints = ["http://x:81", "http://x"]\ncommand = ["vllm", "--port={port}"]\n'
+    others = POOL.replace('"a"', '"z"') + 'endpoints = ["http://y:1"]'
+
+    assert commands(loaded(tmp_path, POOL + line + others)) == {
+        ReplicaId("a-0"): ("vllm", "--port=81"),
+        ReplicaId("a-1"): ("vllm", "--port=80"),
+    }
+
+
 def test_replicas_fill_nodes_in_order_and_those_that_sleep_take_no_gpu(tmp_path: Path) -> None:
     nodes = "".join(
         f'[[nodes]]\nname = "n{i}"\ngpu = "a100-80g"\ngpus = {gpus}\n'
@@ -242,6 +252,10 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
         (
             'scheduling = "lifo"',
             'pools[0].scheduling: unknown scheduling "lifo" (known: fcfs, priority)',
+        ),
+        (
+            'endpoints = ["http://x:1", "http://x:2"]\ncommand = ["serve"]',
+            "pools[0].command: expected {port} in it, as 2 replicas cannot share one",
         ),
         (
             'stopped = "running"',

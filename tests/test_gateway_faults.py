@@ -9,7 +9,7 @@ from builders import READY_S, a_fleet, a_policy, a_pool
 from concertmaster.core.events import ReplicaDied, ReplicaReady, RequestFailed
 from concertmaster.core.fleet import Readiness
 from concertmaster.engines.faults import Faults
-from concertmaster.gateway import health
+from concertmaster.gateway import control, health
 from concertmaster.policies.admission import BoundedLine
 from gateway_rig import (
     CHAT,
@@ -490,7 +490,7 @@ def test_an_engine_that_is_just_falling_asleep_is_woken_as_soon_as_it_can(
             assert engine.residency == "falling_asleep"
             assert (await rig.call({**exactly(2)})).status == 200
 
-    monkeypatch.setattr(health, "WAKE_RETRY_S", 0.01)
+    monkeypatch.setattr(control, "WAKE_RETRY_S", 0.01)
     play(main())
 
 

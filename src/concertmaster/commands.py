@@ -116,6 +116,7 @@ def serve(
                 settings,
                 speedup=file.emulator.speedup,
                 observe=writer,
+                commands=compose.commands(file),
             )
             where = f"{settings.host}:{settings.port}"
             _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)

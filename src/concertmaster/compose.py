@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import uvloop
@@ -321,6 +322,17 @@ def endpoints(file: FleetFile, *, where: str = "fleet") -> dict[ReplicaId, str]:
             )
         for number, url in enumerate(section.endpoints):
             found[ReplicaId(f"{section.name}-{number}")] = url
+    return found
+
+
+def commands(file: FleetFile) -> dict[ReplicaId, tuple[str, ...]]:
+    """Return what to run for each replica of the pools that have a command."""
+    found: dict[ReplicaId, tuple[str, ...]] = {}
+    for section in file.pools:
+        for number, url in enumerate(section.endpoints if section.command else ()):
+            port = str(urlsplit(url).port or 80)
+            parts = (part.replace("{port}", port) for part in section.command)
+            found[ReplicaId(f"{section.name}-{number}")] = tuple(parts)
     return found
 
 

@@ -40,6 +40,7 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu: str
     served_name: str = ""
     replicas: int | None = None
+    command: list[str] = msgspec.field(default_factory=list)
     endpoints: list[str] = msgspec.field(default_factory=list)
     tensor_parallel: int = 1
     cluster: str | None = None
@@ -263,6 +264,9 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
             f"expected one endpoint a replica ({pool.count}), found {len(pool.endpoints)}",
             "leave replicas out to count endpoints",
         )
+    if pool.command and pool.count > 1 and not any("{port}" in part for part in pool.command):
+        problem = f"expected {{port}} in it, as {pool.count} replicas cannot share one"
+        raise InputError(str(path), f"{where}.command", problem)
     for i, endpoint in enumerate(pool.endpoints):
         match = re.fullmatch(r"http://[^/:\s]+(?::(\d+))?/?", endpoint)
         if match is None or not 0 < int(match[1] or 80) < 65_536:

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
 from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
@@ -20,11 +20,12 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
+from concertmaster.gateway.control import EngineProcesses, FleetController, SleepingEngines
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.health import HealthWatch
 from concertmaster.gateway.identity import Normalizer, with_hints
@@ -40,6 +41,7 @@ from concertmaster.predictors.rates import PaceWatch
 PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
 
+_NO_COMMANDS: Mapping[ReplicaId, Sequence[str]] = {}
 _CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
 Clock = Callable[[], float]
 Observer = Callable[[float, Event, list[Action]], None]
@@ -59,6 +61,7 @@ class Gateway:
         observe: Told of every event and the actions it led to.
         workflow_idle_s: Seconds without an open call after which a workflow is over.
         follow_pace: Whether the core is told how far replicas are from their rate curves.
+        commands: What to run for replicas that are processes of this machine.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Gateway:
         health_interval_s: float = 2.0,
         workflow_idle_s: float = IDLE_S,
         follow_pace: bool = True,
+        commands: Mapping[ReplicaId, Sequence[str]] = _NO_COMMANDS,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = GatewayMetrics()
@@ -96,7 +100,11 @@ class Gateway:
             )
             for replica_id, url in urls.items()
         }
-        self._health = HealthWatch(urls, self.feed, self._is_alive, interval_s=health_interval_s)
+        asleep = SleepingEngines(urls, self.feed, self._is_alive)
+        self._control: FleetController = EngineProcesses(commands, urls, self.feed, asleep)
+        self._health = HealthWatch(
+            urls, self.feed, self._is_alive, self._control, interval_s=health_interval_s
+        )
         self._exchanges: dict[RequestId, Exchange] = {}
         self._agents: dict[AgentConnection, None] = {}
         self._numbers = itertools.count(1)
@@ -105,6 +113,12 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
 
     # Life
+
+    async def open(self) -> None:
+        """Bring up the engines that are ours to run; call it before ``start``."""
+        replicas = self.scheduler.replicas.values()
+        running = [r.replica_id for r in replicas if r.readiness is Readiness.RUNNING]
+        await self._control.open(running)
 
     def start(self) -> None:
         """Begin to watch engines and to tell the core of progress."""
@@ -128,6 +142,7 @@ class Gateway:
             agent.abort()
         for link in self._links.values():
             link.close()
+        await self._control.close()
         await self._forecaster.stop()
 
     @property
@@ -264,9 +279,9 @@ class Gateway:
             case Cancel():
                 pass  # the exchange dropped its engine connection when its caller went
             case Wake(replica_id):
-                self._health.wake(replica_id)
+                self._control.start(replica_id)
             case Stop(replica_id):
-                self._health.stop(replica_id)
+                self._control.stop(replica_id)
             case _:
                 assert_never(action)
 

@@ -1,23 +1,20 @@
-"""Which engines are alive, asked now and then; putting them to sleep, and waking them."""
+"""Which engines are alive, asked now and then."""
 
 import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from concertmaster.core.events import Event, ReplicaDemoted, ReplicaDied, ReplicaReady
-from concertmaster.core.fleet import Readiness, ReplicaId
+from concertmaster.core.events import Event, ReplicaDied, ReplicaReady
+from concertmaster.core.fleet import ReplicaId
 from concertmaster.engines.openai_http import fetch
+from concertmaster.gateway.control import FleetController
 
 _log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 2.0
 MAX_SILENT_PROBES = 3
 """Probes without an answer that make an engine dead: a busy one may miss some."""
-
-SLEEP_TIMEOUT_S = 60.0
-WAKE_TIMEOUT_S = 600.0
-WAKE_RETRY_S = 0.5
 
 
 class HealthWatch:
@@ -32,27 +29,23 @@ class HealthWatch:
         urls: Mapping[ReplicaId, str],
         feed: Callable[[Event], None],
         is_alive: Callable[[ReplicaId], bool],
+        control: FleetController,
         *,
         interval_s: float,
     ) -> None:
         self._urls = urls
         self._feed = feed
         self._is_alive = is_alive
+        self._control = control
         self._interval_s = interval_s
-        self._waking: dict[ReplicaId, asyncio.Task[None]] = {}
-        self._stopping: dict[ReplicaId, asyncio.Task[None]] = {}
-        self._sleepless: set[ReplicaId] = set()
         self._silent_probes: Counter[ReplicaId] = Counter()
 
     async def watch(self) -> None:
-        """Probe for ever; cancel the task to stop, wakes and stops under way too."""
-        try:
-            while True:
-                await asyncio.gather(*(self._probe(*entry) for entry in self._urls.items()))
-                await asyncio.sleep(self._interval_s)
-        finally:
-            for task in (*self._waking.values(), *self._stopping.values()):
-                task.cancel()
+        """Probe for ever; cancel the task to stop."""
+        while True:
+            answering = [one for one in self._urls.items() if self._control.answers(one[0])]
+            await asyncio.gather(*(self._probe(*entry) for entry in answering))
+            await asyncio.sleep(self._interval_s)
 
     async def _probe(self, replica_id: ReplicaId, url: str) -> None:
         try:
@@ -66,58 +59,17 @@ class HealthWatch:
         except OSError as error:
             problem = str(error)
         self._silent_probes[replica_id] = 0
+        if not self._control.answers(replica_id):
+            return  # it was stopped meanwhile
         if problem and self._is_alive(replica_id):
             _log.warning("replica %s at %s is not serving: %s", replica_id, url, problem)
             self._feed(ReplicaDied(replica_id))
         elif not problem and not self._is_alive(replica_id):
             if await _is_asleep(url):
-                self.wake(replica_id)
+                self._control.start(replica_id)
             else:
                 _log.warning("replica %s at %s serves again", replica_id, url)
                 self._feed(ReplicaReady(replica_id))
-
-    def wake(self, replica_id: ReplicaId) -> None:
-        """Ask a sleeping engine to wake; the core is told when it is ready, or that it is not."""
-        if replica_id not in self._waking:
-            task = asyncio.get_running_loop().create_task(self._wake(replica_id))
-            self._waking[replica_id] = task
-            task.add_done_callback(lambda _: self._waking.pop(replica_id))
-
-    async def _wake(self, replica_id: ReplicaId) -> None:
-        url = self._urls[replica_id]
-        try:
-            async with asyncio.timeout(WAKE_TIMEOUT_S):
-                status = 503  # also what an engine says that is still falling asleep
-                while status == 503:
-                    status, _ = await fetch("POST", url, "/wake_up", timeout_s=WAKE_TIMEOUT_S)
-                    await asyncio.sleep(WAKE_RETRY_S * (status == 503))
-            problem = "" if status == 200 else f"POST /wake_up answered {status}"
-        except (OSError, TimeoutError) as error:
-            problem = str(error) or type(error).__name__
-        if problem:
-            _log.warning("replica %s at %s did not wake: %s", replica_id, url, problem)
-        self._feed(ReplicaDied(replica_id) if problem else ReplicaReady(replica_id))
-
-    def stop(self, replica_id: ReplicaId) -> None:
-        """Put an idle engine to sleep; the core is told that it sleeps, or that it serves on."""
-        task = asyncio.get_running_loop().create_task(self._stop(replica_id))
-        self._stopping[replica_id] = task
-        task.add_done_callback(lambda _: self._stopping.pop(replica_id))
-
-    async def _stop(self, replica_id: ReplicaId) -> None:
-        url = self._urls[replica_id]
-        try:
-            status, _ = await fetch("POST", url, "/sleep?level=1", timeout_s=SLEEP_TIMEOUT_S)
-            problem = "" if status == 200 else f"POST /sleep answered {status}"
-        except (OSError, TimeoutError) as error:
-            problem = str(error) or type(error).__name__
-        if problem and replica_id not in self._sleepless:
-            self._sleepless.add(replica_id)
-            _log.warning("replica %s at %s cannot be stopped: %s", replica_id, url, problem)
-        if problem and self._is_alive(replica_id):
-            self._feed(ReplicaReady(replica_id))
-        elif not problem:
-            self._feed(ReplicaDemoted(replica_id, Readiness.SLEEPING))
 
 
 async def _is_asleep(url: str) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from concertmaster.config import GatewaySection
@@ -27,6 +27,7 @@ async def running_gateway(
     speedup: float = 1.0,
     observe: Observer | None = None,
     drain_s: float = 30.0,
+    commands: Mapping[ReplicaId, Sequence[str]] | None = None,
 ) -> AsyncIterator[tuple[Gateway, int]]:
     """Serve until the block ends; yields the gateway and the port it listens on.
 
@@ -46,11 +47,17 @@ async def running_gateway(
         max_body_bytes=int(settings.max_body_mb * 1_000_000),
         connect_timeout_s=settings.connect_timeout_s,
         health_interval_s=settings.health_interval_s,
+        commands=commands or {},
     )
     routes.gateway = gateway
-    server = await asyncio.get_running_loop().create_server(
-        lambda: AgentConnection(gateway), settings.host, settings.port, backlog=_BACKLOG
-    )
+    try:
+        await gateway.open()
+        server = await asyncio.get_running_loop().create_server(
+            lambda: AgentConnection(gateway), settings.host, settings.port, backlog=_BACKLOG
+        )
+    except BaseException:
+        await gateway.stop(drain_s=0.0)
+        raise
     gateway.start()
     try:
         yield gateway, server.sockets[0].getsockname()[1]

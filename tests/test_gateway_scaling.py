@@ -1,0 +1,224 @@
+"""Replicas that come and go behind a live gateway: processes of this machine, and sleepers."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import a_fleet, a_pool
+from concertmaster.core.events import ReplicaDemoted, ReplicaDied, ReplicaReady
+from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
+from concertmaster.gateway import control
+from concertmaster.policies.catalog import policy
+from engine_process import SEATS
+from gateway_rig import (
+    Heard,
+    Rig,
+    Upstream,
+    a_rig,
+    an_answer,
+    exactly,
+    over_engines,
+    play,
+    until,
+)
+
+HERE = Path(__file__).parent
+SPEEDUP = 20.0
+QUICK = (
+    "reactive:interval_s=2,settle_s=10",
+    "foreseen:interval_s=2,settle_s=10,memory_s=10,clear_s=5",
+)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def a_fleet_of_processes(serving: int) -> Fleet:
+    pool = a_pool(max_sequences=SEATS, least_replicas=0)
+    states = {f"p-{i}": Readiness.DISK for i in range(serving, 2)}
+    return a_fleet(pool, replicas=2, states=states, limits=ScalingLimits(cooldown_s=1.0))
+
+
+@asynccontextmanager
+async def over_processes(
+    serving: int,
+    command: Sequence[str] = (),
+    **settings: Any,  # noqa: ANN401
+) -> AsyncIterator[Rig]:
+    """Start a gateway that starts and ends its two engines itself."""
+    ports = free_ports(2)
+    program = (sys.executable, str(HERE / "engine_process.py"))
+    commands = {
+        ReplicaId(f"p-{i}"): command or (*program, str(port), str(SPEEDUP))
+        for i, port in enumerate(ports)
+    }
+    urls = {
+        str(name): f"http://127.0.0.1:{port}" for name, port in zip(commands, ports, strict=True)
+    }
+    fleet = a_fleet_of_processes(serving)
+    async with a_rig(
+        urls, fleet=fleet, speedup=SPEEDUP, commands=commands, health_interval_s=0.1, **settings
+    ) as rig:
+        yield rig
+
+
+def processes(rig: Rig) -> list[asyncio.subprocess.Process]:
+    return list(rig.gateway._control._processes.values())  # type: ignore[attr-defined]
+
+
+async def burst(rig: Rig, calls: int, tokens: int) -> None:
+    """Make calls at once, each a workflow of its own; every one is served in full."""
+    final = {"x_dynamo_session_final": "true"}
+    asked = (
+        rig.call(exactly(tokens), x_dynamo_session_id=f"{tokens}-{i}", **final)
+        for i in range(calls)
+    )
+    replies = await asyncio.gather(*asked)
+    assert [reply.status for reply in replies] == [200] * calls
+    assert {reply.json["usage"]["completion_tokens"] for reply in replies} == {tokens}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_processes_start_for_a_burst_and_end_after_it_to_zero_and_back(name: str) -> None:
+    async def main() -> None:
+        async with over_processes(1, policy=policy(f"least-tokens/{name}"), drain_s=1.0) as rig:
+            assert len(processes(rig)) == 1
+            await burst(rig, 6 * SEATS, 1500)
+            assert ReplicaReady(ReplicaId("p-1")) in rig.history
+            await until(lambda: not processes(rig), "all processes ended", seconds=10.0)
+            await until(lambda: not rig.gateway._control._errands._tasks, "stopped")  # type: ignore[attr-defined]
+            assert all(one.alive for one in rig.gateway.scheduler.replicas.values())
+            await burst(rig, 1, 20)
+            await rig.idle()
+            assert not [event for event in rig.history if isinstance(event, ReplicaDied)]
+            left = processes(rig)
+            assert left
+        assert {one.returncode for one in left} == {0}
+
+    play(main())
+
+
+def test_a_process_that_ends_unasked_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with over_processes(serving=1) as rig:
+            (process,) = processes(rig)
+            process.kill()
+            await until(lambda: not rig.replica().alive)
+            await until(lambda: rig.replica().alive, "started again", seconds=10.0)
+            await burst(rig, 1, 20)
+
+    monkeypatch.setattr(control, "RESTART_S", 0.01)
+    play(main())
+
+
+@pytest.mark.parametrize("command", [("/no/such/program",), (sys.executable, "-c", "exit(3)")])
+def test_a_process_that_does_not_come_up_is_dead(command: Sequence[str]) -> None:
+    async def main() -> None:
+        async with over_processes(0, command) as rig:
+            first = asyncio.ensure_future(rig.call(exactly(2)))
+            both = [ReplicaDied(ReplicaId(name)) for name in ("p-0", "p-1")]
+            await until(lambda: all(event in rig.history for event in both))
+            assert (await rig.call(exactly(2))).status == 503
+            assert [rig.history.count(event) for event in both] == [1, 1]
+            assert not processes(rig)
+            first.cancel()
+
+    play(main())
+
+
+def test_a_process_that_ignores_the_signal_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import signal, http.server as h, sys\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "class H(h.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200)\n"
+        "        self.send_header('content-length', '0')\n"
+        "        self.end_headers()\n"
+        "    def log_message(self, *_): pass\n"
+        "h.HTTPServer(('127.0.0.1', {port}), H).serve_forever()\n"
+    )
+    (port,) = free_ports(1)
+
+    async def main() -> None:
+        told: list[object] = []
+        name = ReplicaId("p-0")
+        urls = {name: f"http://127.0.0.1:{port}"}
+        commands = {name: (sys.executable, "-c", script.replace("{port}", str(port)))}
+        others = control.SleepingEngines(urls, told.append, lambda _: True)
+        ours = control.EngineProcesses(commands, urls, told.append, others)
+        await ours.open([name])
+        (process,) = ours._processes.values()
+        ours.stop(name)
+        ours.start(name)
+        await until(lambda: ReplicaReady(name) in told, seconds=10.0)
+        assert told == [ReplicaDemoted(name, Readiness.DISK), ReplicaReady(name)]
+        assert process.returncode == -9
+        await ours.close()
+        assert not ours._processes
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+    monkeypatch.setattr(control, "TERM_S", 0.05)
+    play(main())
+
+
+# Engines that somebody else runs.
+
+
+def a_sleepy_fleet(replicas: int = 1) -> Fleet:
+    pool = a_pool(max_sequences=64, least_replicas=0, stopped=Readiness.SLEEPING)
+    return a_fleet(pool, replicas=replicas, limits=ScalingLimits(cooldown_s=0.0))
+
+
+class Sleepless(Upstream):
+    """A server that knows no sleep, as vLLM without its development mode."""
+
+    def _control(self, heard: Heard) -> bytes:
+        if "/sleep" in heard.line:
+            return an_answer(b"", "404 Not Found")
+        return super()._control(heard)
+
+
+def test_an_engine_sleeps_when_nobody_asks_and_wakes_for_a_call() -> None:
+    async def main() -> None:
+        quick = policy("least-tokens/reactive:interval_s=2,settle_s=2")
+        async with over_engines(fleet=a_sleepy_fleet(), policy=quick) as (rig, (engine,)):
+            await until(lambda: engine.residency == "asleep")
+            await until(lambda: rig.replica().readiness is Readiness.SLEEPING)
+            assert (await rig.call(exactly(2))).status == 200
+            await rig.idle()
+
+    play(main())
+
+
+def test_an_engine_that_refuses_to_sleep_serves_on_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        quick = policy("least-tokens/reactive:interval_s=0.1,settle_s=0")
+        async with Sleepless() as upstream:
+            async with a_rig({"p-0": upstream.url}, fleet=a_sleepy_fleet(), policy=quick) as rig:
+                ready = ReplicaReady(ReplicaId("p-0"))
+                await until(lambda: rig.history.count(ready) >= 2)
+                assert rig.replica().readiness is Readiness.RUNNING
+                assert (await rig.call()).status == 200
+                await rig.idle()
+
+    play(main())
+    refusals = [one for one in caplog.messages if "cannot be stopped: POST /sleep" in one]
+    assert len(refusals) == 1
