@@ -211,13 +211,15 @@ def test_an_engine_that_refuses_to_sleep_serves_on_and_says_so_once(
 ) -> None:
     async def main() -> None:
         quick = policy("least-tokens/reactive:interval_s=0.1,settle_s=0")
-        async with Sleepless() as upstream:
-            async with a_rig({"p-0": upstream.url}, fleet=a_sleepy_fleet(), policy=quick) as rig:
-                ready = ReplicaReady(ReplicaId("p-0"))
-                await until(lambda: rig.history.count(ready) >= 2)
-                assert rig.replica().readiness is Readiness.RUNNING
-                assert (await rig.call()).status == 200
-                await rig.idle()
+        ready, fleet = ReplicaReady(ReplicaId("p-0")), a_sleepy_fleet()
+        async with (
+            Sleepless() as upstream,
+            a_rig({"p-0": upstream.url}, fleet=fleet, policy=quick) as rig,
+        ):
+            await until(lambda: rig.history.count(ready) >= 2)
+            assert rig.replica().readiness is Readiness.RUNNING
+            assert (await rig.call()).status == 200
+            await rig.idle()
 
     play(main())
     refusals = [one for one in caplog.messages if "cannot be stopped: POST /sleep" in one]
