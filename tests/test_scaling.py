@@ -157,6 +157,16 @@ def test_few_change_at_a_time_and_none_back_so_soon() -> None:
     assert len(tick(scheduler, 40.0)) == 1
 
 
+def test_one_that_has_just_come_up_stays_for_the_cooldown() -> None:
+    scheduler, scaling = told(2, stopped("p-0"), cooldown_s=15.0)
+    assert tick(scheduler, 10.0) == [Wake(P1)]
+    scheduler.at(12.0, ReplicaReady(P1))
+    scaling.wanted[P] = 1
+
+    assert tick(scheduler, 20.0) == []
+    assert tick(scheduler, 30.0) == [Stop(P1)]
+
+
 def test_gpus_are_kept_for_the_pool_that_lacks_a_replica() -> None:
     pools = [a_pool("p", least_replicas=0), a_pool("q", model="x", least_replicas=0)]
     fleet = a_fleet(*pools, states={"q-0": Readiness.DISK})
