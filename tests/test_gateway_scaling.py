@@ -102,12 +102,13 @@ def test_processes_start_for_a_burst_and_end_after_it_to_zero_and_back(name: str
             await until(lambda: not processes(rig), "all processes ended", seconds=10.0)
             await until(lambda: not rig.gateway._control._errands._tasks, "stopped")  # type: ignore[attr-defined]
             assert all(one.alive for one in rig.gateway.scheduler.replicas.values())
+            ups = sum(isinstance(event, ReplicaReady) for event in rig.history)
             await burst(rig, 1, 20)
             await rig.idle()
+            assert sum(isinstance(event, ReplicaReady) for event in rig.history) > ups
             assert not [event for event in rig.history if isinstance(event, ReplicaDied)]
             left = processes(rig)
-            assert left
-        assert {one.returncode for one in left} == {0}
+        assert {one.returncode for one in left} <= {0}
 
     play(main())
 

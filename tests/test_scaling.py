@@ -326,7 +326,7 @@ def test_what_a_closed_workflow_did_not_use_is_taken_back() -> None:
 def test_a_steady_hour_takes_few_more_starts_than_it_needs_and_does_not_flap() -> None:
     least = math.ceil(needed_replicas(2.0)) - 1  # one serves at the start
     starts = []
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         records, seen = scaled(a_scaled_fleet(), agents(lambda _: 2.0, 3600, seed), "las/foreseen")
         starts.append(len(seen.starts_s))
         assert starts[-1] - len(seen.stops_s) >= least
