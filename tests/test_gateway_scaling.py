@@ -108,7 +108,7 @@ def test_processes_start_for_a_burst_and_end_after_it_to_zero_and_back(name: str
             assert sum(isinstance(event, ReplicaReady) for event in rig.history) > ups
             assert not [event for event in rig.history if isinstance(event, ReplicaDied)]
             left = processes(rig)
-        assert {one.returncode for one in left} <= {0}
+        assert all(one.returncode is not None for one in left), "a process outlived the gateway"
 
     play(main())
 
