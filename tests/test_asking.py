@@ -7,6 +7,7 @@ from concertmaster.core.request import ModelName, ServiceClass
 from concertmaster.learning.prompts import prompt_of
 from concertmaster.learning.rehearsal import as_asked
 from concertmaster.workload.agents import Agents
+from concertmaster.workload.asking import request_of
 from concertmaster.workload.plan import WorkflowPlan
 
 M = ModelName("m")
@@ -37,6 +38,14 @@ def test_a_simulation_and_a_rehearsal_make_the_same_request() -> None:
     assert rehearsed == replace(made, models=(M,))
     assert made.deadline_s == 65.0
     assert (made.role, made.app, made.template, made.step) == ("coder", "app", "loop", "edit")
+
+
+def test_a_call_names_its_models_unless_somebody_knows_better() -> None:
+    plan = a_described_plan()
+    call = replace(plan.calls[0], models=(M, ModelName("n")))
+
+    assert request_of(plan, call, 0.0).models == (M, ModelName("n"))
+    assert request_of(plan, call, 0.0, models=(M,)).models == (M,)
 
 
 def test_a_prompt_that_nobody_measured_is_as_long_as_its_text() -> None:

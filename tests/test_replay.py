@@ -8,11 +8,14 @@ import pytest
 from builders import a_call, a_fleet, a_plan, a_policy, a_pool, a_workload, chains
 from concertmaster import compose
 from concertmaster.core.errors import InputError
+from concertmaster.core.request import ModelName
 from concertmaster.gateway import replay
+from concertmaster.gateway.openai_api import parse_call
 from concertmaster.gateway.replay import Replay, call_body
 from concertmaster.observe.report import build_report
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.workload.agents import Agents
+from concertmaster.workload.asking import request_of
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
 from gateway_rig import (
@@ -138,6 +141,14 @@ def test_a_body_has_the_size_of_its_prompt_and_repeats_where_its_prefix_does() -
     longer = a_call(0, prompt_tokens=2000, prefix_hashes=(1, 2, 3, 4))
     other = json.loads(call_body(longer, request))["messages"][0]["content"]
     assert other[: 3 * 1024] == body["messages"][0]["content"][: 3 * 1024]
+
+
+@pytest.mark.parametrize("asked", [(), ("m",), ("m", "n")])
+def test_a_body_names_the_models_that_may_answer(asked: tuple[ModelName, ...]) -> None:
+    plan = a_plan("w", a_call(0, models=asked))
+    body = call_body(plan.calls[0], request_of(plan, plan.calls[0], 0.0))
+
+    assert parse_call(body, chat=True).models() == asked
 
 
 def test_refused_and_broken_calls_end_their_workflow_with_a_reason() -> None:

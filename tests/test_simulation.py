@@ -13,6 +13,7 @@ import pytest
 from builders import a_call, a_fleet, a_plan, a_pool, a_workload, chains
 from concertmaster.compose import simulate
 from concertmaster.core.actions import Action, Dispatch
+from concertmaster.core.errors import InputError
 from concertmaster.core.events import (
     Event,
     ReplicaDied,
@@ -24,7 +25,7 @@ from concertmaster.core.events import (
     WorkflowClosed,
 )
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId
-from concertmaster.core.request import RequestId, WorkflowId
+from concertmaster.core.request import ModelName, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.observe.report import build_report
 from concertmaster.physics.fast import FastEngine
@@ -206,6 +207,25 @@ def test_the_model_oracle_solves_what_can_be_solved() -> None:
 
 
 # Agents.
+
+
+def test_a_call_goes_to_a_model_that_it_names() -> None:
+    calls = [a_call(i, models=(ModelName(name),)) for i, name in enumerate(("m", "small") * 20)]
+    records = run(two_models(), a_workload(a_plan("w", *calls)))
+
+    assert [one.model for one in records.calls] == ["m", "small"] * 20
+
+
+def test_a_model_that_the_fleet_lacks_is_said_in_one_line() -> None:
+    workload = a_workload(a_plan("w", a_call(0, models=(ModelName("huge"),))))
+
+    with pytest.raises(InputError) as caught:
+        simulate(two_models(), workload, "random", seed=0)
+
+    assert str(caught.value) == (
+        "test: models: expected a model of the fleet test (m, small), found huge "
+        "(add a pool of that model, or give one that served_name)"
+    )
 
 
 def test_a_call_is_made_when_its_last_parent_is_answered_and_the_tool_is_done() -> None:

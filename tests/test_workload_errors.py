@@ -134,6 +134,14 @@ MEND = "(mend or remove this line)"
             f"{OUTCOME}.output_tokens: expected a whole number >= 1, found nothing {MEND}",
         ),
         (
+            [call(models="big")],
+            f'line 1, models: expected a list of names or nothing, found "big" {MEND}',
+        ),
+        (
+            [call(models=["big", ""])],
+            f"line 1, models: expected a list of names or nothing, found ['big', ''] {MEND}",
+        ),
+        (
             [call(outcomes=[1])],
             "line 1, outcomes: expected an object {model: {correct, output_tokens}}, found [1] "
             + MEND,

@@ -243,6 +243,16 @@ def test_outcomes_are_read_a_model(tmp_path: Path) -> None:
     assert (plan.deciding_call, plan.success) == (plan.calls[0], 0.5)
 
 
+def test_the_models_that_may_answer_are_read(tmp_path: Path) -> None:
+    asked: list[object] = [["big", "small", "big"], ["big"], [], None]
+    rows = [call("w", at, arrival_s=0, models=names) for at, names in enumerate(asked)]
+    workload = load(lines(tmp_path / "w.jsonl", rows))
+
+    calls = workload.workflows[0].calls
+    assert [one.models for one in calls] == [("big", "small"), ("big",), (), ()]
+    assert workload.models_asked == (("big", "small"), ("big",))
+
+
 def test_each_part_starts_at_zero(tmp_path: Path) -> None:
     rows = [call("w", 0, arrival_s=1.7e9), call("v", 0, arrival_s=1.7e9 + 5)]
     assert [plan.arrival_s for plan in load(lines(tmp_path / "w.jsonl", rows))] == [0.0, 5.0]
@@ -323,7 +333,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             "prompt_chars": 900,
         },
         call("v", 8, parents=[0], arrival_s=2, service_class="batch", deadline_s=9, success=1)
-        | {"stage_name": "vote", "input_kinds": "text", "output_kinds": "tool_use"},
+        | {"stage_name": "vote", "input_kinds": "text", "output_kinds": "tool_use"}
+        | {"models": ["m", "n"]},
     ]
     first = load(
         lines(tmp_path / "in.jsonl", [row | {"success": 1, "harness": "h"} for row in rows])

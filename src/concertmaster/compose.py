@@ -287,8 +287,10 @@ def simulate(
         progress: Hears how many workflows are over.
 
     Raises:
-        InputError: No policy has this name, or ``models`` names no predictor.
+        InputError: No policy has this name, ``models`` names no predictor, or the workload
+            asks for a model that the fleet lacks.
     """
+    check_models(fleet, workload)
     policy = policy_named(policy_name)
     scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
     predictor = predictor or predictor_of(models, fleet)
@@ -303,6 +305,21 @@ def simulate(
         progress=progress,
     )
     return simulation.run(policy=policy_name, seed=seed)
+
+
+def check_models(fleet: Fleet, workload: Workload) -> None:
+    """Make sure that each call names a model of the fleet, or none.
+
+    Raises:
+        InputError: A call could be served by nobody.
+    """
+    known = _model_names(fleet)
+    for asked in workload.models_asked:
+        if not {*asked} & {*known}:
+            expected = f"expected a model of the fleet {fleet.name} ({', '.join(known)})"
+            problem = f"{expected}, found {', '.join(asked)}"
+            remedy = "add a pool of that model, or give one that served_name"
+            raise InputError(workload.name, "models", problem, remedy)
 
 
 def endpoints(file: FleetFile, *, where: str = "fleet") -> dict[ReplicaId, str]:

@@ -250,7 +250,7 @@ def call_body(call: Call, request: Request, *, bare: bool = False) -> bytes:
     message["filler" if bare else "content"] = ("".join(blocks) + tail).ljust(size, ".")[:left]
     return msgspec.json.encode(
         {
-            "model": "auto",
+            "model": request.models or "auto",
             "messages": [message],
             "max_tokens": call.max_output_tokens,
             "stream": True,

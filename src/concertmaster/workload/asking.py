@@ -13,7 +13,7 @@ def request_of(
         plan: The workflow.
         call: One of its calls.
         arrival_s: When it is made, on the plan's clock.
-        models: Those that may answer; none named, any may.
+        models: Those that may answer, instead of those that the plan says.
     """
     return Request(
         request_id=RequestId(f"{plan.workflow_id}/{call.stage}"),
@@ -21,7 +21,7 @@ def request_of(
         arrival_s=arrival_s,
         prompt_tokens=call.prompt_tokens,
         max_output_tokens=call.max_output_tokens,
-        models=models,
+        models=models or call.models,
         role=call.role,
         app=plan.app,
         template=plan.template,

@@ -25,6 +25,7 @@ COLUMNS = (
     "role",
     "stage_name",
     "model",
+    "models",
     "max_output_tokens",
     "tool_s",
     "think_s",
@@ -64,6 +65,7 @@ class StagedColumns:
     after_tools: list[bool | None] = field(init=False)
     tool_calls: list[bool | None] = field(init=False)
     models: list[ModelName | None] = field(init=False)
+    models_asked: list[tuple[ModelName, ...]] = field(init=False)
     classes: list[ServiceClass] = field(init=False)
     arrivals_s: list[float | None] = field(init=False)
     deadlines_s: list[float | None] = field(init=False)
@@ -98,6 +100,7 @@ class StagedColumns:
         self.after_tools = [_names(kinds, "tool_result") for kinds in table.texts("input_kinds")]
         self.tool_calls = _tool_calls(table)
         self.models = [known_model(name) for name in table.texts("model")]
+        self.models_asked = _models_asked(table)
         self.caps_tokens = table.wholes_or_none("max_output_tokens", least=1)
         self.doubts = table.numbers_or_none("doubt", most=1.0)
         self.outcomes = _outcomes(table)
@@ -187,6 +190,13 @@ def _parents(table: Table) -> list[tuple[int, ...]]:
             raise table.error(row, "parents", "a list of stages", "[] if it waits for none")
         parents.append(tuple(dict.fromkeys(waits)))
     return parents
+
+
+def _models_asked(table: Table) -> list[tuple[ModelName, ...]]:
+    """Read the models that may answer; none named, any may."""
+    return [
+        tuple(dict.fromkeys(map(ModelName, names or ()))) for names in table.text_lists("models")
+    ]
 
 
 def _outcomes(table: Table) -> list[Mapping[ModelName, ModelOutcome]]:

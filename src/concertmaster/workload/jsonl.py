@@ -65,6 +65,8 @@ def _call_columns(call: Call) -> dict[str, object]:
         columns["output_kinds"] = "tool_use" if call.tool_call else "text"
     recorded = {"model": call.model, "doubt": call.doubt}
     columns |= {name: value for name, value in recorded.items() if value is not None}
+    if call.models:
+        columns["models"] = call.models
     if call.outcomes:
         columns["outcomes"] = {
             model: {"correct": outcome.correct, "output_tokens": outcome.output_tokens}

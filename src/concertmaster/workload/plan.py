@@ -62,7 +62,7 @@ class Call:
             ``PREFIX_CHUNK_TOKENS`` tokens; equal hashes mean an equal prefix up to there.
         outcomes: What each model would answer, where that is known.
         model: The model that answered when this was recorded; ``None`` if unknown.
-        models: Models that the caller allows; empty means any.
+        models: Models that may answer, as in ``Request``; empty means any model of the fleet.
         doubt: A number in 0…1; the call is made only if the verifier before it rejects the last
             answer, and it does so if this is below ``CAUGHT`` for a wrong one, or below
             ``FALSE_ALARMS`` for a right one. ``None`` makes the call in any case.
@@ -187,3 +187,9 @@ class Workload:
     def apps(self) -> tuple[str, ...]:
         """Names of the applications, sorted."""
         return tuple(sorted({plan.app for plan in self.workflows}))
+
+    @property
+    def models_asked(self) -> tuple[tuple[ModelName, ...], ...]:
+        """What calls name as models that may answer, each list once, first come first."""
+        asked = (call.models for plan in self.workflows for call in plan.calls if call.models)
+        return tuple(dict.fromkeys(asked))

@@ -132,6 +132,7 @@ def _call(
         prefix_hashes=hashes,
         outcomes=columns.outcomes[row],
         model=columns.models[row],
+        models=columns.models_asked[row],
         doubt=columns.doubts[row],
     )
 

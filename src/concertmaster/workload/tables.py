@@ -141,6 +141,19 @@ class Table:
                 raise self.error(row, name, f"a list of whole numbers{bound}")
         return tuple(value)
 
+    def text_lists(self, name: str) -> list[list[str] | None]:
+        """Return lists of texts, none of them empty; ``None`` where there is no list."""
+        values = self.columns.get(name)
+        if values is None:
+            return [None] * len(self)
+        for row, value in enumerate(values):
+            entries = [] if value is None else value
+            if not isinstance(entries, list) or not all(
+                type(entry) is str and entry for entry in entries
+            ):
+                raise self.error(row, name, "a list of names or nothing")
+        return cast("list[list[str] | None]", list(values))
+
 
 def _shown(found: object) -> str:
     """Show a value on one line, cut if it is long.
