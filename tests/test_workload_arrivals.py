@@ -22,6 +22,7 @@ from concertmaster.workload.arrivals import (
 from concertmaster.workload.load import load_workloads
 from concertmaster.workload.merge import Timing, merge
 from concertmaster.workload.plan import WorkflowPlan
+from concertmaster.workload.rhythms import Bursts, Step
 from concertmaster.workload.sources import Source
 
 POISSON = ArrivalSpec(kind="poisson")
@@ -135,6 +136,36 @@ def test_a_limit_keeps_the_first_to_arrive() -> None:
 def test_a_poisson_law_ignores_the_burstiness() -> None:
     assert ArrivalSpec(kind="poisson", cv=3.0).gap_cv == 1.0
     assert ArrivalSpec.parse("gamma:3").gap_cv == 3.0
+
+
+@given(
+    factor=st.floats(0.1, 20.0),
+    on_s=st.floats(1.0, 100.0),
+    off_s=st.floats(1.0, 100.0),
+    even_s=st.lists(st.floats(0.0, 1e4), min_size=2),
+)
+def test_a_rhythm_keeps_the_order_and_bursts_keep_whole_periods(
+    factor: float, on_s: float, off_s: float, even_s: list[float]
+) -> None:
+    bursts = Bursts(factor=factor, on_s=on_s, off_s=off_s)
+    for rhythm in (bursts, Step(factor=factor, at_s=on_s)):
+        moved_s = [rhythm.instant_s(one) for one in sorted(even_s)]
+        assert all(a <= b + 1e-6 for a, b in pairwise(moved_s))
+    ends_s = [k * (on_s + off_s) for k in range(5)]
+    assert [bursts.instant_s(one) for one in ends_s] == pytest.approx(ends_s, abs=1e-6)
+
+
+def test_a_burst_is_denser_by_its_factor_and_a_step_from_its_instant_on() -> None:
+    rng = random.Random(1)
+    bursts = ArrivalSpec.parse("burst:4:30:90").instants_s(40_000, 10.0, rng)
+    loud = sum(one % 120.0 >= 90.0 for one in bursts)
+    assert loud / (len(bursts) - loud) == pytest.approx(4 * 30 / 90, rel=0.05)
+    assert len(bursts) / bursts[-1] == pytest.approx(10.0, rel=0.05)
+
+    step = ArrivalSpec.parse("step:3:600").instants_s(20_000, 5.0, rng)
+    before = sum(one < 600.0 for one in step)
+    assert before / 600.0 == pytest.approx(5.0, rel=0.05)
+    assert (len(step) - before) / (step[-1] - 600.0) == pytest.approx(15.0, rel=0.05)
 
 
 def test_equal_seeds_give_equal_workloads_and_others_do_not(tmp_path: Path) -> None:

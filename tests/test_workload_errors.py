@@ -305,7 +305,7 @@ def test_a_wrong_option_is_named(tmp_path: Path, options: dict[str, object], tex
             "gama:2",
             (
                 '--arrivals: unknown kind of arrivals "gama" (did you mean "gamma"? '
-                "known: gamma, poisson, trace)"
+                "known: burst, gamma, poisson, step, trace)"
             ),
         ),
         (
@@ -317,6 +317,20 @@ def test_a_wrong_option_is_named(tmp_path: Path, options: dict[str, object], tex
             (
                 '--arrivals: expected "poisson" without a burstiness, found "poisson:2" '
                 "(write gamma:2)"
+            ),
+        ),
+        (
+            "burst:5:30",
+            (
+                "--arrivals: expected burst:FACTOR:ON_S:OFF_S with numbers > 0, "
+                'found "burst:5:30" (for example burst:5:30:270)'
+            ),
+        ),
+        (
+            "step:0:60",
+            (
+                "--arrivals: expected step:FACTOR:AT_S with numbers > 0, "
+                'found "step:0:60" (for example step:2:600)'
             ),
         ),
         (

@@ -22,10 +22,13 @@ app = typer.Typer(
 Fleet = Annotated[Path, typer.Option("-f", "--fleet", help="Fleet file (TOML).")]
 Workloads = Annotated[
     list[str],
-    typer.Option("-w", "--workload", help="FILE, FILE#NAME, or sample; may be given again."),
+    typer.Option(
+        "-w", "--workload", help="FILE, FILE#NAME, sample, or a generator; may be given again."
+    ),
 ]
 Arrivals = Annotated[
-    str | None, typer.Option(help="trace, poisson, gamma or gamma:CV. Default: as recorded.")
+    str | None,
+    typer.Option(help="trace, poisson, gamma:CV, burst:… or step:…. Default: as recorded."),
 ]
 Rate = Annotated[float | None, typer.Option(help="Mean workflows a second, with --arrivals.")]
 RateScale = Annotated[float, typer.Option(help="Divides every gap between arrivals.")]
@@ -212,7 +215,9 @@ def evaluate(
     ] = commands_learning.SHIPPED,
     workload: Annotated[
         list[str] | None,
-        typer.Option("-w", "--workload", help="FILE, FILE#NAME, or sample; may be given again."),
+        typer.Option(
+            "-w", "--workload", help="FILE, FILE#NAME, sample, or a generator; may be given again."
+        ),
     ] = None,
     routing: Routing = None,
     held_out: Annotated[

@@ -81,16 +81,18 @@ def _card(
     shapes: tuple[int, int, int, int, int, int, int],
     *,
     tied: bool = False,
+    head_dim: int | None = None,
     experts: int = 1,
     active_experts: int = 1,
 ) -> ModelCard:
-    """Build one entry; every model here has a gated MLP and heads that share ``hidden``.
+    """Build one entry; every model here has a gated MLP.
 
     Args:
         name: Key in ``MODELS``.
         repository: Where its config lies on huggingface.co.
         shapes: Layers, hidden, heads, KV heads, intermediate, vocabulary, context.
         tied: Whether the head reuses the embedding.
+        head_dim: Width of a head; ``None`` shares ``hidden`` between the heads.
         experts: MLPs of one layer.
         active_experts: MLPs that one token passes through.
     """
@@ -101,7 +103,7 @@ def _card(
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=hidden // heads,
+        head_dim=head_dim or hidden // heads,
         intermediate=intermediate,
         vocab=vocab,
         gated_mlp=True,
@@ -118,6 +120,26 @@ def _qwen25(
 ) -> ModelCard:
     name, repository = f"qwen2.5-{size}-instruct", f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     return _card(name, repository, (*shapes, 32768), tied=tied)
+
+
+def _qwen3(
+    size: str,
+    shapes: tuple[int, int, int, int, int],
+    *,
+    tied: bool = False,
+    context_tokens: int = 40960,
+    experts: int = 1,
+    active_experts: int = 1,
+) -> ModelCard:
+    return _card(
+        f"qwen3-{size.lower()}",
+        f"Qwen/Qwen3-{size}",
+        (*shapes, 151936, context_tokens),
+        tied=tied,
+        head_dim=128,
+        experts=experts,
+        active_experts=active_experts,
+    )
 
 
 def _llama3(name: str, repository: str, context_tokens: int) -> ModelCard:
@@ -202,6 +224,18 @@ MODELS: Mapping[str, ModelCard] = MappingProxyType(
                 "qwen1.5-72b-chat",
                 "Qwen/Qwen1.5-72B-Chat",
                 (80, 8192, 64, 64, 24576, 152064, 32768),
+            ),
+            _qwen3("8B", (36, 4096, 32, 8, 12288)),
+            _qwen3("32B", (64, 5120, 64, 8, 25600)),
+            _qwen3(
+                "4B-Instruct-2507", (36, 2560, 32, 8, 9728), tied=True, context_tokens=2 * _LONG
+            ),
+            _qwen3(
+                "30B-A3B-Instruct-2507",
+                (48, 2048, 32, 4, 768),
+                context_tokens=2 * _LONG,
+                experts=128,
+                active_experts=8,
             ),
             _card("yi-6b", "01-ai/Yi-6B", (32, 4096, 32, 4, 11008, 64000, 4096)),
             _card("yi-34b", "01-ai/Yi-34B", (60, 7168, 56, 8, 20480, 64000, 4096)),

@@ -1,65 +1,17 @@
 """Settings of a policy, as they are written after its name: ``chimera:tau=0.3,rule=paper``."""
 
-import math
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Mapping
 
-from concertmaster.core.errors import InputError, unknown_name
+from concertmaster.core import settings
+from concertmaster.core.settings import Reader, choice, number
 
-Reader: TypeAlias = Callable[[str], object]
-
-
-def number(low: float, high: float = math.inf) -> Reader:
-    """Read a number from ``low`` to ``high``.
-
-    >>> number(0, 1)("0.5")
-    0.5
-    """
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            bound = f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-            raise ValueError(f"expected a number, {bound}")
-        return value
-
-    return read
-
-
-def choice(**values: object) -> Reader:
-    """Read one of several words.
-
-    >>> choice(yes=True, no=False)("no")
-    False
-    """
-
-    def read(text: str) -> object:
-        if text not in values:
-            raise ValueError(f"expected {' or '.join(values)}")
-        return values[text]
-
-    return read
+__all__ = ["Reader", "choice", "number", "read_settings"]
 
 
 def read_settings(name: str, text: str, known: Mapping[str, Reader]) -> dict[str, object]:
-    """Read ``KEY=VALUE,KEY=VALUE``.
+    """Read ``KEY=VALUE,KEY=VALUE`` of a policy.
 
     Raises:
         InputError: A key is unknown or named twice, or its value is none.
     """
-    where = f"policy {name}"
-    found: dict[str, object] = {}
-    for part in filter(None, text.split(",")):
-        key, _, value = part.partition("=")
-        if key not in known:
-            raise unknown_name("", where, "setting", key, known)
-        if key in found:
-            raise InputError("", where, f"setting {key} is named twice", "name it once")
-        try:
-            found[key] = known[key](value)
-        except ValueError as error:
-            raise InputError("", f"{where}: {key}", f'{error}, found "{value}"') from None
-    return found
+    return settings.read_settings(f"policy {name}", text, known)

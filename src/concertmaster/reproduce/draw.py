@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from concertmaster.core.request import WorkflowId
-from concertmaster.workload.arrivals import arrivals_s
+from concertmaster.workload.arrivals import POISSON, ArrivalSpec
 from concertmaster.workload.plan import Call, WorkflowPlan, Workload
 from concertmaster.workload.prefixes import chain
 
@@ -17,7 +17,7 @@ def draw(
     workflows: int,
     rate_rps: float | None,
     seed: int,
-    cv: float = 1.0,
+    arrivals: ArrivalSpec = POISSON,
     name: str = "drawn",
 ) -> Workload:
     """Draw workflows from templates with replacement, under fresh ids.
@@ -31,12 +31,14 @@ def draw(
         workflows: How many to draw.
         rate_rps: Mean workflows a second; ``None`` lets all arrive at once.
         seed: Fixes what is drawn.
-        cv: Burstiness of gaps: 1 is Poisson, 0 a metronome, more a gamma law.
+        arrivals: The law of their gaps.
         name: Of the workload.
     """
     picked = random.Random(f"{seed} workflows").choices(templates, k=workflows)
     gaps = random.Random(f"{seed} gaps")
-    instants_s = arrivals_s(workflows, rate_rps, cv, gaps) if rate_rps else [0.0] * workflows
+    instants_s = [0.0] * workflows
+    if rate_rps:
+        instants_s = arrivals.instants_s(workflows, rate_rps, gaps)
     common = _common_prefixes(templates)
     seen: Counter[WorkflowId] = Counter()
     drawn = []

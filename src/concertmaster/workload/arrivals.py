@@ -1,4 +1,4 @@
-"""When workflows arrive: as recorded, or drawn from a renewal process with a seed.
+"""When workflows arrive: as recorded, or drawn from a process with a seed.
 
 Arrivals are an open loop: they do not wait for the fleet.
 """
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, Self, cast, get_args
 
 from concertmaster.core.errors import InputError, unknown_name
+from concertmaster.workload.rhythms import FORMS, Rhythm, parse_rhythm
 
-ArrivalKind = Literal["trace", "poisson", "gamma"]
+ArrivalKind = Literal["trace", "poisson", "gamma", "burst", "step"]
 KINDS: tuple[str, ...] = get_args(ArrivalKind)
 MAX_CV = 100.0
 """Burstiness beyond which a gamma gap is 0 in all but one of ten thousand draws."""
@@ -24,10 +25,12 @@ class ArrivalSpec:
     Attributes:
         cv: Standard deviation of the gaps over their mean, for ``gamma`` only: 0 is a
             metronome, 1 is Poisson, more is bursty.
+        rhythm: How the rate changes, for ``burst`` and ``step``: Poisson otherwise.
     """
 
     kind: ArrivalKind
     cv: float = 1.0
+    rhythm: Rhythm | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -38,12 +41,14 @@ class ArrivalSpec:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``trace``, ``poisson``, ``gamma`` or ``gamma:CV``.
+        """Read ``trace``, ``poisson``, ``gamma``, ``gamma:CV``, or a rhythm.
 
         >>> ArrivalSpec.parse("gamma:3")
-        ArrivalSpec(kind='gamma', cv=3.0)
+        ArrivalSpec(kind='gamma', cv=3.0, rhythm=None)
         """
         kind, _, cv_text = text.partition(":")
+        if kind in FORMS:
+            return cls(kind=cast("ArrivalKind", kind), rhythm=parse_rhythm(text))
         if cv_text and kind in KINDS and kind != "gamma":
             problem = f'expected "{kind}" without a burstiness, found "{text}"'
             raise InputError("--arrivals", "", problem, f"write gamma:{cv_text}")
@@ -58,6 +63,15 @@ class ArrivalSpec:
     def gap_cv(self) -> float:
         """Burstiness that the draws have: 1 for Poisson, whatever ``cv`` says."""
         return self.cv if self.kind == "gamma" else 1.0
+
+    def instants_s(self, count: int, rate_rps: float, rng: random.Random) -> list[float]:
+        """Draw ``count`` arrivals; the first one is at 0.0."""
+        even_s = arrivals_s(count, rate_rps, self.gap_cv, rng)
+        rhythm = self.rhythm
+        return even_s if rhythm is None else [rhythm.instant_s(one) for one in even_s]
+
+
+POISSON = ArrivalSpec(kind="poisson")
 
 
 def gap_s(rate_rps: float, cv: float, rng: random.Random) -> float:

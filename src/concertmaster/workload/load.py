@@ -9,6 +9,7 @@ from concertmaster.workload import columns as staged_columns
 from concertmaster.workload import routing, servegen, staged, traces
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.files import read_table
+from concertmaster.workload.generated import generate, is_generated
 from concertmaster.workload.merge import Timing, merge
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.sources import Source
@@ -35,8 +36,8 @@ def load_workloads(
     """Read the parts that ``specs`` name and merge them into one workload.
 
     Args:
-        specs: ``FILE``, ``FILE#NAME``, ``FOLDER#SOURCE:TEMPLATE``, ``sample`` or
-            ``sample#APP``; see ``docs/workloads.md``.
+        specs: ``FILE``, ``FILE#NAME``, ``FOLDER#SOURCE:TEMPLATE``, ``sample``,
+            ``sample#APP``, ``research``, ``video`` or ``coding``; see ``docs/workloads.md``.
         seed: Fixes drawn arrivals and lengths; equal seeds give equal workloads.
         arrivals: ``None`` replays the recorded arrivals.
         rate_rps: Mean workflows a second, all parts together.
@@ -58,6 +59,8 @@ def load_workloads(
 
 def load_source(spec: str, *, seed: int) -> Source:
     """Read one part, its arrivals as recorded."""
+    if is_generated(spec):
+        return generate(spec, seed=seed)
     place, _, text = spec.partition("#")
     name = text or None
     if place == SAMPLE:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from concertmaster.core.errors import InputError
 from concertmaster.core.request import WorkflowId
-from concertmaster.workload.arrivals import ArrivalSpec, arrivals_s, checked_rate
+from concertmaster.workload.arrivals import ArrivalSpec, checked_rate
 from concertmaster.workload.plan import WorkflowPlan
 from concertmaster.workload.sources import Source
 
@@ -108,7 +108,7 @@ def _drawn(
     turns = [at for at, source in enumerate(sources) for _ in source.plans]
     rng.shuffle(turns)
     turns = turns[: timing.limit]
-    instants_s = arrivals_s(len(turns), rate_rps * timing.rate_scale, spec.gap_cv, rng)
+    instants_s = spec.instants_s(len(turns), rate_rps * timing.rate_scale, rng)
     return [
         replace(next(queues[turn]), arrival_s=arrival_s)
         for turn, arrival_s in zip(turns, instants_s, strict=True)
