@@ -3,7 +3,7 @@
 import errno
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,6 +46,7 @@ from concertmaster.predictors.interface import Predictor
 from concertmaster.predictors.recent import RecentLengths
 from concertmaster.sim.clairvoyant import Clairvoyant
 from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine_settings
+from concertmaster.sim.incidents import Incident
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
 
@@ -270,6 +271,8 @@ def simulate(
     models: str = RECENT,
     predictor: Predictor | None = None,
     make_engine: EngineFactory | None = None,
+    incidents: Sequence[Incident] = (),
+    follow_pace: bool = True,
     observe: Observer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RunRecords:
@@ -283,6 +286,8 @@ def simulate(
         models: Name of the predictor.
         predictor: The predictor itself, instead of its name; the run teaches it.
         make_engine: Engine models; the fast one by default.
+        incidents: What befalls the fleet.
+        follow_pace: Whether the core is told of replicas that are slower than their curve.
         observe: Sees every event and its actions.
         progress: Hears how many workflows are over.
 
@@ -301,8 +306,10 @@ def simulate(
         workload,
         predictor,
         make_engine or (lambda pool: FastEngine(pool.curve, engine_settings(pool))),
+        incidents=incidents,
         observe=observe,
         progress=progress,
+        follow_pace=follow_pace,
     )
     return simulation.run(policy=policy_name, seed=seed)
 

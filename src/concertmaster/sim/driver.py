@@ -31,6 +31,7 @@ from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSet
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 from concertmaster.predictors.rates import PaceWatch
 from concertmaster.sim.gauges import FleetGauges
+from concertmaster.sim.incidents import Incident
 from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Call, Workload
 from concertmaster.workload.records import CallOutcome, CallRecord, RunRecords
@@ -50,7 +51,7 @@ class Simulation:
         workload: What agents will ask.
         predictor: Makes the forecast that travels with each arrival.
         make_engine: Builds the engine model of a replica.
-        incidents: Events from outside (deaths, recoveries), with their instants.
+        incidents: What befalls the fleet from outside.
         observe: Told of every event and the actions it led to.
         progress: Told the share of workflows that are over, now and then.
         follow_pace: Whether the core is told how far replicas are from their rate curves.
@@ -63,7 +64,7 @@ class Simulation:
         predictor: Predictor,
         make_engine: EngineFactory,
         *,
-        incidents: Iterable[tuple[float, Event]] = (),
+        incidents: Iterable[Incident | tuple[float, Event]] = (),
         observe: Observer | None = None,
         progress: Callable[[int], None] | None = None,
         follow_pace: bool = True,
@@ -90,8 +91,16 @@ class Simulation:
         self._decision_s: list[float] = []
         for plan in workload:
             self._at(plan.arrival_s, self._begin_workflow, plan)
-        for time_s, event in incidents:
-            self._at(time_s, self._strike, event)
+        for incident in incidents:
+            self._await(incident)
+
+    def _await(self, incident: Incident | tuple[float, Event]) -> None:
+        if not isinstance(incident, Incident):
+            self._at(incident[0], self._strike, incident[1])
+        elif incident.event is not None:
+            self._at(incident.at_s, self._strike, incident.event)
+        else:
+            self._at(incident.at_s, self._slow, incident)
 
     def run(self, *, policy: str, seed: int) -> RunRecords:
         """Play everything to its end and return what came of it."""
@@ -320,6 +329,13 @@ class Simulation:
             self._engines[event.replica_id].clear()
             self._polls_s.pop(event.replica_id, None)
         self._feed(now_s, event)
+
+    def _slow(self, now_s: float, incident: Any) -> None:  # noqa: ANN401
+        """Change the pace of an engine; nobody is told."""
+        engine = self._engines[incident.replica_id]
+        engine.progress(now_s)  # steps until now are taken at the old pace
+        engine.slowdown = incident.factor
+        self._poll_later(now_s, incident.replica_id)
 
     def _wake(self, now_s: float, replica_id: ReplicaId) -> None:
         replica = self._scheduler.replicas[replica_id]
