@@ -6,18 +6,14 @@ Whole workflows are not counted: first come, first served goes through a crowd s
 stage, so that they finish in a bunch and their rate is up to a third too high.
 """
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-import msgspec
 
 from concertmaster import compose
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.reproduce.draw import draw
-from concertmaster.reproduce.fingerprint import code_fingerprint
+from concertmaster.reproduce.kept import kept
 from concertmaster.workload.plan import WorkflowPlan
 from concertmaster.workload.records import RunRecords
 
@@ -51,14 +47,13 @@ def capacity_rps(
         keep_in: Folder to keep the result in and to look it up from first, by all that it
             depends on; ``None`` measures always.
     """
-    path = None if keep_in is None else keep_in / f"{_key(fleet, templates, policy, models, seed)}"
-    known = None if path is None else _read(path)
-    if known is not None:
-        return known
-    measured = _measured(fleet, templates, policy=policy, models=models, seed=seed)
-    if path is not None:
-        _write(path, measured)
-    return measured
+    key = fleet, tuple(templates), policy, models, seed
+    return kept(
+        keep_in,
+        "capacity",
+        key,
+        lambda: _measured(fleet, templates, policy=policy, models=models, seed=seed),
+    )
 
 
 def _measured(
@@ -95,27 +90,3 @@ def full_rate_rps(run: RunRecords) -> float:
     if len(ends_s) < 2 or ends_s[0] == ends_s[1]:
         raise InputError("capacity", run.policy, "the fleet served too little to measure it")
     return 0.6 * len(run.workflows) / (ends_s[1] - ends_s[0])
-
-
-def _key(
-    fleet: Fleet, templates: Sequence[WorkflowPlan], policy: str, models: str, seed: int
-) -> str:
-    whole = hashlib.sha256()
-    for part in (code_fingerprint(), fleet, tuple(templates), policy, models, seed):
-        whole.update(repr(part).encode())
-    return f"capacity/{whole.hexdigest()[:16]}.json"
-
-
-def _read(path: Path) -> float | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=float)
-    except (OSError, msgspec.DecodeError):
-        return None
-
-
-def _write(path: Path, value: float) -> None:
-    """Put it in place whole, since several processes may measure the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_bytes(msgspec.json.encode(value))
-    partial.replace(path)

@@ -27,7 +27,7 @@ UNSEEN = (
 )
 """Files that no simulated run depends on; a change in them lets results stand."""
 
-SHARED = ("capacity", "draw", "fleets", "window")
+SHARED = ("capacity", "draw", "fleets", "kept", "window")
 """Modules of this package that every study's runs depend on."""
 
 

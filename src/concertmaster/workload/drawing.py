@@ -26,6 +26,12 @@ def hint(truth: str, choices: Sequence[str], share: float, rng: random.Random) -
     return truth if rng.random() < share else rng.choice(choices)
 
 
+def names(app: str, count: int, rng: random.Random) -> list[str]:
+    """Name workflows so that those of another seed have other names."""
+    tag = f"{rng.getrandbits(24):06x}"
+    return [f"{app}-{tag}-{i}" for i in range(count)]
+
+
 def hashes(system: str, system_tokens: int, prompt_tokens: int, own: str) -> tuple[int, ...]:
     """Hash a prompt that begins with a system text of so many tokens and goes on by itself.
 

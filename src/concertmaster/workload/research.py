@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from concertmaster.core.request import ModelName, WorkflowId
 from concertmaster.core.settings import Reader, choice, number, whole, word
-from concertmaster.workload.drawing import around, hashes, hint, tokens
+from concertmaster.workload.drawing import around, hashes, hint, names, tokens
 from concertmaster.workload.plan import Call, WorkflowPlan, cap_tokens
 
 APP = "research"
@@ -114,15 +114,13 @@ def draw(
     """
     return [
         WorkflowPlan(
-            workflow_id=WorkflowId(f"research-{i}"),
+            workflow_id=WorkflowId(name),
             app=APP,
             arrival_s=0.0,
-            calls=_Research(f"research-{i}", ModelName(big), ModelName(small), told, rng).calls(
-                fanout(rng)
-            ),
+            calls=_Research(name, ModelName(big), ModelName(small), told, rng).calls(fanout(rng)),
             deadline_s=deadline_s,
         )
-        for i in range(workflows)
+        for name in names(APP, workflows, rng)
     ]
 
 

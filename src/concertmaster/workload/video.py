@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from concertmaster.core.request import ModelName, WorkflowId
 from concertmaster.core.settings import Reader, number, whole, word
-from concertmaster.workload.drawing import hashes, hint, tokens
+from concertmaster.workload.drawing import hashes, hint, names, tokens
 from concertmaster.workload.plan import Call, WorkflowPlan, cap_tokens
 
 APP = "video"
@@ -66,13 +66,13 @@ def draw(
     """
     return [
         WorkflowPlan(
-            workflow_id=WorkflowId(f"video-{i}"),
+            workflow_id=WorkflowId(name),
             app=APP,
             arrival_s=0.0,
-            calls=_calls(f"video-{i}", ModelName(writer), ModelName(renderer), told, rng),
+            calls=_calls(name, ModelName(writer), ModelName(renderer), told, rng),
             deadline_s=deadline_s,
         )
-        for i in range(workflows)
+        for name in names(APP, workflows, rng)
     ]
 
 
