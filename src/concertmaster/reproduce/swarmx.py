@@ -1,0 +1,118 @@
+"""Tails: routing by distributions, how much load it carries, and what drift does to it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from concertmaster.reproduce import swarmx_world as world
+from concertmaster.reproduce.search import highest
+from concertmaster.reproduce.study import Cell, Figures, Results, Summary
+from concertmaster.reproduce.swarmx_arms import (
+    DRIFTERS,
+    MORE_ROUTERS,
+    MORE_SEARCHED,
+    ROUTERS,
+    SEARCHED,
+    WITHOUT,
+)
+from concertmaster.reproduce.swarmx_drift import SCENARIOS, drift
+from concertmaster.reproduce.swarmx_summary import (
+    DEEP,
+    DRIFTING,
+    DRIFTS,
+    RATES,
+    ROUTING,
+    summary,
+)
+from concertmaster.reproduce.window import figures, makespans_s, middle, quantiles
+
+HORIZON_S, FEWEST, MOST = 500.0, 250, 1200
+"""A search runs each rate for so long, but with no fewer and no more workflows."""
+
+KEPT = 0.95
+"""Share of workflows that must keep the promise where throughput is compared."""
+
+DEFAULT_WORLDS = 3
+DEFAULT_SCENARIOS = 2
+MORE_LOADS = (0.5, 1.2)
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmX:
+    """The recipe against its rivals, its parts taken out, its reach and its recovery."""
+
+    name: str = "swarmx"
+    title: str = "Latency as a distribution: tails of routing, reach and recovery"
+    modules: tuple[str, ...] = (
+        "search",
+        "stores",
+        "swarmx",
+        "swarmx_arms",
+        "swarmx_drift",
+        "swarmx_world",
+    )
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """How long runs are."""
+        return {"workflows": world.WORKFLOWS, "horizon_s": HORIZON_S, "slo": world.SLO_FACTOR}
+
+    def cells(self, *, seeds: int, full: bool) -> Sequence[Cell]:
+        """Routers on three worlds, searches and drift on one; the full grid has all worlds."""
+        worlds = list(world.WORLDS)[: None if full else DEFAULT_WORLDS]
+        scenarios = list(SCENARIOS)[: None if full else DEFAULT_SCENARIOS]
+        loads = sorted((1.0, *MORE_LOADS * full))
+        routers, searched = ROUTERS + MORE_ROUTERS * full, SEARCHED + MORE_SEARCHED * full
+        grid = [
+            *(
+                (f"{ROUTING}/{name}", arm, load)
+                for name, load, arm in product(worlds, loads, routers)
+            ),
+            *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in WITHOUT),
+            *((f"{RATES}/{DEEP}", arm, 0.0) for arm in searched),
+            *((f"{DRIFTS}/{name}", arm, 0.0) for name, arm in product(scenarios, DRIFTERS)),
+        ]
+        return [
+            Cell(setting=setting, arm=arm, load=load, seed=seed)
+            for seed, (setting, arm, load) in product(range(seeds), grid)
+        ]
+
+    def run(self, cell: Cell) -> Figures:
+        """Route, search or drift, as the setting says."""
+        question, _, name = cell.setting.partition("/")
+        if question == ROUTING:
+            return route(name, cell)
+        if question == RATES:
+            return {"rate_rps": reach_rps(name, cell.arm, seed=cell.seed)}
+        return drift(DRIFTING, name, cell.arm, seed=cell.seed)
+
+    def summarise(self, results: Results) -> Summary:
+        """State the claims."""
+        return summary(results)
+
+
+def route(name: str, cell: Cell) -> Figures:
+    """Play one arm at a load on a fleet that stays as it is."""
+    rate_rps = cell.load * world.rate_of(name)
+    run = world.play(name, cell.arm, rate_rps=rate_rps, workflows=world.WORKFLOWS, seed=cell.seed)
+    return {
+        **figures(run),
+        "rate_rps": rate_rps,
+        "slo_s": world.slo_s(name),
+        "attained_ratio": world.attained_ratio(run, world.slo_s(name)),
+        "makespans_s": quantiles(makespans_s(middle(run))),
+    }
+
+
+def reach_rps(name: str, arm: str, *, seed: int) -> float:
+    """Find the most workflows a second at which 95 % of them keep the promise."""
+
+    def meets(rate_rps: float) -> bool:
+        workflows = max(FEWEST, min(MOST, round(rate_rps * HORIZON_S)))
+        run = world.play(name, arm, rate_rps=rate_rps, workflows=workflows, seed=seed)
+        return world.attained_ratio(run, world.slo_s(name)) >= KEPT
+
+    return highest(meets, start=world.rate_of(name), tolerance=0.05)
+
+
+STUDY = SwarmX()

@@ -1,0 +1,261 @@
+"""Claims, tables and plots of the study of tails."""
+
+from collections.abc import Mapping, Sequence
+
+from concertmaster.observe.plot_kinds import CdfPlot, Line, LinePlot, Plot
+from concertmaster.reproduce.study import (
+    Claim,
+    Estimate,
+    Results,
+    Summary,
+    Table,
+    interval,
+)
+from concertmaster.reproduce.swarmx_arms import (
+    BLIND,
+    DRIFTERS,
+    FROZEN,
+    MEANS,
+    OURS,
+    POINT,
+    ROLES,
+    TWO,
+    WITHOUT,
+)
+
+ROUTING, RATES, DRIFTS = "router", "rate", "drift"
+DEEP, DRIFTING = "research/a100+a40/16", "research/a100+a40/48"
+"""Where claims on deep research are measured, and where drift is."""
+
+P50, P90, P95, P99 = (f"makespan_s.{level}" for level in ("p50", "p90", "p95", "p99"))
+SHOWN = {"P50, s": P50, "P90, s": P90, "P95, s": P95, "P99, s": P99}
+
+
+def summary(results: Results) -> Summary:
+    """Sum up all that was run."""
+    return Summary(
+        claims=(*_routing(results), *_reach(results), *_recovery(results)),
+        tables=(
+            *(_routers(results, setting) for setting in _settings(results, ROUTING)),
+            _parts(results),
+            _rates(results),
+            _drifts(results),
+        ),
+        plots=_plots(results),
+        notes=tuple(_note(results, setting) for setting in _settings(results, ROUTING)),
+    )
+
+
+def _settings(results: Results, question: str) -> list[str]:
+    return [one for one in results.settings if one.startswith(f"{question}/")]
+
+
+def _note(results: Results, setting: str) -> str:
+    cell = {"setting": setting, "arm": BLIND, "load": 1.0}
+    rate_rps, slo_s = (results.values(name, **cell)[0] for name in ("rate_rps", "slo_s"))  # type: ignore[arg-type]
+    return f"{setting}: load 1 is {rate_rps:.3g} workflows/s, the promise {slo_s:.3g} s"
+
+
+# Claims.
+
+
+def _routing(results: Results) -> tuple[Claim, ...]:
+    deep = [f"{ROUTING}/{DEEP}"]
+    worlds = _settings(results, ROUTING)
+    tails = [setting for setting in worlds if _gains(results, setting)]
+    return (
+        *(
+            Claim.over_seeds(
+                f"router-{rival}-p95",
+                f"P95 makespan of deep research, {OURS} / {rival}",
+                results.ratios(P95, OURS, rival, settings=deep, loads=[1.0]),
+                "at most",
+                most,
+            )
+            for rival, most in ((BLIND, 0.72), (MEANS, 0.8))
+        ),
+        Claim(
+            id="distribution-over-mean",
+            statement=f"of {len(worlds)} worlds, where {OURS} gains over {POINT} at P95 and P99",
+            measured=float(len(tails)),
+            ci95=None,
+            direction="at least",
+            target=2.0,
+            note="a gain counts if its 95 % interval over seeds leaves out 0",
+        ),
+    )
+
+
+def _gains(results: Results, setting: str) -> bool:
+    """Say whether distributions gain over their means beyond the interval."""
+    uppers = []
+    for figure in (P95, P99):
+        less = results.differences(figure, OURS, POINT, settings=[setting], loads=[1.0])
+        bounds = interval(less)
+        uppers.append(less[0] if bounds is None else bounds[1])
+    return max(uppers) < 0.0
+
+
+def _reach(results: Results) -> tuple[Claim, ...]:
+    targets = ((BLIND, 2.0), (TWO, 1.3))
+    return tuple(
+        Claim.over_seeds(
+            f"rate-{rival}",
+            f"workflows/s with 95 % in time, {ROLES} / {rival}",
+            results.ratios("rate_rps", ROLES, rival, settings=[f"{RATES}/{DEEP}"], loads=[0.0]),
+            "at least",
+            target,
+        )
+        for rival, target in targets
+    )
+
+
+def _recovery(results: Results) -> tuple[Claim, ...]:
+    def seconds(scenario: str, arm: str) -> list[float]:
+        return results.values("recovery_s", setting=f"{DRIFTS}/{scenario}", arm=arm, load=0.0)
+
+    return (
+        *(
+            Claim.over_seeds(
+                f"drift-{scenario}",
+                f"until P90 is within 20 % of what can be reached, {scenario}",
+                seconds(scenario, ROLES),
+                "at most",
+                100.0,
+                unit="s",
+            )
+            for scenario in ("loss", "throttle")
+        ),
+        Claim.over_seeds(
+            "drift-frozen",
+            "the same without adaptation, throttle",
+            seconds("throttle", FROZEN),
+            "at least",
+            100.0,
+            unit="s",
+        ),
+    )
+
+
+# Tables.
+
+
+def _routers(results: Results, setting: str) -> Table:
+    columns = {"attained": "attained_ratio", **SHOWN, "GPU-seconds": "fleet.gpu_s"}
+    return Table(
+        title=f"Makespans at load 1, {setting.removeprefix(f'{ROUTING}/')}",
+        columns=("arm", *columns),
+        rows=tuple(
+            (arm, *(_estimate(results, figure, setting, arm, 1.0) for figure in columns.values()))
+            for arm in _arms(results, setting, 1.0)
+        ),
+    )
+
+
+def _arms(results: Results, setting: str, load: float) -> list[str]:
+    return [arm for arm in results.arms if results.has(setting=setting, arm=arm, load=load)]
+
+
+def _parts(results: Results) -> Table:
+    setting = f"{ROUTING}/{DEEP}"
+    return Table(
+        title=f"Parts taken out, over {OURS}, deep research",
+        columns=("arm", "without", "P50", "P95", "P99"),
+        rows=tuple(
+            (
+                arm,
+                what,
+                *(
+                    Estimate.of(results.ratios(figure, arm, OURS, settings=[setting], loads=[1.0]))
+                    for figure in (P50, P95, P99)
+                ),
+            )
+            for arm, what in WITHOUT.items()
+        ),
+    )
+
+
+def _rates(results: Results) -> Table:
+    setting = f"{RATES}/{DEEP}"
+    return Table(
+        title="Most workflows a second with 95 % in time, deep research",
+        columns=("arm", "workflows/s"),
+        rows=tuple(
+            (arm, _estimate(results, "rate_rps", setting, arm, 0.0))
+            for arm in _arms(results, setting, 0.0)
+        ),
+    )
+
+
+def _drifts(results: Results) -> Table:
+    columns = {
+        "reachable P90, s": "reachable_p90_s",
+        "P90 after, s": "p90_after_s",
+        "recovery, s": "recovery_s",
+        "lost": "lost_ratio",
+    }
+    return Table(
+        title="Drift",
+        columns=("scenario", "arm", *columns),
+        rows=tuple(
+            (
+                setting.removeprefix(f"{DRIFTS}/"),
+                arm,
+                *(_estimate(results, figure, setting, arm, 0.0) for figure in columns.values()),
+            )
+            for setting in _settings(results, DRIFTS)
+            for arm in DRIFTERS
+        ),
+        note="a run that does not recover counts with the time to its last window",
+    )
+
+
+def _estimate(results: Results, figure: str, setting: str, arm: str, load: float) -> Estimate:
+    return Estimate.of(results.values(figure, setting=setting, arm=arm, load=load))
+
+
+# Plots.
+
+
+def _plots(results: Results) -> Mapping[str, Plot]:
+    makespans = CdfPlot(
+        title="Makespans at load 1",
+        x_label="makespan, seconds",
+        panels={
+            setting.removeprefix(f"{ROUTING}/"): {
+                arm: _pooled(results, "makespans_s", setting, arm, 1.0)
+                for arm in _arms(results, setting, 1.0)
+            }
+            for setting in _settings(results, ROUTING)
+        },
+    )
+    drifts = LinePlot(
+        title="P90 through drift",
+        x_label="arrival, seconds",
+        y_label="P90 makespan, seconds",
+        panels={
+            setting.removeprefix(f"{DRIFTS}/"): [_path(results, setting, arm) for arm in DRIFTERS]
+            for setting in _settings(results, DRIFTS)
+        },
+        log_y=True,
+    )
+    return {"swarmx-makespans": makespans, "swarmx-drift": drifts}
+
+
+def _pooled(results: Results, figure: str, setting: str, arm: str, load: float) -> list[float]:
+    found = results.series(figure, setting=setting, arm=arm, load=load)
+    return [value for one in found for value in one]
+
+
+def _path(results: Results, setting: str, arm: str) -> Line:
+    """Mean over seeds of P90 in each window."""
+    cell = {"setting": setting, "arm": arm, "load": 0.0}
+    times_s = results.series("timeline_s", **cell)[0]  # type: ignore[arg-type]
+    paths = results.series("timeline_p90_s", **cell)  # type: ignore[arg-type]
+    means = [sum(values) / len(values) for values in zip(*paths, strict=True)]
+    return Line(label=arm, x=times_s, y=means, half=[_half(v) for v in zip(*paths, strict=True)])
+
+
+def _half(values: Sequence[float]) -> float | None:
+    bounds = interval(values)
+    return None if bounds is None else (bounds[1] - bounds[0]) / 2

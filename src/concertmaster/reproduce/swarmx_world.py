@@ -1,0 +1,161 @@
+"""What the study of tails plays: fleets, workloads, the promise, and the load.
+
+Nothing that is measured is learnt from: templates, training and warm-up have other seeds.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from concertmaster import compose
+from concertmaster.core.fleet import Fleet
+from concertmaster.predictors.interface import Predictor
+from concertmaster.reproduce.draw import draw
+from concertmaster.reproduce.fleets import study_fleet
+from concertmaster.reproduce.kept import kept
+from concertmaster.reproduce.ledger import FOLDER
+from concertmaster.reproduce.search import highest
+from concertmaster.reproduce.stores import trained_store
+from concertmaster.reproduce.swarmx_arms import ARMS, BLIND, Forecasts
+from concertmaster.reproduce.window import makespans_s, middle
+from concertmaster.workload.load import load_source
+from concertmaster.workload.plan import WorkflowPlan
+from concertmaster.workload.records import RunRecords
+
+TEMPLATES, TRAINED_ON, WARM_UP = 1500, 600, 200
+TEMPLATE_SEED, TRAINING_SEED, WARM_UP_SEED = 0, 77, 4242
+WORKFLOWS = 400
+SEARCH_SEEDS = (900, 901, 902)
+
+SLO_FACTOR = 3.0
+"""Promised: this many times the median makespan on an idle fleet under the blind arm."""
+
+PROMISED = 0.9
+"""Share of workflows that meet the promise at load 1 under the blind arm."""
+
+IDLE_RPS_PER_GPU = 0.001
+
+
+class World(NamedTuple):
+    """A fleet and what it is asked.
+
+    Attributes:
+        times: How many times the fleet of 16 GPUs.
+        guess_rps: Where the search for its load begins, for 16 GPUs.
+    """
+
+    fleet: str
+    times: int
+    workload: str
+    guess_rps: float = 0.65
+
+
+WORLDS: Mapping[str, World] = {
+    "research/a100+a40/16": World("research-a100-a40", 1, "research:told=0.85"),
+    "four-peak/h20+l20/32": World("research-h20-l20", 2, "research:fanout=four-peak"),
+    "video/a100+a40/16": World("video-a100-a40", 1, "video:told=0.9", 0.3),
+    "research/a100+a40/48": World("research-a100-a40", 3, "research:told=0.85"),
+    "research/a100+a40/128": World("research-a100-a40", 8, "research:told=0.85"),
+    "research/h20+l20/16": World("research-h20-l20", 1, "research:told=0.85"),
+    "four-peak/a100+a40/32": World("research-a100-a40", 2, "research:fanout=four-peak"),
+    "video/h20+l20/32": World("video-h20-l20", 2, "video:told=0.9", 0.3),
+}
+"""Worlds by name: workload, GPUs and how many."""
+
+
+@cache
+def fleet_of(world: str) -> Fleet:
+    """Return the fleet of a world."""
+    return study_fleet(WORLDS[world].fleet, times=WORLDS[world].times)
+
+
+def plans(world: str, count: int, seed: int) -> Sequence[WorkflowPlan]:
+    """Draw workflows of a world's workload."""
+    return load_source(f"{WORLDS[world].workload},workflows={count}", seed=seed).plans
+
+
+@cache
+def templates_of(world: str) -> Sequence[WorkflowPlan]:
+    """Return the workflows that runs draw from."""
+    return plans(world, TEMPLATES, TEMPLATE_SEED)
+
+
+def _kept(world: str, what: str, *further: object) -> tuple[object, ...]:
+    return (what, WORLDS[world], fleet_of(world), SLO_FACTOR, ARMS[BLIND], *further)
+
+
+@cache
+def slo_s(world: str) -> float:
+    """Seconds in which a workflow is promised to be done."""
+
+    def measure() -> float:
+        rate_rps = IDLE_RPS_PER_GPU * 16 * WORLDS[world].times
+        run = play(world, BLIND, rate_rps=rate_rps, workflows=200, seed=SEARCH_SEEDS[0])
+        return SLO_FACTOR * median(makespans_s(run))
+
+    return kept(FOLDER, "swarmx-slo", _kept(world, "slo"), measure)
+
+
+@cache
+def rate_of(world: str) -> float:
+    """Workflows a second at load 1: the most at which the blind arm keeps 90 % of promises."""
+
+    def meets(rate_rps: float) -> bool:
+        runs = (
+            play(world, BLIND, rate_rps=rate_rps, workflows=WORKFLOWS, seed=seed)
+            for seed in SEARCH_SEEDS
+        )
+        shares = [attained_ratio(run, slo_s(world)) for run in runs]
+        return sum(shares) / len(shares) >= PROMISED
+
+    start = WORLDS[world].guess_rps * WORLDS[world].times
+    key = _kept(world, "rate", PROMISED, WORKFLOWS)
+    return kept(FOLDER, "swarmx-rate", key, lambda: highest(meets, start=start))
+
+
+def attained_ratio(run: RunRecords, within_s: float) -> float:
+    """Share of the workflows of a run's middle that were done in time; lost ones were not."""
+    asked = middle(run).workflows
+    done = sum(
+        one.finished_s is not None and one.finished_s - one.arrival_s <= within_s for one in asked
+    )
+    return done / len(asked)
+
+
+@cache
+def _warm(world: str, forecasts: Forecasts) -> Predictor:
+    fleet = fleet_of(world)
+    predictor = compose.predictor_of(_source(world, forecasts), fleet)
+    workload = draw(
+        plans(world, WARM_UP, WARM_UP_SEED),
+        workflows=WARM_UP,
+        rate_rps=0.2 * WORLDS[world].times,
+        seed=WARM_UP_SEED,
+    )
+    compose.simulate(fleet, workload, BLIND, seed=WARM_UP_SEED, predictor=predictor)
+    return predictor
+
+
+def _source(world: str, forecasts: Forecasts) -> str:
+    if forecasts == "recent":
+        return compose.RECENT
+    shown = plans(world, TRAINED_ON, TRAINING_SEED)
+    name = WORLDS[world].workload
+    return str(trained_store(shown, name=name, seed=TRAINING_SEED, keep_in=Path(FOLDER)))
+
+
+def predictor_of(world: str, forecasts: Forecasts) -> Predictor:
+    """Return forecasts as they stand after the warm-up, to be used up by one run."""
+    return copy.deepcopy(_warm(world, forecasts))
+
+
+def play(world: str, arm: str, *, rate_rps: float, workflows: int, seed: int) -> RunRecords:
+    """Run one arm on Poisson arrivals."""
+    workload = draw(templates_of(world), workflows=workflows, rate_rps=rate_rps, seed=seed)
+    predictor = predictor_of(world, ARMS[arm].forecasts)
+    return compose.simulate(
+        fleet_of(world), workload, ARMS[arm].policy, seed=seed, predictor=predictor
+    )
