@@ -17,6 +17,7 @@ from concertmaster.reproduce.results import Cell, Results
 from concertmaster.reproduce.search import MOST_STEPS, highest
 from concertmaster.reproduce.swarmx import DEFAULT_WORLDS, STUDY
 from concertmaster.reproduce.swarmx_arms import (
+    ADAPTING,
     ARMS,
     BLIND,
     DRIFTERS,
@@ -32,7 +33,8 @@ from concertmaster.reproduce.swarmx_arms import (
     TWO,
     WITHOUT,
 )
-from concertmaster.reproduce.swarmx_summary import DEEP, DRIFTING, summary
+from concertmaster.reproduce.swarmx_summary import DRIFTING, summary
+from concertmaster.reproduce.swarmx_world import DEEP
 from concertmaster.sim.incidents import loss
 from concertmaster.workload.records import Gauges, RunRecords, WorkflowRecord
 
@@ -131,6 +133,19 @@ def test_a_search_gives_up_where_every_rate_or_none_will_do() -> None:
     assert highest(lambda _: False, start=1.0, step=2.0) == 0.5**MOST_STEPS
 
 
+def test_a_larger_fleet_gets_the_load_of_the_one_it_is_sized_as(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(world, "kept", lambda *_: 0.5)
+    for measured in (world.rate_of, world.slo_s):
+        measured.cache_clear()
+
+    assert world.rate_of(DRIFTING) == 3 * world.rate_of(DEEP) == 1.5
+    assert world.slo_s(DRIFTING) == world.slo_s(DEEP) == 0.5
+    for measured in (world.rate_of, world.slo_s):
+        measured.cache_clear()
+
+
 def test_attainment_counts_what_was_lost_and_leaves_out_the_ends() -> None:
     middle = [a_record(1 + i, 1.0 + i, 10.0) for i in range(6)]
     late, lost = a_record(7, 7.0, 11.0), a_record(8, 8.0, None)
@@ -194,6 +209,24 @@ def test_windows_hold_the_workflows_that_arrive_in_them() -> None:
     seen = [at_s for at_s, p90 in zip(times_s, p90s_s, strict=True) if p90]
 
     assert seen == [50.0, 60.0, 70.0, 80.0, 90.0, 100.0]
+
+
+def test_what_can_be_reached_is_what_the_recipe_reaches_that_adapts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    played: list[tuple[str, float]] = []
+
+    def play(_: str, __: str, arm: str, *, at_s: float, seed: int) -> RunRecords:
+        played.append((arm, at_s))
+        slow = arm == FROZEN and at_s > 0.0
+        return a_run(*(a_record(i, 10.0 * i, 90.0 if slow else 10.0) for i in range(90 + seed)))
+
+    monkeypatch.setattr(drifts, "_play", play)
+    found = drifts.drift(DEEP, "loss", FROZEN, seed=0)
+
+    assert played == [(FROZEN, drifts.STRICKEN_S), (ADAPTING, 0.0)]
+    assert (found["reachable_p90_s"], found["p90_after_s"]) == (10.0, 90.0)
+    assert found["recovery_s"] == 830.0 - drifts.STRICKEN_S
 
 
 def test_a_changed_mix_asks_for_longer_work_at_the_same_instants(

@@ -17,13 +17,13 @@ from concertmaster.reproduce.swarmx_arms import (
 )
 from concertmaster.reproduce.swarmx_drift import SCENARIOS, drift
 from concertmaster.reproduce.swarmx_summary import (
-    DEEP,
     DRIFTING,
     DRIFTS,
     RATES,
     ROUTING,
     summary,
 )
+from concertmaster.reproduce.swarmx_world import DEEP
 from concertmaster.reproduce.window import figures, makespans_s, middle, quantiles
 
 HORIZON_S, FEWEST, MOST = 500.0, 250, 1200

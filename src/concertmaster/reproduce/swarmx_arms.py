@@ -59,5 +59,6 @@ SEARCHED = (BLIND, TWO, ROLES)
 MORE_SEARCHED = (MEANS, OURS)
 """Whose highest rate is searched; the latter, which take longer to run, in the full grid."""
 
-DRIFTERS = (ROLES, FROZEN)
-"""Compared through incidents."""
+ADAPTING = ROLES
+DRIFTERS = (ADAPTING, FROZEN)
+"""Compared through incidents; the first says what can be reached."""

@@ -1,7 +1,8 @@
 """Drift: a fleet loses most of its capacity while it serves, or what it is asked changes.
 
 Each incident is played twice: as it happens, and on a fleet to which it happened before the
-first arrival. The second run says what P90 can be reached; the first how soon it is.
+first arrival, under the recipe that adapts. The second run says what P90 can be reached; the
+first how soon it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from concertmaster.core.request import Request, WorkflowId
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 from concertmaster.reproduce import swarmx_world as world_of
 from concertmaster.reproduce.draw import draw
-from concertmaster.reproduce.swarmx_arms import ARMS
+from concertmaster.reproduce.swarmx_arms import ADAPTING, ARMS
 from concertmaster.sim.incidents import Incident, loss, replicas_of, slowing
 from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords, WorkflowRecord
@@ -101,7 +102,7 @@ class Frozen:
 def drift(world: str, scenario: str, arm: str, *, seed: int) -> dict[str, float | list[float]]:
     """Play one scenario under one arm and say how P90 went."""
     struck = _play(world, scenario, arm, at_s=STRICKEN_S, seed=seed)
-    settled = _play(world, scenario, arm, at_s=0.0, seed=seed)
+    settled = _play(world, scenario, ADAPTING, at_s=0.0, seed=seed)
     later = [one for one in settled.workflows if one.arrival_s >= STRICKEN_S]
     reachable_s = p90_s(later)
     times_s, p90s_s = timeline(struck.workflows)

@@ -22,10 +22,11 @@ from concertmaster.reproduce.swarmx_arms import (
     TWO,
     WITHOUT,
 )
+from concertmaster.reproduce.swarmx_world import DEEP
 
 ROUTING, RATES, DRIFTS = "router", "rate", "drift"
-DEEP, DRIFTING = "research/a100+a40/16", "research/a100+a40/48"
-"""Where claims on deep research are measured, and where drift is."""
+DRIFTING = "research/a100+a40/48"
+"""Where drift is played."""
 
 P50, P90, P95, P99 = (f"makespan_s.{level}" for level in ("p50", "p90", "p95", "p99"))
 SHOWN = {"P50, s": P50, "P90, s": P90, "P95, s": P95, "P99, s": P99}
