@@ -36,7 +36,7 @@ class Agents:
     def call(self, now_s: float, workflow_id: WorkflowId, call: Call) -> tuple[Request, CallRecord]:
         """Make a call: what the scheduler sees of it, and an open record."""
         progress = self._running[workflow_id][0]
-        request = request_of(progress.plan, call, now_s, models=call.models)
+        request = request_of(progress.plan, call, now_s)
         record = CallRecord(
             request_id=request.request_id,
             workflow_id=workflow_id,
