@@ -7,6 +7,7 @@ from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting, WaitingLine, line_key
 from concertmaster.core.request import ModelName, RequestId
+from concertmaster.core.wait import Crew, Parts, ahead_of, crew_of, wait_parts
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Owed, Workflows
 
@@ -21,6 +22,9 @@ class Outlook:
         running: Calls that were handed out, with their replica.
         workflows: Live workflows.
         window: Which replicas have room.
+
+    Attributes:
+        now_s: The instant that is looked at; the scheduler sets it.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Outlook:
         workflows: Workflows,
         window: Window,
     ) -> None:
+        self.now_s = 0.0
         self._policy = policy
         self._by_pool = by_pool
         self._line = line
@@ -61,8 +66,39 @@ class Outlook:
 
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         """Whether nobody waits for the pool and a replica of it is open to the call."""
-        waited_for = any(pool.pool_id in pools for pools in self._line.lanes)
-        return not waited_for and bool(self._window.room(call, pool))
+        return bool(self.room(call, pool))
+
+    def room(self, call: Waiting, pool: Pool) -> list[Replica]:
+        """Replicas of the pool that are open to the call, if nobody waits for the pool."""
+        if any(pool.pool_id in pools for pools in self._line.lanes):
+            return []
+        return list(self._window.room(call, pool))
+
+    def crew(self, pool: Pool) -> Crew | None:
+        """Take the replicas that are in service together."""
+        replicas = self.in_service(pool)
+        return crew_of(pool, replicas) if replicas else None
+
+    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Parts:
+        """Compute the wait from the calls that run and those that go first."""
+        pool = crew.pool
+        lanes = [
+            (lane, self._share(pool.pool_id, crew, lane.pools))
+            for lane in self._line.lanes.values()
+            if pool.pool_id in lane.pools
+        ]
+        key = key_of(self._policy, call, pool)
+        ahead = ahead_of(call, key, lanes, fifo=fifo)
+        return wait_parts(self.now_s, crew, self._running, ahead, self._policy.window_s)
+
+    def _share(self, pool_id: PoolId, crew: Crew, pools: Sequence[PoolId]) -> float:
+        """Part of the calls in a lane that one of its pools will serve, by tokens a second."""
+        rate = total = max(1, crew.running) / crew.step_s
+        for other_id in pools:
+            others = self._by_pool[other_id]
+            other = self.crew(others[0].pool) if other_id != pool_id and others else None
+            total += max(1, other.running) / other.step_s if other else 0.0
+        return rate / total
 
     def waiting_tokens(self, pool: Pool) -> int:
         """Tokens that the workflows in all lanes to the pool still need."""

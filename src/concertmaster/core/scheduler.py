@@ -38,13 +38,13 @@ from concertmaster.core.fleet import (
     Readiness,
     Replica,
     ReplicaId,
-    able_pools,
 )
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.outlook import Outlook, key_of
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Lane, Waiting, WaitingLine
-from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.request import Request, RequestId
+from concertmaster.core.routing import Routing
 from concertmaster.core.waking import Waking
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
@@ -76,7 +76,9 @@ class Scheduler:
         self.workflows = Workflows()
         self._rng = rng
         self._record_candidates = record_candidates
-        self._window = Window(self.replicas.values(), policy.window_s, policy.filters)
+        self._window = Window(
+            self.replicas.values(), policy.window_s, policy.filters, policy.binds
+        )
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
             policy,
@@ -85,6 +87,14 @@ class Scheduler:
             running=self._running,
             workflows=self.workflows,
             window=self._window,
+        )
+        self._routing = Routing(
+            policy,
+            pools=self.pools,
+            by_pool=self._by_pool,
+            workflows=self.workflows,
+            outlook=self._outlook,
+            rng=rng,
         )
         self._waking = Waking(self._by_pool)
         self._serial = 0
@@ -97,12 +107,15 @@ class Scheduler:
         A clock that went backwards is taken to have stood still.
         """
         now_s = self._now_s = max(now_s, self._now_s)
+        self._outlook.now_s = now_s
         self._window.reopen(now_s)
         actions = self._take_in(now_s, event)
         if len(self.line):
             for call in self.line.pop_expired(now_s):
                 actions.append(self._reject(now_s, call.request, "waited_too_long"))
                 self.workflows.settle(call.workflow.workflow_id, answered=False)
+            for call in self._routing.review(now_s, self.line):
+                actions += self._waking.wake(call.pools)
             self._dispatch(now_s, actions)
         return actions
 
@@ -110,7 +123,8 @@ class Scheduler:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
         if not len(self.line):
             return None
-        times_s = [self.line.next_expiry_s(), self._window.next_reopen_s()]
+        line = self.line
+        times_s = [line.next_expiry_s(), line.next_review_s(), self._window.next_reopen_s()]
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     def in_flight(self, request_id: RequestId) -> ReplicaId | None:
@@ -173,7 +187,7 @@ class Scheduler:
         assert request_id not in self.line, f"{request_id} waits already"
         assert request_id not in self._running, f"{request_id} runs already"
         policy = self.policy
-        able = self._able_pools(request)
+        able = self._routing.able(request)
         if isinstance(able, str):
             return [self._reject(now_s, request, able)]
         refusal = policy.admission.refuses(request, len(self.line))
@@ -189,33 +203,14 @@ class Scheduler:
             attempt=1,
             expires_s=policy.admission.expires_s(request),
             kv_level=policy.kv_level,
+            by_mean=policy.by_mean,
         )
-        call.pools = policy.router.route(call, able, self._outlook, self._rng)
-        call.workflow.note_role(request.role)
-        self._commit(call, self.pools[call.pools[0]].model.name)
+        self._routing.assign(call, able)
         replicas = () if len(self.line) else self._room_for(call, {})
         if replicas:
             return [self._place(now_s, call, replicas)]
         self._wait(call)
         return [*self._waking.wake(call.pools)]
-
-    def _commit(self, call: Waiting, model: ModelName) -> None:
-        call.owed_tokens = call.remaining_tokens(model)
-        self.workflows.commit(call.workflow, model, call.owed_tokens)
-        call.workflow.context_tokens = call.request.prompt_tokens + call.expected_tokens(model)
-
-    def _able_pools(self, request: Request) -> list[Pool] | RejectReason:
-        """Return the pools that can hold a call, or why there is none."""
-        pools: Iterable[Pool] = self.pools.values()
-        if request.models:
-            pools = [pool for pool in pools if pool.model.name in request.models]
-            if not pools:
-                return "model_not_found"
-        able = able_pools(pools, request)
-        if not able:
-            return "too_long"
-        living = [pool for pool in able if any(r.alive for r in self._by_pool[pool.pool_id])]
-        return living or "no_replica"
 
     def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
         running = self._running.get(request_id)
@@ -294,6 +289,7 @@ class Scheduler:
     def _wait(self, call: Waiting) -> None:
         call.key = self._key(call)
         self.line.push(call)
+        self._routing.plan_review(self._now_s, call, self.line)
 
     def _key(self, call: Waiting) -> float:
         return key_of(self.policy, call, self.pools[call.pools[0]])
@@ -366,7 +362,7 @@ class Scheduler:
         """Write a dispatched call into the ledgers."""
         request, model = call.request, replica.pool.model.name
         if call.workflow.model != model:
-            self._commit(call, model)
+            self._routing.commit(call, model)
         expected_tokens = call.expected_tokens(model)
         hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         in_flight = InFlight(
@@ -386,7 +382,7 @@ class Scheduler:
         self.line.validate()
         self.workflows.validate()
         for replica in self.replicas.values():
-            replica.validate()
+            replica.validate(queues=self.policy.binds == "early")
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
         assert on_replicas == sorted(self._running), "the running calls are not those on replicas"
         assert not any(rid in self.line for rid in self._running), "a call both waits and runs"

@@ -1,0 +1,257 @@
+"""SwarmX: completion as a distribution, and the choice by its tail.
+
+For each pool, the wait under the line's real order, then readiness, network and service are
+composed as independent distributions, rebuilt from the books at each decision (SwarmX, arXiv
+2606.21401, algorithm 1). What is repaired: batches decode together rather than one call after
+the other, the wait is that of the order which the line really has, and no sketch is carried
+on from one decision to the next, so no error adds up.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter
+from typing import Literal, NamedTuple, TypeAlias
+
+from concertmaster.core.fleet import Pool, PoolId, Replica
+from concertmaster.core.policy import Ordering, Policy, Scorer, View
+from concertmaster.core.queue import Waiting
+from concertmaster.core.request import ServiceClass
+from concertmaster.core.sketch import Measure, Sketch, add, add_in_step, affine
+from concertmaster.core.wait import Crew
+from concertmaster.policies.admission import BoundedLine
+from concertmaster.policies.filters import FitsKvCache
+from concertmaster.policies.ordering import ShortestRemaining
+from concertmaster.policies.pickers import LeastCost, shortlist
+from concertmaster.policies.scorers import Network, PrefillBacklog, PrefillMiss
+
+Cost: TypeAlias = Literal["cvar", "quantile"]
+Law: TypeAlias = Literal["quantiles", "mean"]
+Wait: TypeAlias = Literal["order", "fifo"]
+Sum: TypeAlias = Literal["independent", "comonotone"]
+
+import os
+PREFW = float(os.environ.get("PREFW", "1"))
+MEAN = Measure.mean()
+
+Measures: TypeAlias = Mapping[ServiceClass, Measure]
+
+SUMS: Mapping[Sum, Callable[[Sketch, Sketch], Sketch]] = {
+    "independent": add,
+    "comonotone": add_in_step,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TailDecode:
+    """Decoding of the answer at its tail, in the batch that the call would join.
+
+    Attributes:
+        measures: What a law of tokens costs, by service class.
+    """
+
+    measures: Measures
+    name: str = "tail_decode"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Multiply tokens by the step of the batch with this call in it."""
+        pool, request = replica.pool, call.request
+        tokens = call.measured_tokens(pool.model.name, self.measures[request.service_class])
+        kv_tokens = replica.context_tokens + request.prompt_tokens
+        return replica.pace * tokens * pool.curve.step_s(len(replica.in_flight) + 1, kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class OthersDelay:
+    """What the call takes from those that run there: its prefill, and a longer step while it runs.
+
+    Calls that leave meanwhile are taken to be replaced by as many.
+
+    Attributes:
+        weight: What a second of theirs counts for.
+    """
+
+    weight: float = 1.0
+    name: str = "others_delay"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Multiply the call's expected seconds of each kind by the calls that run."""
+        running = len(replica.in_flight)
+        if not running or not self.weight:
+            return 0.0
+        pool, request = replica.pool, call.request
+        curve, held_tokens = pool.curve, replica.context_tokens
+        tokens = call.measured_tokens(pool.model.name, MEAN)
+        joined_s = curve.step_s(running + 1, held_tokens + request.prompt_tokens)
+        growth_s = joined_s - curve.step_s(running, held_tokens)
+        own_s = PREFW * request.prompt_tokens * pool.prefill_token_s + tokens * growth_s
+        return self.weight * replica.pace * running * own_s
+
+
+class Start(NamedTuple):
+    """What starting in a pool would cost a call, if a place there were free at once.
+
+    Attributes:
+        crew: Whom it would have to wait for; ``None`` if a place is free, or nobody serves yet.
+        fixed_s: Of the cost, what does not grow with the answer.
+    """
+
+    cost_s: float
+    pool: Pool
+    crew: Crew | None
+    fixed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailRouter:
+    """Pools where the call would be done at the least tail cost if it started there at once.
+
+    The best pool sets the bar: what starting in it costs, or waiting for it and then starting.
+    A pool where the call would keep to the bar by starting at once may take it too; one where
+    it would not is left to others. Calls are routed again while they wait.
+
+    Attributes:
+        measures: What a law costs, by service class.
+        scorers: Costs of starting on a replica with room.
+        others: What a second of delay to others counts for.
+        wait: "order" for the line's own order, "fifo" as if it had none.
+        sum: How parts are composed.
+        near: Share by which a pool may cost more than the best and still set the bar, by lot.
+    """
+
+    measures: Measures
+    scorers: tuple[Scorer, ...]
+    others: float = 1.0
+    wait: Wait = "order"
+    sum: Sum = "independent"
+    near: float = 0.0
+
+    def route(
+        self, call: Waiting, pools: Sequence[Pool], view: View, rng: random.Random
+    ) -> tuple[PoolId, ...]:
+        """Compose the wait where a lower bound does not rule the pool out; keep the fleet's order."""
+        if len(pools) == 1:
+            return (pools[0].pool_id,)
+        starts = [self._start(call, pool, view) for pool in pools]
+        bar_s, costs_s = math.inf, []
+        for start in sorted(starts, key=attrgetter("cost_s")):
+            cost_s = start.cost_s
+            if start.crew is not None and cost_s < bar_s:
+                cost_s = self._waited_s(call, start, start.crew, view)
+            bar_s = min(bar_s, cost_s)
+            costs_s.append(cost_s)
+        if self.near:
+            bar_s = rng.choice([cost_s for cost_s in costs_s if cost_s <= bar_s * (1 + self.near)])
+        return tuple(start.pool.pool_id for start in starts if start.cost_s <= bar_s)
+
+    def _start(self, call: Waiting, pool: Pool, view: View) -> Start:
+        room = view.room(call, pool)
+        if room:
+            costs_s = (self._place_s(view.now_s, call, one) for one in shortlist(call, room))
+            return Start(min(costs_s), pool, None, 0.0)
+        prompt_tokens, crew = call.request.prompt_tokens, view.crew(pool)
+        fixed_s = view.ready_s(pool) + pool.curve.prefill_s(
+            prompt_tokens, chunk_tokens=pool.max_batch_tokens
+        )
+        if crew is None:
+            step_s = pool.curve.step_s(1, prompt_tokens)
+        else:
+            step_s = crew.step_s
+            fixed_s += min(one.network_s for one in crew.replicas)
+        tokens = call.measured_tokens(pool.model.name, self.measures[call.request.service_class])
+        return Start(fixed_s + tokens * step_s, pool, crew, fixed_s)
+
+    def _place_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        return sum(scorer.cost_s(now_s, call, replica) for scorer in self.scorers)
+
+    def _waited_s(self, call: Waiting, start: Start, crew: Crew, view: View) -> float:
+        """Cost of the wait for a pool and the service there, composed."""
+        tokens = call.output_sketch(start.pool.model.name)
+        service = affine(tokens, crew.step_s, start.fixed_s)
+        parts = view.wait(call, crew, fifo=self.wait == "fifo")
+        return self.measures[call.request.service_class].of(reduce(SUMS[self.sum], parts, service))
+
+
+@dataclass(frozen=True, slots=True)
+class NearBest:
+    """Any of the replicas that cost little more than the cheapest, with equal chance.
+
+    Several gateways that decide on the same stale view would else all pick the same.
+
+    Attributes:
+        near: Share by which one may cost more.
+    """
+
+    near: float
+
+    def pick(
+        self,
+        call: Waiting,
+        replicas: Sequence[Replica],
+        cost_s: Callable[[Replica], float],
+        rng: random.Random,
+    ) -> Replica:
+        """Score a shortlist of each pool, and draw."""
+        costs_s = [(cost_s(one), one) for one in shortlist(call, replicas)]
+        most_s = min(cost for cost, _ in costs_s) * (1 + self.near)
+        return rng.choice([one for cost, one in costs_s if cost <= most_s])
+
+
+def swarmx(
+    name: str = "swarmx",
+    *,
+    tail: float = 0.95,
+    batch_tail: float = 0.5,
+    cost: Cost = "cvar",
+    others: float = 1.0,
+    near: float = 0.0,
+    reroute_s: float = 0.5,
+    order: Ordering | None = None,
+    aging: float = 0.1,
+    law: Law = "quantiles",
+    wait: Wait = "order",
+    sum: Sum = "independent",  # noqa: A002  # the word in its settings
+) -> Policy:
+    """Put the recipe together.
+
+    Args:
+        name: How it was called.
+        tail: Level of the cost of interactive calls.
+        batch_tail: Of batch calls.
+        cost: Mean of the cases beyond the level, or the quantile at it.
+        others: What a second of delay to calls that run counts for.
+        near: Share by which a choice may cost more than the best and still be drawn.
+        reroute_s: Wait after which a call is routed again.
+        order: Another order than by remaining tokens.
+        aging: Of the line.
+        law: "mean" reduces every law to its mean, and every cost with it.
+        wait: "fifo" composes the wait as if the line were first come, first served.
+        sum: "comonotone" takes all parts to be large together.
+    """
+    measure = Measure.cvar if cost == "cvar" else Measure.quantile
+    measures = {ServiceClass.INTERACTIVE: measure(tail), ServiceClass.BATCH: measure(batch_tail)}
+    if law == "mean":
+        measures = dict.fromkeys(ServiceClass, Measure.mean())
+    scorers: tuple[Scorer, ...] = (
+        PrefillBacklog(),
+        PrefillMiss(),
+        TailDecode(measures),
+        OthersDelay(others),
+        Network(),
+    )
+    return Policy(
+        name=name,
+        admission=BoundedLine(),
+        router=TailRouter(
+            measures=measures, scorers=scorers, others=others, wait=wait, sum=sum, near=near
+        ),
+        ordering=order or ShortestRemaining(),
+        filters=(FitsKvCache(),),
+        scorers=scorers,
+        picker=NearBest(near) if near else LeastCost(),
+        aging=aging,
+        reroute_s=reroute_s,
+        by_mean=law == "mean",
+    )
