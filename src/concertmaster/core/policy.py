@@ -169,6 +169,8 @@ class Policy:
             that serves is open to any number of calls, and those it cannot run queue inside it.
         reroute_s: A call that has waited this long is routed again, and once more each time its
             wait has doubled; ``None`` for never.
+        siblings: Whether it is written down when calls in flight are expected to end, so that
+            what a call costs can be weighed against the end of its siblings.
         by_mean: Whether laws of output tokens are reduced to their means before they are composed.
         clairvoyant: What a named oracle is told: the driver then forecasts that from the truth.
     """
@@ -185,6 +187,7 @@ class Policy:
     kv_level: float = 0.9
     binds: Binding = "late"
     reroute_s: float | None = None
+    siblings: bool = False
     by_mean: bool = False
     clairvoyant: frozenset[Truth] = frozenset()
 

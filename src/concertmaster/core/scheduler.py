@@ -9,7 +9,7 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject
@@ -45,6 +45,8 @@ from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Lane, Waiting, WaitingLine
 from concertmaster.core.request import Request, RequestId
 from concertmaster.core.routing import Routing
+from concertmaster.core.service import service_on
+from concertmaster.core.sketch import affine
 from concertmaster.core.waking import Waking
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
@@ -76,9 +78,7 @@ class Scheduler:
         self.workflows = Workflows()
         self._rng = rng
         self._record_candidates = record_candidates
-        self._window = Window(
-            self.replicas.values(), policy.window_s, policy.filters, policy.binds
-        )
+        self._window = Window(self.replicas.values(), policy.window_s, policy.filters, policy.binds)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
             policy,
@@ -267,6 +267,7 @@ class Scheduler:
             return None
         call, replica = self._running.pop(request_id)
         replica.release(request_id)
+        call.workflow.ends.pop(request_id, None)
         self._window.update(now_s, replica)
         if settle:
             self.workflows.settle(call.workflow.workflow_id)
@@ -363,6 +364,9 @@ class Scheduler:
         request, model = call.request, replica.pool.model.name
         if call.workflow.model != model:
             self._routing.commit(call, model)
+        if self.policy.siblings:
+            law = service_on(now_s, call, replica).law(call.output_sketch(model))
+            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
         expected_tokens = call.expected_tokens(model)
         hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         in_flight = InFlight(

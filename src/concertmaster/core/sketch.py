@@ -91,6 +91,11 @@ def of_atoms(atoms: Sequence[tuple[float, float]]) -> Sketch:
     return found
 
 
+def middle(sketch: Sketch) -> float:
+    """Return the value at the rank next to the median."""
+    return sketch[len(sketch) // 2]
+
+
 def moments(sketch: Sketch) -> tuple[float, float]:
     """Return mean and variance.
 
@@ -111,6 +116,32 @@ def of_moments(mean: float, variance: float) -> Sketch:
     spread_log = math.log1p(variance / (mean * mean))
     centre, sigma = math.log(mean) - spread_log / 2, math.sqrt(spread_log)
     return [math.exp(centre + sigma * z) for z in _NORMAL]
+
+
+class Overshoot:
+    """By how much a quantity is expected to pass an independent one, the bar.
+
+    >>> Overshoot((10.0,)).over((12.0,))
+    [2.0]
+
+    Args:
+        bar: Its distribution.
+    """
+
+    __slots__ = ("_bar", "_below", "_moment")
+
+    def __init__(self, bar: Sketch) -> None:
+        masses = MASSES if len(bar) > 1 else (1.0,)
+        self._bar = bar
+        self._below = (0.0, *accumulate(masses))
+        moments = (mass * value for mass, value in zip(masses, bar, strict=True))
+        self._moment = (0.0, *accumulate(moments))
+
+    def over(self, sketch: Sketch) -> Sketch:
+        """Return the expected overshoot at each value of a quantity."""
+        bar, below, moment = self._bar, self._below, self._moment
+        passed = [bisect_left(bar, value) for value in sketch]
+        return [value * below[i] - moment[i] for value, i in zip(sketch, passed, strict=True)]
 
 
 def left_over(sketch: Sketch, done: float) -> Iterable[tuple[float, float]]:

@@ -3,7 +3,8 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.core.sketch import Sketch, middle
 
 _NOWHERE = ModelName("")
 
@@ -18,6 +19,8 @@ class Workflow:
         model: The model that its latest call was sent to; "" before the first.
         owed_tokens: Output tokens that it still needs of that model, by forecast.
         context_tokens: Prompt and expected answer of its latest call: what an engine may hold.
+        ends: Instants at which its calls in flight are expected to end, as distributions; kept
+            only for policies that weigh siblings.
         roles: Roles of its calls before the latest.
         last_role: Role of its latest call.
     """
@@ -32,8 +35,16 @@ class Workflow:
     model: ModelName = _NOWHERE
     owed_tokens: int = 0
     context_tokens: int = 0
+    ends: dict[RequestId, Sketch] = field(default_factory=dict)
     roles: set[str] = field(default_factory=set)
     last_role: str = ""
+
+    def longest_s(self, now_s: float) -> Sketch | None:
+        """Seconds until the end of the call in flight that ends last by its median, if any."""
+        if not self.ends:
+            return None
+        last = max(self.ends.values(), key=middle)
+        return [max(0.0, end_s - now_s) for end_s in last]
 
     def note_role(self, role: str) -> None:
         """Take in the role of a call once it has been decided where the call goes."""

@@ -60,6 +60,7 @@ SWARMX: Mapping[str, Reader] = {
     "batch_tail": number(0, 0.99),
     "cost": choice(cvar="cvar", quantile="quantile"),
     "others": number(0),
+    "siblings": choice(yes=True, no=False),
     "near": number(0),
     "reroute_s": number(0.01),
     "order": choice(**ORDERS),
@@ -68,7 +69,7 @@ SWARMX: Mapping[str, Reader] = {
     "wait": choice(order="order", fifo="fifo"),
     "sum": choice(independent="independent", comonotone="comonotone"),
 }
-POINT = ("others", "near", "reroute_s", "order", "aging", "wait")
+POINT = ("others", "siblings", "near", "reroute_s", "order", "aging", "wait")
 
 RECIPES: dict[str, Recipe] = {
     "chimera": Recipe(

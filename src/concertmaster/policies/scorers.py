@@ -136,8 +136,8 @@ class MeanLatency:
 
     def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         """Compare the calls there with and without one more."""
-        running = len(replica.in_flight)
-        return replica.pace * (self._sum_s(replica.pool, running + 1) - self._sum_s(replica.pool, running))
+        pool, running = replica.pool, len(replica.in_flight)
+        return replica.pace * (self._sum_s(pool, running + 1) - self._sum_s(pool, running))
 
     def _sum_s(self, pool: Pool, calls: int) -> float:
         if not calls:

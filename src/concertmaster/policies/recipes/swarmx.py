@@ -19,21 +19,19 @@ from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.policy import Ordering, Policy, Scorer, View
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ServiceClass
-from concertmaster.core.sketch import Measure, Sketch, add, add_in_step, affine
+from concertmaster.core.service import service_on
+from concertmaster.core.sketch import Measure, Overshoot, Sketch, add, add_in_step, affine
 from concertmaster.core.wait import Crew
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.filters import FitsKvCache
 from concertmaster.policies.ordering import ShortestRemaining
 from concertmaster.policies.pickers import LeastCost, shortlist
-from concertmaster.policies.scorers import Network, PrefillBacklog, PrefillMiss
 
 Cost: TypeAlias = Literal["cvar", "quantile"]
 Law: TypeAlias = Literal["quantiles", "mean"]
 Wait: TypeAlias = Literal["order", "fifo"]
 Sum: TypeAlias = Literal["independent", "comonotone"]
 
-import os
-PREFW = float(os.environ.get("PREFW", "1"))
 MEAN = Measure.mean()
 
 Measures: TypeAlias = Mapping[ServiceClass, Measure]
@@ -44,23 +42,34 @@ SUMS: Mapping[Sum, Callable[[Sketch, Sketch], Sketch]] = {
 }
 
 
+def cost_of(now_s: float, call: Waiting, law: Sketch, measure: Measure) -> float:
+    """Cost of a call's completion: what comes after the end of its siblings, at the tail.
+
+    A workflow goes on when the last of the calls that run side by side has ended, so a call
+    that ends before another of them costs nothing. One without siblings costs all its time.
+    """
+    longest = call.workflow.longest_s(now_s)
+    return measure.of(law if longest is None else Overshoot(longest).over(law))
+
+
 @dataclass(frozen=True, slots=True)
-class TailDecode:
-    """Decoding of the answer at its tail, in the batch that the call would join.
+class TailCompletion:
+    """Seconds until the call ends on the replica, at the tail, beyond the end of its siblings.
 
     Attributes:
-        measures: What a law of tokens costs, by service class.
+        measures: What a law costs, by service class.
     """
 
     measures: Measures
-    name: str = "tail_decode"
+    name: str = "tail_completion"
 
     def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
-        """Multiply tokens by the step of the batch with this call in it."""
-        pool, request = replica.pool, call.request
-        tokens = call.measured_tokens(pool.model.name, self.measures[request.service_class])
-        kv_tokens = replica.context_tokens + request.prompt_tokens
-        return replica.pace * tokens * pool.curve.step_s(len(replica.in_flight) + 1, kv_tokens)
+        """Turn the law of its tokens into seconds in the batch that it would join."""
+        model, measure = replica.pool.model.name, self.measures[call.request.service_class]
+        service = service_on(now_s, call, replica)
+        if not call.workflow.ends:
+            return service.first_s + call.measured_tokens(model, measure) * service.token_s
+        return cost_of(now_s, call, service.law(call.output_sketch(model)), measure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ class OthersDelay:
         tokens = call.measured_tokens(pool.model.name, MEAN)
         joined_s = curve.step_s(running + 1, held_tokens + request.prompt_tokens)
         growth_s = joined_s - curve.step_s(running, held_tokens)
-        own_s = PREFW * request.prompt_tokens * pool.prefill_token_s + tokens * growth_s
+        own_s = request.prompt_tokens * pool.prefill_token_s + tokens * growth_s
         return self.weight * replica.pace * running * own_s
 
 
@@ -95,13 +104,13 @@ class Start(NamedTuple):
 
     Attributes:
         crew: Whom it would have to wait for; ``None`` if a place is free, or nobody serves yet.
-        fixed_s: Of the cost, what does not grow with the answer.
+        law: Its seconds; empty if a place is free.
     """
 
     cost_s: float
     pool: Pool
     crew: Crew | None
-    fixed_s: float
+    law: Sketch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +124,6 @@ class TailRouter:
     Attributes:
         measures: What a law costs, by service class.
         scorers: Costs of starting on a replica with room.
-        others: What a second of delay to others counts for.
         wait: "order" for the line's own order, "fifo" as if it had none.
         sum: How parts are composed.
         near: Share by which a pool may cost more than the best and still set the bar, by lot.
@@ -123,7 +131,6 @@ class TailRouter:
 
     measures: Measures
     scorers: tuple[Scorer, ...]
-    others: float = 1.0
     wait: Wait = "order"
     sum: Sum = "independent"
     near: float = 0.0
@@ -131,7 +138,7 @@ class TailRouter:
     def route(
         self, call: Waiting, pools: Sequence[Pool], view: View, rng: random.Random
     ) -> tuple[PoolId, ...]:
-        """Compose the wait where a lower bound does not rule the pool out; keep the fleet's order."""
+        """Compose the wait of a pool unless starting there at once would be too dear already."""
         if len(pools) == 1:
             return (pools[0].pool_id,)
         starts = [self._start(call, pool, view) for pool in pools]
@@ -150,7 +157,7 @@ class TailRouter:
         room = view.room(call, pool)
         if room:
             costs_s = (self._place_s(view.now_s, call, one) for one in shortlist(call, room))
-            return Start(min(costs_s), pool, None, 0.0)
+            return Start(min(costs_s), pool, None, ())
         prompt_tokens, crew = call.request.prompt_tokens, view.crew(pool)
         fixed_s = view.ready_s(pool) + pool.curve.prefill_s(
             prompt_tokens, chunk_tokens=pool.max_batch_tokens
@@ -160,18 +167,18 @@ class TailRouter:
         else:
             step_s = crew.step_s
             fixed_s += min(one.network_s for one in crew.replicas)
-        tokens = call.measured_tokens(pool.model.name, self.measures[call.request.service_class])
-        return Start(fixed_s + tokens * step_s, pool, crew, fixed_s)
+        law = affine(call.output_sketch(pool.model.name), step_s, fixed_s)
+        measure = self.measures[call.request.service_class]
+        return Start(cost_of(view.now_s, call, law, measure), pool, crew, law)
 
     def _place_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         return sum(scorer.cost_s(now_s, call, replica) for scorer in self.scorers)
 
     def _waited_s(self, call: Waiting, start: Start, crew: Crew, view: View) -> float:
         """Cost of the wait for a pool and the service there, composed."""
-        tokens = call.output_sketch(start.pool.model.name)
-        service = affine(tokens, crew.step_s, start.fixed_s)
         parts = view.wait(call, crew, fifo=self.wait == "fifo")
-        return self.measures[call.request.service_class].of(reduce(SUMS[self.sum], parts, service))
+        law = reduce(SUMS[self.sum], parts, start.law)
+        return cost_of(view.now_s, call, law, self.measures[call.request.service_class])
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +213,7 @@ def swarmx(
     batch_tail: float = 0.5,
     cost: Cost = "cvar",
     others: float = 1.0,
+    siblings: bool = True,
     near: float = 0.0,
     reroute_s: float = 0.5,
     order: Ordering | None = None,
@@ -222,6 +230,7 @@ def swarmx(
         batch_tail: Of batch calls.
         cost: Mean of the cases beyond the level, or the quantile at it.
         others: What a second of delay to calls that run counts for.
+        siblings: Whether a call costs only what comes after the end of its siblings.
         near: Share by which a choice may cost more than the best and still be drawn.
         reroute_s: Wait after which a call is routed again.
         order: Another order than by remaining tokens.
@@ -234,24 +243,17 @@ def swarmx(
     measures = {ServiceClass.INTERACTIVE: measure(tail), ServiceClass.BATCH: measure(batch_tail)}
     if law == "mean":
         measures = dict.fromkeys(ServiceClass, Measure.mean())
-    scorers: tuple[Scorer, ...] = (
-        PrefillBacklog(),
-        PrefillMiss(),
-        TailDecode(measures),
-        OthersDelay(others),
-        Network(),
-    )
+    scorers: tuple[Scorer, ...] = (TailCompletion(measures), OthersDelay(others))
     return Policy(
         name=name,
         admission=BoundedLine(),
-        router=TailRouter(
-            measures=measures, scorers=scorers, others=others, wait=wait, sum=sum, near=near
-        ),
+        router=TailRouter(measures=measures, scorers=scorers, wait=wait, sum=sum, near=near),
         ordering=order or ShortestRemaining(),
         filters=(FitsKvCache(),),
         scorers=scorers,
         picker=NearBest(near) if near else LeastCost(),
         aging=aging,
         reroute_s=reroute_s,
+        siblings=siblings,
         by_mean=law == "mean",
     )
