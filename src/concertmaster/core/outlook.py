@@ -7,7 +7,9 @@ from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting, WaitingLine, line_key
 from concertmaster.core.request import ModelName, RequestId
-from concertmaster.core.wait import Crew, Parts, ahead_of, crew_of, wait_parts
+from concertmaster.core.sketch import affine
+from concertmaster.core.traffic import Traffic
+from concertmaster.core.wait import Crew, Wait, ahead_of, crew_of, wait_parts
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Owed, Workflows
 
@@ -24,6 +26,7 @@ class Outlook:
         window: Which replicas have room.
 
     Attributes:
+        traffic: What has arrived lately.
         now_s: The instant that is looked at; the scheduler sets it.
     """
 
@@ -38,6 +41,7 @@ class Outlook:
         window: Window,
     ) -> None:
         self.now_s = 0.0
+        self.traffic = Traffic()
         self._policy = policy
         self._by_pool = by_pool
         self._line = line
@@ -79,8 +83,8 @@ class Outlook:
         replicas = self.in_service(pool)
         return crew_of(pool, replicas) if replicas else None
 
-    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Parts:
-        """Compute the wait from the calls that run and those that go first."""
+    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Wait:
+        """Compute the wait from the calls that run, those that go first, and those to come."""
         pool = crew.pool
         lanes = [
             (lane, self._share(pool.pool_id, crew, lane.pools))
@@ -88,8 +92,19 @@ class Outlook:
             if pool.pool_id in lane.pools
         ]
         key = key_of(self._policy, call, pool)
-        ahead = ahead_of(call, key, lanes, fifo=fifo)
-        return wait_parts(self.now_s, crew, self._running, ahead, self._policy.window_s)
+        ahead = list(ahead_of(call, key, lanes, fifo=fifo))
+        parts = wait_parts(self.now_s, crew, self._running, ahead, self._policy.window_s)
+        if not fifo:
+            lead_s = key - self._policy.aging * self.now_s
+            factor = self.traffic.stretch(self.now_s, lead_s, self._tokens_per_s(pool.model.name))
+            parts = [affine(part, factor) for part in parts]
+        all_waiting = sum(len(lane) * share for lane, share in lanes)
+        return Wait(parts, max(0.0, all_waiting - sum(weight for weight, _ in ahead)))
+
+    def _tokens_per_s(self, model: ModelName) -> float:
+        pools = [replicas[0].pool for replicas in self._by_pool.values() if replicas]
+        crews = [self.crew(pool) for pool in pools if pool.model.name == model]
+        return sum(max(1, crew.running) / crew.step_s for crew in crews if crew)
 
     def _share(self, pool_id: PoolId, crew: Crew, pools: Sequence[PoolId]) -> float:
         """Part of the calls in a lane that one of its pools will serve, by tokens a second."""

@@ -16,7 +16,7 @@ from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request
-from concertmaster.core.wait import Crew, Parts
+from concertmaster.core.wait import Crew, Wait
 from concertmaster.core.workflow import Owed, Workflow
 
 Binding: TypeAlias = Literal["late", "early"]
@@ -41,7 +41,7 @@ class View(Protocol):
 
     @property
     def now_s(self) -> float:
-        """This instant, on the driver's clock."""
+        """Instant that is looked at, on the driver's clock."""
 
     def in_service(self, pool: Pool) -> Sequence[Replica]:
         """Replicas of a pool that serve now, in a stable order."""
@@ -58,8 +58,8 @@ class View(Protocol):
     def crew(self, pool: Pool) -> Crew | None:
         """Replicas of a pool that serve, as one body; ``None`` if none does."""
 
-    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Parts:
-        """Return the independent parts of the call's wait for a pool without room, in seconds.
+    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Wait:
+        """Return the call's wait for a pool without room.
 
         Args:
             call: A call on its way in, or one that waits.

@@ -61,7 +61,13 @@ class Routing:
         """Route a call that arrives."""
         call.pools = self._policy.router.route(call, able, self._outlook, self._rng)
         call.workflow.note_role(call.request.role)
-        self.commit(call, self._pools[call.pools[0]].model.name)
+        pool = self._pools[call.pools[0]]
+        self.commit(call, pool.model.name)
+        if self._policy.reroute_s is not None:
+            arrival_s = call.request.arrival_s
+            urgency_s = key_of(self._policy, call, pool) - self._policy.aging * arrival_s
+            tokens = call.expected_tokens(pool.model.name)
+            self._outlook.traffic.note(arrival_s, urgency_s, tokens)
 
     def commit(self, call: Waiting, model: ModelName) -> None:
         """Note which model a call goes to, and what its workflow will need of it."""

@@ -9,7 +9,7 @@ turned into seconds by the rate curve of the batches that run.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeVar
 
 from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.queue import Lane, Waiting
@@ -24,8 +24,17 @@ SAMPLED_WAITING = 256
 
 _Item = TypeVar("_Item")
 
-Parts: TypeAlias = Sequence[Sketch]
-"""Independent quantities whose sum is meant."""
+
+class Wait(NamedTuple):
+    """A call's wait for a pool.
+
+    Attributes:
+        parts: Independent quantities whose sum it is, in seconds.
+        behind: Calls in the line to the pool that this one would go before.
+    """
+
+    parts: Sequence[Sketch]
+    behind: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,7 @@ def wait_parts(
     running: Mapping[RequestId, tuple[Waiting, Replica]],
     ahead: Iterable[tuple[float, Waiting]],
     window_s: float,
-) -> Parts:
+) -> Sequence[Sketch]:
     """Return the parts of a call's wait for a pool without room.
 
     Args:

@@ -17,6 +17,7 @@ from concertmaster.policies.ordering import (
     Fcfs,
     FeedbackQueues,
     LeastAttained,
+    OldestWorkflow,
     ShortestJob,
     ShortestRemaining,
 )
@@ -33,10 +34,13 @@ ORDERINGS: dict[str, tuple[Ordering, float]] = {
     "mlfq": (FeedbackQueues(), 1.0),
     "las": (LeastAttained(), 0.1),
     "stjf": (ShortestRemaining(), 0.1),
+    "oldest": (OldestWorkflow(), 1.0),
 }
 """Ordering and its aging, by name."""
 
-ORDERS: Mapping[str, Ordering] = {name: ORDERINGS[name][0] for name in ("stjf", "las", "fcfs")}
+ORDERS: Mapping[str, Ordering] = {
+    name: ORDERINGS[name][0] for name in ("stjf", "las", "fcfs", "oldest")
+}
 """Orders that a recipe may be told to keep."""
 
 LENGTH: frozenset[Truth] = frozenset({"length"})

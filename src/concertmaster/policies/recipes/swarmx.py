@@ -124,6 +124,7 @@ class TailRouter:
     Attributes:
         measures: What a law costs, by service class.
         scorers: Costs of starting on a replica with room.
+        others: What a second of delay to calls behind it in the line counts for.
         wait: "order" for the line's own order, "fifo" as if it had none.
         sum: How parts are composed.
         near: Share by which a pool may cost more than the best and still set the bar, by lot.
@@ -131,6 +132,7 @@ class TailRouter:
 
     measures: Measures
     scorers: tuple[Scorer, ...]
+    others: float = 1.0
     wait: Wait = "order"
     sum: Sum = "independent"
     near: float = 0.0
@@ -176,9 +178,11 @@ class TailRouter:
 
     def _waited_s(self, call: Waiting, start: Start, crew: Crew, view: View) -> float:
         """Cost of the wait for a pool and the service there, composed."""
-        parts = view.wait(call, crew, fifo=self.wait == "fifo")
-        law = reduce(SUMS[self.sum], parts, start.law)
-        return cost_of(view.now_s, call, law, self.measures[call.request.service_class])
+        wait = view.wait(call, crew, fifo=self.wait == "fifo")
+        law = reduce(SUMS[self.sum], wait.parts, start.law)
+        cost_s = cost_of(view.now_s, call, law, self.measures[call.request.service_class])
+        delay_s = wait.behind * MEAN.of(start.law) / max(1, crew.running)
+        return cost_s + self.others * delay_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +251,9 @@ def swarmx(
     return Policy(
         name=name,
         admission=BoundedLine(),
-        router=TailRouter(measures=measures, scorers=scorers, wait=wait, sum=sum, near=near),
+        router=TailRouter(
+            measures=measures, scorers=scorers, others=others, wait=wait, sum=sum, near=near
+        ),
         ordering=order or ShortestRemaining(),
         filters=(FitsKvCache(),),
         scorers=scorers,
