@@ -19,8 +19,8 @@ Sketch: TypeAlias = Sequence[float]
 """Values that never fall, one for each of ``RANKS``; or a single one, which is certain."""
 
 EDGES: tuple[float, ...] = (
-    *(0.0, 0.02, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.78, 0.84, 0.88),
-    *(0.915, 0.935, 0.95, 0.965, 0.98, 0.99, 0.995, 1.0),
+    *(0.0, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.58, 0.66, 0.72, 0.77, 0.81, 0.84, 0.87, 0.89),
+    *(0.91, 0.925, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 1.0),
 )
 RANKS: tuple[float, ...] = tuple((low + high) / 2 for low, high in pairwise(EDGES))
 MASSES: tuple[float, ...] = tuple(high - low for low, high in pairwise(EDGES))

@@ -97,6 +97,11 @@ class Workflows:
             self._forget(now_s)
         return workflow
 
+    def known(self, now_s: float, request: Request) -> Workflow:
+        """Return the workflow of a call that has not arrived, as it stands."""
+        found = self._by_id.get(request.workflow_id)
+        return found or Workflow(workflow_id=request.workflow_id, started_s=now_s, seen_s=now_s)
+
     def settle(self, workflow_id: WorkflowId, *, answered: bool = True) -> None:
         """Note that one of its calls has its outcome.
 

@@ -16,6 +16,8 @@ from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import Request, RequestId
+from concertmaster.core.service import service_on
+from concertmaster.core.sketch import affine
 from concertmaster.core.workflow import Workflow, Workflows
 
 HostPolicy = Callable[[Request, Sequence[ReplicaId]], ReplicaId]
@@ -82,7 +84,7 @@ class SchedulerAgent:
         if forecast is None or not replicas:
             return None
         now_s, policy = self._clock(), self._policy
-        call = self._call(request, forecast, self._workflows.known(request))
+        call = self._call(request, forecast, self._workflows.known(now_s, request))
 
         def cost_s(replica: Replica) -> float:
             return sum(scorer.cost_s(now_s, call, replica) for scorer in policy.scorers)
@@ -110,6 +112,9 @@ class SchedulerAgent:
         )
         replica.admit(now_s, flight, min(call.kv_tokens(model), replica.pool.kv_tokens))
         self._running[request.request_id] = (call.workflow, replica)
+        if self._policy.siblings:
+            law = service_on(now_s, call, replica).law(call.output_sketch(model))
+            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
 
     def streamed(self, request_id: RequestId, tokens: int) -> None:
         """Take in how many output tokens a call has so far."""
@@ -122,6 +127,7 @@ class SchedulerAgent:
         if found is not None:
             workflow, replica = found
             replica.release(request_id)
+            workflow.ends.pop(request_id, None)
             self._workflows.settle(workflow.workflow_id)
 
     def _call(self, request: Request, forecast: Forecast, workflow: Workflow) -> Waiting:

@@ -24,15 +24,13 @@ from concertmaster.core.sketch import Measure, Overshoot, Sketch, add, add_in_st
 from concertmaster.core.wait import Crew
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.filters import FitsKvCache
-from concertmaster.policies.ordering import ShortestRemaining
+from concertmaster.policies.ordering import OldestWorkflow
 from concertmaster.policies.pickers import LeastCost, shortlist
 
 Cost: TypeAlias = Literal["cvar", "quantile"]
 Law: TypeAlias = Literal["quantiles", "mean"]
 Wait: TypeAlias = Literal["order", "fifo"]
 Sum: TypeAlias = Literal["independent", "comonotone"]
-
-MEAN = Measure.mean()
 
 Measures: TypeAlias = Mapping[ServiceClass, Measure]
 
@@ -79,9 +77,11 @@ class OthersDelay:
     Calls that leave meanwhile are taken to be replaced by as many.
 
     Attributes:
+        measures: What a law costs, by service class.
         weight: What a second of theirs counts for.
     """
 
+    measures: Measures
     weight: float = 1.0
     name: str = "others_delay"
 
@@ -92,7 +92,7 @@ class OthersDelay:
             return 0.0
         pool, request = replica.pool, call.request
         curve, held_tokens = pool.curve, replica.context_tokens
-        tokens = call.measured_tokens(pool.model.name, MEAN)
+        tokens = call.measured_tokens(pool.model.name, self.measures[request.service_class])
         joined_s = curve.step_s(running + 1, held_tokens + request.prompt_tokens)
         growth_s = joined_s - curve.step_s(running, held_tokens)
         own_s = request.prompt_tokens * pool.prefill_token_s + tokens * growth_s
@@ -180,9 +180,10 @@ class TailRouter:
         """Cost of the wait for a pool and the service there, composed."""
         wait = view.wait(call, crew, fifo=self.wait == "fifo")
         law = reduce(SUMS[self.sum], wait.parts, start.law)
-        cost_s = cost_of(view.now_s, call, law, self.measures[call.request.service_class])
-        delay_s = wait.behind * MEAN.of(start.law) / max(1, crew.running)
-        return cost_s + self.others * delay_s
+        measure = self.measures[call.request.service_class]
+        delay_s = wait.behind * measure.of(start.law) / max(1, crew.running)
+        cost_s = cost_of(view.now_s, call, law, measure) + self.others * delay_s
+        return max(start.cost_s, cost_s)  # a wait takes nothing off, whatever rounding says
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,15 +214,15 @@ class NearBest:
 def swarmx(
     name: str = "swarmx",
     *,
-    tail: float = 0.95,
+    tail: float = 0.5,
     batch_tail: float = 0.5,
-    cost: Cost = "cvar",
+    cost: Cost = "quantile",
     others: float = 1.0,
     siblings: bool = True,
     near: float = 0.0,
     reroute_s: float = 0.5,
     order: Ordering | None = None,
-    aging: float = 0.1,
+    aging: float = 1.0,
     law: Law = "quantiles",
     wait: Wait = "order",
     sum: Sum = "independent",  # noqa: A002  # the word in its settings
@@ -237,7 +238,7 @@ def swarmx(
         siblings: Whether a call costs only what comes after the end of its siblings.
         near: Share by which a choice may cost more than the best and still be drawn.
         reroute_s: Wait after which a call is routed again.
-        order: Another order than by remaining tokens.
+        order: Another order than by the age of workflows.
         aging: Of the line.
         law: "mean" reduces every law to its mean, and every cost with it.
         wait: "fifo" composes the wait as if the line were first come, first served.
@@ -247,14 +248,14 @@ def swarmx(
     measures = {ServiceClass.INTERACTIVE: measure(tail), ServiceClass.BATCH: measure(batch_tail)}
     if law == "mean":
         measures = dict.fromkeys(ServiceClass, Measure.mean())
-    scorers: tuple[Scorer, ...] = (TailCompletion(measures), OthersDelay(others))
+    scorers: tuple[Scorer, ...] = (TailCompletion(measures), OthersDelay(measures, others))
     return Policy(
         name=name,
         admission=BoundedLine(),
         router=TailRouter(
             measures=measures, scorers=scorers, others=others, wait=wait, sum=sum, near=near
         ),
-        ordering=order or ShortestRemaining(),
+        ordering=order or OldestWorkflow(),
         filters=(FitsKvCache(),),
         scorers=scorers,
         picker=NearBest(near) if near else LeastCost(),
