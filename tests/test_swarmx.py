@@ -1,5 +1,6 @@
 """Completion as a distribution: composed, compared, and decided again while a call waits."""
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -174,6 +175,16 @@ def test_a_call_may_always_go_somewhere(waits_s: Quantiles, tokens: float, *, bo
     full = ("fast", "slow") if both else ("fast",)
 
     assert routed(sketch_of(waits_s), tokens, full=full)
+
+
+@pytest.mark.parametrize("name", ["swarmx", "swarmx:near=0.5", "swarmx:cost=cvar", "point"])
+def test_where_no_pool_will_serve_again_every_pool_is_waited_for(name: str) -> None:
+    pools = [a_pool("p"), a_pool("q")]
+    view = a_view(replicas={"p": 0, "q": 0}, wake_s={"p": math.inf, "q": math.inf})
+
+    found = policy(name).router.route(a_waiting_call(), pools, view, random.Random(1))
+
+    assert found == ("p", "q")
 
 
 def test_a_call_that_ends_before_its_sibling_costs_nothing() -> None:

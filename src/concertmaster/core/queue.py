@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from concertmaster.core.fleet import PoolId
 from concertmaster.core.forecast import UNKNOWN_OUTPUT_TOKENS, Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, RequestId
-from concertmaster.core.sketch import Measure, Sketch, sketch_of
+from concertmaster.core.sketch import Measure, Sketch, moments, sketch_of
 from concertmaster.core.workflow import Workflow
 
 MAX_URGENCY_S = 3600.0
@@ -70,6 +70,7 @@ class Waiting:
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
     _sketches: dict[ModelName, Sketch] = field(default_factory=dict)
+    _moments: dict[ModelName, tuple[float, float]] = field(default_factory=dict)
     _measured: dict[tuple[ModelName, str], float] = field(default_factory=dict)
 
     @property
@@ -106,6 +107,13 @@ class Waiting:
                 law = Quantiles.exactly(law.mean)
             sketch = self._sketches[model] = sketch_of(law, most=self.request.max_output_tokens)
         return sketch
+
+    def output_moments(self, model: ModelName) -> tuple[float, float]:
+        """Mean and variance of its output tokens on a model."""
+        found = self._moments.get(model)
+        if found is None:
+            found = self._moments[model] = moments(self.output_sketch(model))
+        return found
 
     def measured_tokens(self, model: ModelName, measure: Measure) -> float:
         """Output tokens on a model, as one number."""

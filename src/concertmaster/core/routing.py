@@ -14,6 +14,9 @@ from concertmaster.core.workflow import Workflows
 LONGEST_REVIEW_S = 10.0
 """No call waits longer than this between two looks at where it may go."""
 
+MOST_REVIEWS, REVIEW_GAP_S = 1, 0.05
+"""Calls that one event may look at again, and the time until others that are due get their turn."""
+
 
 class Routing:
     """Asks the policy's router, and writes down what comes of it.
@@ -80,11 +83,19 @@ class Routing:
         if self._policy.reroute_s is None:
             return []
         moved = []
-        while (call := line.pop_review(now_s)) is not None:
+        for _ in range(MOST_REVIEWS):
+            call = line.pop_review(now_s)
+            if call is None:
+                break
             if self._reroute(call, line):
                 moved.append(call)
             self.plan_review(now_s, call, line)
         return moved
+
+    def next_review_s(self, now_s: float, line: WaitingLine) -> float | None:
+        """When to look at the next call; those that are overdue take turns."""
+        due_s = line.next_review_s()
+        return None if due_s is None else max(due_s, now_s + REVIEW_GAP_S)
 
     def plan_review(self, now_s: float, call: Waiting, line: WaitingLine) -> None:
         """Look at a call that waits once its wait has doubled, and at least now and then."""

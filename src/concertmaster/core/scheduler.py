@@ -123,8 +123,8 @@ class Scheduler:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
         if not len(self.line):
             return None
-        line = self.line
-        times_s = [line.next_expiry_s(), line.next_review_s(), self._window.next_reopen_s()]
+        review_s = self._routing.next_review_s(self._now_s, self.line)
+        times_s = [self.line.next_expiry_s(), review_s, self._window.next_reopen_s()]
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     def in_flight(self, request_id: RequestId) -> ReplicaId | None:

@@ -14,12 +14,12 @@ from typing import NamedTuple, TypeVar
 from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.queue import Lane, Waiting
 from concertmaster.core.request import RequestId
-from concertmaster.core.sketch import Sketch, first_of, left_over, moments, of_moments
+from concertmaster.core.sketch import Sketch, first_of, left_over, of_moments
 
-SAMPLED_REPLICAS, SAMPLED_CALLS = 8, 48
+SAMPLED_REPLICAS, SAMPLED_CALLS = 8, 24
 """Of a large pool, this many replicas and running calls stand for all, evenly spaced."""
 
-SAMPLED_WAITING = 256
+SAMPLED_WAITING = 64
 """Of a long lane, about this many calls stand for all."""
 
 _Item = TypeVar("_Item")
@@ -114,7 +114,7 @@ def _held(crew: Crew, ahead: Iterable[tuple[float, Waiting]]) -> Sketch:
     model, token_s, step_s = crew.pool.model.name, crew.pool.prefill_token_s, crew.step_s
     mean_s = variance = 0.0
     for weight, other in ahead:
-        tokens, spread = moments(other.output_sketch(model))
+        tokens, spread = other.output_moments(model)
         mean_s += weight * (other.request.prompt_tokens * token_s + tokens * step_s)
         variance += weight * spread * step_s * step_s
     places = max(1, crew.running)

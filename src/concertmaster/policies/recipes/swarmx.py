@@ -99,6 +99,10 @@ class OthersDelay:
         return self.weight * replica.pace * running * own_s
 
 
+MOST_COMPOSED = 2
+"""Pools without room whose wait is composed: those where starting would cost least."""
+
+
 class Start(NamedTuple):
     """What starting in a pool would cost a call, if a place there were free at once.
 
@@ -144,10 +148,13 @@ class TailRouter:
         if len(pools) == 1:
             return (pools[0].pool_id,)
         starts = [self._start(call, pool, view) for pool in pools]
-        bar_s, costs_s = math.inf, []
+        bar_s, costs_s, composed = math.inf, [], 0
         for start in sorted(starts, key=attrgetter("cost_s")):
             cost_s = start.cost_s
             if start.crew is not None and cost_s < bar_s:
+                if composed == MOST_COMPOSED:
+                    continue
+                composed += 1
                 cost_s = self._waited_s(call, start, start.crew, view)
             bar_s = min(bar_s, cost_s)
             costs_s.append(cost_s)
@@ -160,10 +167,11 @@ class TailRouter:
         if room:
             costs_s = (self._place_s(view.now_s, call, one) for one in shortlist(call, room))
             return Start(min(costs_s), pool, None, ())
+        ready_s = view.ready_s(pool)
+        if math.isinf(ready_s):
+            return Start(math.inf, pool, None, ())
         prompt_tokens, crew = call.request.prompt_tokens, view.crew(pool)
-        fixed_s = view.ready_s(pool) + pool.curve.prefill_s(
-            prompt_tokens, chunk_tokens=pool.max_batch_tokens
-        )
+        fixed_s = ready_s + pool.curve.prefill_s(prompt_tokens, chunk_tokens=pool.max_batch_tokens)
         if crew is None:
             step_s = pool.curve.step_s(1, prompt_tokens)
         else:
