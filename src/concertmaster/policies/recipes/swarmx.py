@@ -99,6 +99,9 @@ class OthersDelay:
         return self.weight * replica.pace * running * own_s
 
 
+LIKELIEST = 4
+"""Replicas of a pool that say what starting there would cost."""
+
 MOST_COMPOSED = 2
 """Pools without room whose wait is composed: those where starting would cost least."""
 
@@ -165,7 +168,10 @@ class TailRouter:
     def _start(self, call: Waiting, pool: Pool, view: View) -> Start:
         room = view.room(call, pool)
         if room:
-            costs_s = (self._place_s(view.now_s, call, one) for one in shortlist(call, room))
+            costs_s = (
+                self._place_s(view.now_s, call, one)
+                for one in shortlist(call, room, most=LIKELIEST)
+            )
             return Start(min(costs_s), pool, None, ())
         ready_s = view.ready_s(pool)
         if math.isinf(ready_s):
