@@ -182,7 +182,10 @@ def test_where_no_pool_will_serve_again_every_pool_is_waited_for(name: str) -> N
     pools = [a_pool("p"), a_pool("q")]
     view = a_view(replicas={"p": 0, "q": 0}, wake_s={"p": math.inf, "q": math.inf})
 
-    found = policy(name).router.route(a_waiting_call(), pools, view, random.Random(1))
+    forecast = Forecast(output_tokens=Quantiles((0.1, 0.9), (10.0, 500.0)))
+    call = a_waiting_call(forecast=forecast)
+
+    found = policy(name).router.route(call, pools, view, random.Random(1))
 
     assert found == ("p", "q")
 
