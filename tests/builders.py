@@ -26,6 +26,7 @@ from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.core.wait import Crew, Wait, crew_of
 from concertmaster.core.workflow import Owed, Workflow
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.catalog import policy
@@ -145,6 +146,8 @@ class StubView:
     waiting: dict[str, int] = field(default_factory=dict)
     live: dict[str, Owed] = field(default_factory=dict)
     open: dict[str, Sequence[Waiting]] = field(default_factory=dict)
+    waits_s: dict[str, Sequence[float]] = field(default_factory=dict)
+    now_s: float = 0.0
 
     def in_service(self, pool: Pool) -> list[Replica]:
         count = self.replicas.get(pool.pool_id, 1)
@@ -155,6 +158,16 @@ class StubView:
 
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         return pool.pool_id not in self.full
+
+    def room(self, call: Waiting, pool: Pool) -> list[Replica]:
+        return self.in_service(pool) if self.has_room(call, pool) else []
+
+    def crew(self, pool: Pool) -> Crew | None:
+        replicas = self.in_service(pool)
+        return crew_of(pool, replicas) if replicas else None
+
+    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Wait:
+        return Wait([self.waits_s.get(crew.pool.pool_id, (0.0,))], 0.0)
 
     def waiting_tokens(self, pool: Pool) -> int:
         return self.waiting.get(pool.pool_id, 0)

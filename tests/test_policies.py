@@ -41,7 +41,14 @@ from concertmaster.policies.pickers import SHORTLIST, LeastCost, PowerOfTwo, sho
 from concertmaster.policies.recipes.baselines import CACHED_TOKENS, PLACEMENTS, REQUESTS, TOKENS
 from concertmaster.policies.routers import SurestPools
 
-CATALOG = (*NAMES, "round-robin+las", "prefix-affinity+sjf", "random+edf", "power-of-two+mlfq")
+CATALOG = (
+    *NAMES,
+    "round-robin+las",
+    "prefix-affinity+sjf",
+    "random+edf",
+    "power-of-two+mlfq",
+    "random@arrival",
+)
 SCORERS: dict[str, Scorer] = {one.name: one for one in (*TOKENS, *CACHED_TOKENS, *REQUESTS)}
 every_policy = pytest.mark.parametrize("name", CATALOG)
 every_scorer = pytest.mark.parametrize("scorer", SCORERS.values(), ids=SCORERS.keys())
@@ -190,14 +197,15 @@ def test_an_ordering_alone_places_by_tokens() -> None:
 
 
 KNOWN_PLACEMENTS = (
-    "known: least-requests, least-tokens, power-of-two, prefix-affinity, random, round-robin, vllm"
+    "known: least-requests, least-tokens, llm-d-latency, power-of-two, prefix-affinity, random, "
+    "round-robin, vllm"
 )
 KNOWN_POLICIES = (
-    "known: cascade, chimera, edf, fcfs, las, least-requests, least-tokens, ltr, mlfq, "
-    "oracle-model, oracle-stjf, power-of-two, prefix-affinity, quality-only, random, "
-    "random-model, round-robin, sjf, stjf, vllm"
+    "known: cascade, chimera, edf, fcfs, las, least-requests, least-tokens, llm-d-latency, ltr, "
+    "mlfq, murakkab, oldest, oracle-model, oracle-stjf, point, power-of-two, prefix-affinity, "
+    "quality-only, random, random-model, round-robin, sjf, stjf, swarmx, vllm"
 )
-KNOWN_ORDERINGS = "known: edf, fcfs, las, mlfq, sjf, stjf"
+KNOWN_ORDERINGS = "known: edf, fcfs, las, mlfq, oldest, sjf, stjf"
 
 
 @pytest.mark.parametrize(

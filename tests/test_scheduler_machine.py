@@ -52,6 +52,10 @@ POLICIES = (
     "las",
     "mlfq",
     "chimera",
+    "swarmx",
+    "swarmx:order=stjf,near=0.2",
+    "point",
+    "round-robin@arrival",
     "cascade",
     "oracle-stjf",
 )
@@ -382,7 +386,7 @@ class Driver(RuleBasedStateMachine):
     @invariant()
     def totals_are_the_sums_of_the_calls(self) -> None:
         for replica in self.core.replicas.values():
-            replica.validate()
+            replica.validate(queues=self.core.policy.binds == "early")
             context = sum(
                 one.request.prompt_tokens + one.expected_tokens
                 for one in replica.in_flight.values()

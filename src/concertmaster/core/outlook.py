@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from concertmaster.core.events import RejectReason
-from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, able_pools
+from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting, WaitingLine, line_key
-from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.request import ModelName, RequestId
+from concertmaster.core.sketch import affine
+from concertmaster.core.traffic import Traffic
+from concertmaster.core.wait import Crew, Wait, ahead_of, crew_of, wait_parts
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Owed, Workflows
 
@@ -17,45 +19,35 @@ class Outlook:
 
     Args:
         policy: Gives the order in which calls wait.
-        pools: All there are, in the order of the fleet.
         by_pool: Replicas of each pool, whatever their state.
         line: Calls that wait.
         running: Calls that were handed out, with their replica.
         workflows: Live workflows.
         window: Which replicas have room.
+
+    Attributes:
+        traffic: What has arrived lately.
+        now_s: The instant that is looked at; the scheduler sets it.
     """
 
     def __init__(
         self,
         policy: Policy,
         *,
-        pools: Sequence[Pool],
         by_pool: Mapping[PoolId, Sequence[Replica]],
         line: WaitingLine,
         running: Mapping[RequestId, tuple[Waiting, Replica]],
         workflows: Workflows,
         window: Window,
     ) -> None:
+        self.now_s = 0.0
+        self.traffic = Traffic()
         self._policy = policy
-        self._pools = pools
         self._by_pool = by_pool
         self._line = line
         self._running = running
         self._workflows = workflows
         self._window = window
-
-    def able(self, request: Request) -> list[Pool] | RejectReason:
-        """Return the pools that can hold a call, or why there is none."""
-        pools = self._pools
-        if request.models:
-            pools = [pool for pool in pools if pool.model.name in request.models]
-            if not pools:
-                return "model_not_found"
-        able = able_pools(pools, request)
-        if not able:
-            return "too_long"
-        living = [pool for pool in able if any(r.alive for r in self._by_pool[pool.pool_id])]
-        return living or "no_replica"
 
     def in_service(self, pool: Pool) -> list[Replica]:
         """Replicas that are alive, ready and not on their way out."""
@@ -78,8 +70,50 @@ class Outlook:
 
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         """Whether nobody waits for the pool and a replica of it is open to the call."""
-        waited_for = any(pool.pool_id in pools for pools in self._line.lanes)
-        return not waited_for and bool(self._window.room(call, pool))
+        return bool(self.room(call, pool))
+
+    def room(self, call: Waiting, pool: Pool) -> list[Replica]:
+        """Replicas of the pool that are open to the call, if nobody waits for the pool."""
+        if any(pool.pool_id in pools for pools in self._line.lanes):
+            return []
+        return list(self._window.room(call, pool))
+
+    def crew(self, pool: Pool) -> Crew | None:
+        """Take the replicas that are in service together."""
+        replicas = self.in_service(pool)
+        return crew_of(pool, replicas) if replicas else None
+
+    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Wait:
+        """Compute the wait from the calls that run, those that go first, and those to come."""
+        pool = crew.pool
+        lanes = [
+            (lane, self._share(pool.pool_id, crew, lane.pools))
+            for lane in self._line.lanes.values()
+            if pool.pool_id in lane.pools
+        ]
+        key = key_of(self._policy, call, pool)
+        ahead = list(ahead_of(call, key, lanes, fifo=fifo))
+        parts = wait_parts(self.now_s, crew, self._running, ahead, self._policy.window_s)
+        if not fifo:
+            lead_s = key - self._policy.aging * self.now_s
+            factor = self.traffic.stretch(self.now_s, lead_s, self._tokens_per_s(pool.model.name))
+            parts = [affine(part, factor) for part in parts]
+        all_waiting = sum(len(lane) * share for lane, share in lanes)
+        return Wait(parts, max(0.0, all_waiting - sum(weight for weight, _ in ahead)))
+
+    def _tokens_per_s(self, model: ModelName) -> float:
+        pools = [replicas[0].pool for replicas in self._by_pool.values() if replicas]
+        crews = [self.crew(pool) for pool in pools if pool.model.name == model]
+        return sum(max(1, crew.running) / crew.step_s for crew in crews if crew)
+
+    def _share(self, pool_id: PoolId, crew: Crew, pools: Sequence[PoolId]) -> float:
+        """Part of the calls in a lane that one of its pools will serve, by tokens a second."""
+        rate = total = max(1, crew.running) / crew.step_s
+        for other_id in pools:
+            others = self._by_pool[other_id]
+            other = self.crew(others[0].pool) if other_id != pool_id and others else None
+            total += max(1, other.running) / other.step_s if other else 0.0
+        return rate / total
 
     def waiting_tokens(self, pool: Pool) -> int:
         """Tokens that the workflows in all lanes to the pool still need."""

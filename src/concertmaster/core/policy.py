@@ -18,7 +18,11 @@ from concertmaster.core.forecast import Forecast
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request
 from concertmaster.core.standing import Scaling
+from concertmaster.core.wait import Crew, Wait
 from concertmaster.core.workflow import Owed, Workflow
+
+Binding: TypeAlias = Literal["late", "early"]
+"""When a call gets its replica: once one has room for it, or on arrival."""
 
 Truth: TypeAlias = Literal["length", "success"]
 """What an oracle may be told of a call: how long each model's answer is, and which are right."""
@@ -37,6 +41,10 @@ class Admission(Protocol):
 class View(Protocol):
     """What a router may ask about the fleet, the line and the live workflows."""
 
+    @property
+    def now_s(self) -> float:
+        """Instant that is looked at, on the driver's clock."""
+
     def in_service(self, pool: Pool) -> Sequence[Replica]:
         """Replicas of a pool that serve now, in a stable order."""
 
@@ -45,6 +53,21 @@ class View(Protocol):
 
     def has_room(self, call: Waiting, pool: Pool) -> bool:
         """Whether a replica of the pool could take the call at once."""
+
+    def room(self, call: Waiting, pool: Pool) -> Sequence[Replica]:
+        """Replicas of the pool that could take the call at once; none while others wait for it."""
+
+    def crew(self, pool: Pool) -> Crew | None:
+        """Replicas of a pool that serve, as one body; ``None`` if none does."""
+
+    def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Wait:
+        """Return the call's wait for a pool without room.
+
+        Args:
+            call: A call on its way in, or one that waits.
+            crew: Of the pool.
+            fifo: As if the line were first come, first served.
+        """
 
     def waiting_tokens(self, pool: Pool) -> int:
         """Tokens that the workflows which wait for the pool still need."""
@@ -145,6 +168,13 @@ class Policy:
             more calls in the line, where their order can still change.
         kv_level: Probability with which an answer shall fit the KV room promised to it.
         scaling: How many replicas there shall be; ``None`` leaves the fleet as its file says.
+        binds: "late": calls wait in the line until a replica has room. "early": every replica
+            that serves is open to any number of calls, and those it cannot run queue inside it.
+        reroute_s: A call that has waited this long is routed again, and once more each time its
+            wait has doubled; ``None`` for never.
+        siblings: Whether it is written down when calls in flight are expected to end, so that
+            what a call costs can be weighed against the end of its siblings.
+        by_mean: Whether laws of output tokens are reduced to their means before they are composed.
         clairvoyant: What a named oracle is told: the driver then forecasts that from the truth.
     """
 
@@ -159,11 +189,17 @@ class Policy:
     window_s: float = 0.25
     kv_level: float = 0.9
     scaling: Scaling | None = None
+    binds: Binding = "late"
+    reroute_s: float | None = None
+    siblings: bool = False
+    by_mean: bool = False
     clairvoyant: frozenset[Truth] = frozenset()
 
     def __post_init__(self) -> None:
         if self.aging <= 0:
             raise ValueError(f"policy {self.name!r}: aging must be above 0, got {self.aging}")
+        if self.reroute_s is not None and self.reroute_s <= 0:
+            raise ValueError(f"policy {self.name!r}: reroute_s must be above 0")
 
     def costs_s(self, now_s: float, call: Waiting, replica: Replica) -> Mapping[str, float]:
         """Seconds by scorer, for the record."""

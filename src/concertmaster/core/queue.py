@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from concertmaster.core.fleet import PoolId
-from concertmaster.core.forecast import Forecast
+from concertmaster.core.forecast import UNKNOWN_OUTPUT_TOKENS, Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.sketch import Measure, Sketch, moments, sketch_of
 from concertmaster.core.workflow import Workflow
 
 MAX_URGENCY_S = 3600.0
@@ -51,6 +52,7 @@ class Waiting:
         attempt: The attempt that its dispatch will be.
         expires_s: When it is refused if still here.
         kv_level: Probability with which its answer shall fit the KV room promised to it.
+        by_mean: Whether its output is taken to be the mean of the forecast, for certain.
         owed_tokens: What its workflow needs from here on where it is to go, by forecast.
     """
 
@@ -62,10 +64,14 @@ class Waiting:
     attempt: int
     expires_s: float
     kv_level: float
+    by_mean: bool = False
     key: float = 0.0
     owed_tokens: int = 0
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
+    _sketches: dict[ModelName, Sketch] = field(default_factory=dict)
+    _moments: dict[ModelName, tuple[float, float]] = field(default_factory=dict)
+    _measured: dict[tuple[ModelName, str], float] = field(default_factory=dict)
 
     @property
     def is_last(self) -> bool:
@@ -88,6 +94,33 @@ class Waiting:
             request = self.request
             output = self.forecast.output_at(model, self.kv_level, request.max_output_tokens)
             tokens = self._kv_tokens[model] = request.prompt_tokens + output
+        return tokens
+
+    def output_sketch(self, model: ModelName) -> Sketch:
+        """Output tokens on a model, as a distribution."""
+        sketch = self._sketches.get(model)
+        if sketch is None:
+            law = self.forecast.output_law(model)
+            if law is None:
+                law = Quantiles.exactly(UNKNOWN_OUTPUT_TOKENS)
+            elif self.by_mean:
+                law = Quantiles.exactly(law.mean)
+            sketch = self._sketches[model] = sketch_of(law, most=self.request.max_output_tokens)
+        return sketch
+
+    def output_moments(self, model: ModelName) -> tuple[float, float]:
+        """Mean and variance of its output tokens on a model."""
+        found = self._moments.get(model)
+        if found is None:
+            found = self._moments[model] = moments(self.output_sketch(model))
+        return found
+
+    def measured_tokens(self, model: ModelName, measure: Measure) -> float:
+        """Output tokens on a model, as one number."""
+        key = (model, measure.name)
+        tokens = self._measured.get(key)
+        if tokens is None:
+            tokens = self._measured[key] = measure.of(self.output_sketch(model))
         return tokens
 
     def remaining_tokens(self, model: ModelName) -> int:
@@ -169,6 +202,7 @@ class WaitingLine:
         self.lanes: dict[tuple[PoolId, ...], Lane] = {}
         self._by_id: dict[RequestId, Waiting] = {}
         self._expiry: list[tuple[float, int, Waiting]] = []
+        self._reviews: list[tuple[float, int, Waiting]] = []
         self._finish_times_s: deque[float] = deque(maxlen=64)
 
     def __len__(self) -> int:
@@ -182,25 +216,49 @@ class WaitingLine:
 
     def push(self, call: Waiting) -> None:
         """Let a call wait."""
-        lane = self.lanes.get(call.pools)
-        if lane is None:
-            lane = self.lanes[call.pools] = Lane(call.pools)
-        lane.push(call)
+        self.enter(call)
         self._by_id[call.request.request_id] = call
         heapq.heappush(self._expiry, (call.expires_s, call.serial, call))
 
     def remove(self, request_id: RequestId) -> Waiting:
         """Take a call out: dispatched, refused or cancelled."""
         call = self._by_id.pop(request_id)
+        self.leave(call)
+        return call
+
+    def enter(self, call: Waiting) -> None:
+        """Put a call into the lane to its pools."""
+        lane = self.lanes.get(call.pools)
+        if lane is None:
+            lane = self.lanes[call.pools] = Lane(call.pools)
+        lane.push(call)
+
+    def leave(self, call: Waiting) -> None:
+        """Take a call out of its lane, which it must enter again if it waits on."""
         lane = self.lanes[call.pools]
         lane.remove(call)
         if not lane:
             del self.lanes[call.pools]
-        return call
+
+    def review_at(self, time_s: float, call: Waiting) -> None:
+        """Note when the pools of a call that waits are to be looked at again."""
+        heapq.heappush(self._reviews, (time_s, call.serial, call))
+
+    def next_review_s(self) -> float | None:
+        """When the first call is due for review, if any is."""
+        self._drop_stale(self._reviews)
+        return self._reviews[0][0] if self._reviews else None
+
+    def pop_review(self, now_s: float) -> Waiting | None:
+        """Return a call that is due for review; it goes on waiting."""
+        due_s = self.next_review_s()
+        if due_s is None or due_s > now_s:
+            return None
+        return heapq.heappop(self._reviews)[2]
 
     def next_expiry_s(self) -> float | None:
         """When the first call expires, if any waits."""
-        self._drop_stale()
+        self._drop_stale(self._expiry)
         return self._expiry[0][0] if self._expiry else None
 
     def pop_expired(self, now_s: float) -> list[Waiting]:
@@ -222,10 +280,10 @@ class WaitingLine:
         seconds_each = (now_s - times_s[0]) / len(times_s)
         return min(max(1.0, seconds_each * len(self)), 120.0)
 
-    def _drop_stale(self) -> None:
-        expiry = self._expiry
-        while expiry and self._by_id.get(expiry[0][2].request.request_id) is not expiry[0][2]:
-            heapq.heappop(expiry)
+    def _drop_stale(self, agenda: list[tuple[float, int, Waiting]]) -> None:
+        """Take calls off the front of an agenda that wait no longer."""
+        while agenda and self._by_id.get(agenda[0][2].request.request_id) is not agenda[0][2]:
+            heapq.heappop(agenda)
 
     def validate(self) -> None:
         """Check that lanes and index hold the same calls."""

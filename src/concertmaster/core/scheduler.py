@@ -43,8 +43,11 @@ from concertmaster.core.forecast import Forecast
 from concertmaster.core.outlook import Outlook, key_of
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Lane, Waiting, WaitingLine
-from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.request import Request, RequestId
+from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
+from concertmaster.core.service import service_on
+from concertmaster.core.sketch import affine
 from concertmaster.core.waking import Waking
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
@@ -75,16 +78,23 @@ class Scheduler:
         self.workflows = Workflows()
         self._rng = rng
         self._record_candidates = record_candidates
-        self._window = Window(replicas, policy.window_s, policy.filters)
+        self._window = Window(replicas, policy.window_s, policy.filters, policy.binds)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
             policy,
-            pools=fleet.pools,
             by_pool=self._by_pool,
             line=self.line,
             running=self._running,
             workflows=self.workflows,
             window=self._window,
+        )
+        self._routing = Routing(
+            policy,
+            pools=self.pools,
+            by_pool=self._by_pool,
+            workflows=self.workflows,
+            outlook=self._outlook,
+            rng=rng,
         )
         self._waking = Waking(self._by_pool, self._window)
         self._scaler: Scaler | None = None
@@ -107,6 +117,7 @@ class Scheduler:
         A clock that went backwards is taken to have stood still.
         """
         now_s = self._now_s = max(now_s, self._now_s)
+        self._outlook.now_s = now_s
         self._window.reopen(now_s)
         actions = self._take_in(now_s, event)
         if self._scaler is not None:
@@ -115,6 +126,8 @@ class Scheduler:
             for call in self.line.pop_expired(now_s):
                 actions.append(self._reject(now_s, call.request, "waited_too_long"))
                 self.workflows.settle(call.workflow.workflow_id, answered=False)
+            for call in self._routing.review(now_s, self.line):
+                actions += self._waking.wake(now_s, call.pools)
             self._dispatch(now_s, actions)
         if self._waking.leaving:
             actions += self._waking.stops()
@@ -124,7 +137,8 @@ class Scheduler:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
         times_s = [None if self._scaler is None else self._scaler.due_s]
         if len(self.line):
-            times_s += [self.line.next_expiry_s(), self._window.next_reopen_s()]
+            review_s = self._routing.next_review_s(self._now_s, self.line)
+            times_s += [self.line.next_expiry_s(), review_s, self._window.next_reopen_s()]
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     def in_flight(self, request_id: RequestId) -> ReplicaId | None:
@@ -186,7 +200,7 @@ class Scheduler:
         assert request_id not in self.line, f"{request_id} waits already"
         assert request_id not in self._running, f"{request_id} runs already"
         policy = self.policy
-        able = self._outlook.able(request)
+        able = self._routing.able(request)
         if isinstance(able, str):
             return [self._reject(now_s, request, able)]
         refusal = policy.admission.refuses(request, len(self.line))
@@ -202,21 +216,14 @@ class Scheduler:
             attempt=1,
             expires_s=policy.admission.expires_s(request),
             kv_level=policy.kv_level,
+            by_mean=policy.by_mean,
         )
-        call.pools = policy.router.route(call, able, self._outlook, self._rng)
-        call.workflow.note_role(request.role)
-        self._commit(call, self.pools[call.pools[0]].model.name)
+        self._routing.assign(call, able)
         replicas = () if len(self.line) else self._room_for(call, {})
         if replicas:
             return [self._place(now_s, call, replicas)]
         self._wait(call)
         return [*self._waking.wake(now_s, call.pools)]
-
-    def _commit(self, call: Waiting, model: ModelName) -> None:
-        call.owed_tokens = call.owes_tokens(model)
-        elsewhere = call.forecast.elsewhere(model)
-        self.workflows.commit(call.workflow, model, call.owed_tokens, elsewhere)
-        call.workflow.context_tokens = call.request.prompt_tokens + call.expected_tokens(model)
 
     def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
         running = self._running.get(request_id)
@@ -273,6 +280,7 @@ class Scheduler:
             return None
         call, replica = self._running.pop(request_id)
         replica.release(request_id)
+        call.workflow.ends.pop(request_id, None)
         self._window.update(now_s, replica)
         if settle:
             self.workflows.settle(call.workflow.workflow_id)
@@ -297,6 +305,7 @@ class Scheduler:
     def _wait(self, call: Waiting) -> None:
         call.key = self._key(call)
         self.line.push(call)
+        self._routing.plan_review(self._now_s, call, self.line)
 
     def _key(self, call: Waiting) -> float:
         return key_of(self.policy, call, self.pools[call.pools[0]])
@@ -369,7 +378,10 @@ class Scheduler:
         """Write a dispatched call into the ledgers."""
         request, model = call.request, replica.pool.model.name
         if call.workflow.model != model:
-            self._commit(call, model)
+            self._routing.commit(call, model)
+        if self.policy.siblings:
+            law = service_on(now_s, call, replica).law(call.output_sketch(model))
+            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
         expected_tokens = call.expected_tokens(model)
         hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         in_flight = InFlight(
@@ -391,7 +403,7 @@ class Scheduler:
         self.line.validate()
         self.workflows.validate()
         for replica in self.replicas.values():
-            replica.validate()
+            replica.validate(queues=self.policy.binds == "early")
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
         assert on_replicas == sorted(self._running), "the running calls are not those on replicas"
         assert not any(rid in self.line for rid in self._running), "a call both waits and runs"

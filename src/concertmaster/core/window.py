@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Collection, Iterable, Sequence
 
 from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, ReplicaId
-from concertmaster.core.policy import Filter
+from concertmaster.core.policy import Binding, Filter
 from concertmaster.core.queue import Waiting
 
 
@@ -22,11 +22,17 @@ class Window:
         replicas: All there are.
         window_s: Prefill that one may have been handed ahead of time.
         filters: Which of the open ones a call may go to.
+        binds: "early" leaves every replica that serves open, however much it has been handed.
     """
 
     def __init__(
-        self, replicas: Iterable[Replica], window_s: float, filters: Sequence[Filter] = ()
+        self,
+        replicas: Iterable[Replica],
+        window_s: float,
+        filters: Sequence[Filter] = (),
+        binds: Binding = "late",
     ) -> None:
+        self._early = binds == "early"
         self._window_s = window_s
         self._filters = filters
         self._open: dict[PoolId, dict[ReplicaId, Replica]] = {}
@@ -50,6 +56,9 @@ class Window:
         """Look at a replica again after anything about it has changed."""
         in_pool = self._open[replica.pool.pool_id]
         serving = replica.readiness is Readiness.RUNNING and replica.alive and not replica.draining
+        if serving and self._early:
+            in_pool[replica.replica_id] = replica
+            return
         if serving and len(replica.in_flight) < replica.pool.max_sequences:
             reopens_s = replica.prefill_clear_s - self._window_s
             if reopens_s <= now_s:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from concertmaster.core.demand import Demands
-from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.core.sketch import Sketch, middle
 
 _NOWHERE = ModelName("")
 _NOTHING: Mapping[ModelName, int] = {}
@@ -22,6 +23,8 @@ class Workflow:
         owed: Output tokens that it still needs, by forecast and model.
         grown_tokens: By how much its latest call has raised what it owes.
         context_tokens: Prompt and expected answer of its latest call: what an engine may hold.
+        ends: Instants at which its calls in flight are expected to end, as distributions; kept
+            only for policies that weigh siblings.
         roles: Roles of its calls before the latest.
         last_role: Role of its latest call.
     """
@@ -37,6 +40,7 @@ class Workflow:
     owed: dict[ModelName, int] = field(default_factory=dict)
     grown_tokens: int = 0
     context_tokens: int = 0
+    ends: dict[RequestId, Sketch] = field(default_factory=dict)
     roles: set[str] = field(default_factory=set)
     last_role: str = ""
 
@@ -44,6 +48,13 @@ class Workflow:
     def owed_tokens(self) -> int:
         """What it still needs of the model that it is with."""
         return self.owed.get(self.model, 0)
+
+    def longest_s(self, now_s: float) -> Sketch | None:
+        """Seconds until the end of the call in flight that ends last by its median, if any."""
+        if not self.ends:
+            return None
+        last = max(self.ends.values(), key=middle)
+        return [max(0.0, end_s - now_s) for end_s in last]
 
     def note_role(self, role: str) -> None:
         """Take in the role of a call once it has been decided where the call goes."""
@@ -99,6 +110,11 @@ class Workflows:
         if workflow.calls == 1:
             self._forget(now_s)
         return workflow
+
+    def known(self, now_s: float, request: Request) -> Workflow:
+        """Return the workflow of a call that has not arrived, as it stands."""
+        found = self._by_id.get(request.workflow_id)
+        return found or Workflow(workflow_id=request.workflow_id, started_s=now_s, seen_s=now_s)
 
     def settle(self, workflow_id: WorkflowId, *, answered: bool = True) -> None:
         """Note that one of its calls has its outcome.

@@ -1,13 +1,15 @@
 """Every policy by name.
 
 ``PLACEMENT+ORDERING`` joins any two parts (``round-robin+las``); a placement alone is
-first come, first served, and an ordering alone places by tokens. A recipe takes settings
+first come, first served, and an ordering alone places by tokens. ``PLACEMENT@arrival`` chooses
+the replica when a call arrives rather than when there is room. A recipe takes settings
 after a colon (``chimera:tau=0.3,rule=paper``). Any of them may end in a scaling
 (``round-robin/reactive``), which takes settings in the same way.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from concertmaster.core.errors import InputError, unknown_name
@@ -18,11 +20,13 @@ from concertmaster.policies.ordering import (
     Fcfs,
     FeedbackQueues,
     LeastAttained,
+    OldestWorkflow,
     ShortestJob,
     ShortestRemaining,
 )
-from concertmaster.policies.recipes.baselines import PLACEMENTS, baseline
+from concertmaster.policies.recipes.baselines import PLACEMENTS, baseline, murakkab
 from concertmaster.policies.recipes.chimera import chimera
+from concertmaster.policies.recipes.swarmx import swarmx
 from concertmaster.policies.routers import Cascade, RandomModel, Sticky, SurestPools
 from concertmaster.policies.scaling import Foreseen, Reactive
 from concertmaster.policies.settings import Reader, choice, number, read_settings
@@ -34,8 +38,14 @@ ORDERINGS: dict[str, tuple[Ordering, float]] = {
     "mlfq": (FeedbackQueues(), 1.0),
     "las": (LeastAttained(), 0.1),
     "stjf": (ShortestRemaining(), 0.1),
+    "oldest": (OldestWorkflow(), 1.0),
 }
 """Ordering and its aging, by name."""
+
+ORDERS: Mapping[str, Ordering] = {
+    name: ORDERINGS[name][0] for name in ("stjf", "las", "fcfs", "oldest")
+}
+"""Orders that a recipe may be told to keep."""
 
 LENGTH: frozenset[Truth] = frozenset({"length"})
 SUCCESS: frozenset[Truth] = frozenset({"success"})
@@ -53,6 +63,22 @@ class Recipe(NamedTuple):
     settings: Mapping[str, Reader] = {}
 
 
+SWARMX: Mapping[str, Reader] = {
+    "tail": number(0, 0.99),
+    "batch_tail": number(0, 0.99),
+    "cost": choice(cvar="cvar", quantile="quantile"),
+    "others": number(0),
+    "siblings": choice(yes=True, no=False),
+    "near": number(0),
+    "reroute_s": number(0.01),
+    "order": choice(**ORDERS),
+    "aging": number(1e-6),
+    "law": choice(quantiles="quantiles", mean="mean"),
+    "wait": choice(order="order", fifo="fifo"),
+    "sum": choice(independent="independent", comonotone="comonotone"),
+}
+POINT = ("others", "siblings", "near", "reroute_s", "order", "aging", "wait")
+
 RECIPES: dict[str, Recipe] = {
     "chimera": Recipe(
         chimera,
@@ -66,10 +92,13 @@ RECIPES: dict[str, Recipe] = {
             "rule": choice(earned="earned", slack="slack", paper="paper"),
             "load": choice(owed="owed", open="open"),
             "switch_cost": choice(yes=True, no=False),
-            "order": choice(stjf=ShortestRemaining(), las=LeastAttained(), fcfs=Fcfs()),
+            "order": choice(**ORDERS),
             "knows": choice(length=LENGTH, success=SUCCESS, both=LENGTH | SUCCESS),
         },
     ),
+    "swarmx": Recipe(swarmx, SWARMX),
+    "point": Recipe(partial(swarmx, law="mean"), {k: SWARMX[k] for k in POINT}),
+    "murakkab": Recipe(murakkab, {"prompt": number(1), "output": number(1)}),
     "ltr": Recipe(lambda name: baseline(name, "vllm", ShortestJob(), aging=0.1)),
     "quality-only": Recipe(
         lambda name: baseline(
@@ -98,6 +127,9 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """Whole policies; those that are clairvoyant run in simulation only."""
+
+AT = "@arrival"
+"""After the name of a placement: the replica is chosen on arrival, and calls queue inside it."""
 
 
 class ScalingRecipe(NamedTuple):
@@ -138,6 +170,8 @@ NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *RECIPES)
 def policy(name: str) -> Policy:
     """Build a policy by name.
 
+    >>> policy("round-robin@arrival").binds
+    'early'
     >>> policy("round-robin+las").ordering
     LeastAttained(drifts=True)
 
@@ -169,6 +203,9 @@ def _unscaled(name: str) -> Policy:
 
 
 def _joined(name: str) -> Policy:
+    placement, at, moment = name.partition(AT)
+    if at and placement in PLACEMENTS and not moment:
+        return baseline(name, placement, binds="early")
     placement, plus, ordering_name = name.partition("+")
     if not plus:
         placement, ordering_name = ("least-tokens", name) if name in ORDERINGS else (name, "fcfs")

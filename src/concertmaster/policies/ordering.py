@@ -104,6 +104,24 @@ class FeedbackQueues:
 
 
 @dataclass(frozen=True, slots=True)
+class OldestWorkflow:
+    """The workflow that began first goes first: what has come far is not held up by newcomers.
+
+    Attributes:
+        horizon_s: Age beyond which a workflow gains no more.
+    """
+
+    horizon_s: float = 3600.0
+    drifts: bool = False
+
+    def urgency_s(
+        self, request: Request, forecast: Forecast, workflow: Workflow, pool: Pool
+    ) -> float:
+        """Time left to the horizon: with an aging of 1 the key is the workflow's beginning."""
+        return self.horizon_s - (request.arrival_s - workflow.started_s)
+
+
+@dataclass(frozen=True, slots=True)
 class ShortestRemaining:
     """Shortest remaining workflow first (STJF in Chimera 1.2), by forecast.
 

@@ -25,18 +25,20 @@ def _paced_tokens(replica: Replica) -> tuple[float, float, int, str]:
     )
 
 
-def shortlist(call: Waiting, replicas: Sequence[Replica]) -> Sequence[Replica]:
+def shortlist(
+    call: Waiting, replicas: Sequence[Replica], *, most: int = SHORTLIST
+) -> Sequence[Replica]:
     """Keep, of each pool, the least loaded replicas and some that hold the prompt's prefix."""
-    if len(replicas) <= SHORTLIST:
+    if len(replicas) <= most:
         return replicas
     first_hash = call.request.prefix_hashes[:1]
     kept: list[Replica] = []
     for _, in_pool in groupby(replicas, key=attrgetter("pool.pool_id")):
         ranked = sorted(in_pool, key=_paced_tokens)
-        kept += ranked[:SHORTLIST]
+        kept += ranked[:most]
         if first_hash:
-            holders = (r for r in ranked[SHORTLIST:] if r.prefixes.hit_tokens(first_hash))
-            kept += [holder for holder, _ in zip(holders, range(SHORTLIST), strict=False)]
+            holders = (r for r in ranked[most:] if r.prefixes.hit_tokens(first_hash))
+            kept += [holder for holder, _ in zip(holders, range(most), strict=False)]
     return kept
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from concertmaster.core.fleet import Replica
+from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.queue import Waiting
 
 
@@ -116,6 +116,33 @@ class InFlightTokens:
         curve = replica.pool.curve
         extra_s = curve.step_s(running + 1, replica.context_tokens) - curve.step_s(1, 0)
         return replica.pace * (max(0.0, extra_s) * replica.decode_tokens / running)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanLatency:
+    """Growth of the sum of mean latencies on a replica: a greedy step of the best placement.
+
+    Every call is taken for the mean one of a profile, so nothing is predicted of it. The sum
+    over a replica grows ever faster with its calls, hence greedy steps reach its least total.
+
+    Attributes:
+        prompt_tokens: Of the mean call.
+        output_tokens: Of the mean call.
+    """
+
+    prompt_tokens: int
+    output_tokens: float
+    name: str = "mean_latency"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Compare the calls there with and without one more."""
+        pool, running = replica.pool, len(replica.in_flight)
+        return replica.pace * (self._sum_s(pool, running + 1) - self._sum_s(pool, running))
+
+    def _sum_s(self, pool: Pool, calls: int) -> float:
+        if not calls:
+            return 0.0
+        return calls * pool.service_s(self.prompt_tokens, self.output_tokens, batch=calls)
 
 
 @dataclass(frozen=True, slots=True)
