@@ -537,7 +537,10 @@ KNOWN = (
             "chimera:rule=old",
             'policy chimera: rule: expected earned or slack or paper, found "old"',
         ),
-        ("chimera:order=sjf", 'policy chimera: order: expected stjf or las or fcfs, found "sjf"'),
+        (
+            "chimera:order=sjf",
+            'policy chimera: order: expected stjf or las or fcfs or oldest, found "sjf"',
+        ),
         (
             "chimera:knows=all",
             'policy chimera: knows: expected length or success or both, found "all"',
