@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from concertmaster import compose
+from concertmaster import compose, forecaster
 from concertmaster.core.fleet import Fleet
 from concertmaster.predictors.interface import Predictor
 from concertmaster.reproduce.draw import draw
@@ -138,7 +138,7 @@ def attained_ratio(run: RunRecords, within_s: float) -> float:
 @cache
 def _warm(world: str, forecasts: Forecasts) -> Predictor:
     fleet = fleet_of(world)
-    predictor = compose.predictor_of(_source(world, forecasts), fleet)
+    predictor = forecaster.predictor_of(_source(world, forecasts), fleet)
     workload = draw(
         plans(world, WARM_UP, WARM_UP_SEED),
         workflows=WARM_UP,
@@ -151,7 +151,7 @@ def _warm(world: str, forecasts: Forecasts) -> Predictor:
 
 def _source(world: str, forecasts: Forecasts) -> str:
     if forecasts == "recent":
-        return compose.RECENT
+        return forecaster.RECENT
     shown = plans(world, TRAINED_ON, TRAINING_SEED)
     name = WORLDS[world].workload
     return str(trained_store(shown, name=name, seed=TRAINING_SEED, keep_in=Path(FOLDER)))
