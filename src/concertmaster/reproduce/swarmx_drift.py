@@ -22,7 +22,7 @@ from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords, WorkflowRecord
 
 LOST_RATIO = 0.71
-"""Share of capacity that is lost (SwarmX, section 2.3 of our notes: its drift experiment)."""
+"""Share of capacity that is lost: as in the drift experiment of SwarmX."""
 
 STRICKEN_S, LASTS_S = 300.0, 900.0
 """When it happens, and when the last workflow arrives."""

@@ -44,6 +44,7 @@ class World(NamedTuple):
 
     Attributes:
         times: How many times the fleet of 16 GPUs.
+        workload: A generator and at least one of its settings, so that more may follow.
         guess_rps: Where the search for its load begins, for 16 GPUs.
         sized_as: The world of 16 GPUs whose load, times ``times``, is taken for this one;
             "" to search.
@@ -90,7 +91,8 @@ def templates_of(world: str) -> Sequence[WorkflowPlan]:
 
 
 def _kept(world: str, what: str, *further: object) -> tuple[object, ...]:
-    return (what, WORLDS[world], fleet_of(world), SLO_FACTOR, ARMS[BLIND], *further)
+    drawn = TEMPLATES, TEMPLATE_SEED, SEARCH_SEEDS, WARM_UP_SEED
+    return (what, WORLDS[world], fleet_of(world), drawn, SLO_FACTOR, ARMS[BLIND], *further)
 
 
 @cache
