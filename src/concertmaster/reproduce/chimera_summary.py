@@ -296,6 +296,7 @@ def _plots(results: Results) -> Mapping[str, Plot]:
             x_label="mean makespan, seconds",
             y_label="workflows solved",
             panels={setting: _frontier(results, setting) for setting in results.settings},
+            log_x=True,
         ),
         "chimera-per-token": _over_load(results, PER_TOKEN, "seconds by output token"),
         "chimera-success": _over_load(results, OK, "workflows solved"),
