@@ -126,8 +126,9 @@ class Scheduler:
             for call in self.line.pop_expired(now_s):
                 actions.append(self._reject(now_s, call.request, "waited_too_long"))
                 self.workflows.settle(call.workflow.workflow_id, answered=False)
-            for call in self._routing.review(now_s, self.line):
-                actions += self._waking.wake(now_s, call.pools)
+            if not isinstance(event, RequestArrived):
+                for call in self._routing.review(now_s, self.line):
+                    actions += self._waking.wake(now_s, call.pools)
             self._dispatch(now_s, actions)
         if self._waking.leaving:
             actions += self._waking.stops()
