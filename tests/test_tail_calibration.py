@@ -121,10 +121,10 @@ def coverage(rate_rps: float) -> dict[bool, tuple[int, list[float]]]:
 
 
 def test_calls_end_by_the_composed_levels_about_as_often_as_these_say() -> None:
-    found = coverage(rate_rps=17.5)
+    found = coverage(rate_rps=18.0)
 
     assert set(found) == {False, True}
     for calls, shares in found.values():
         assert calls > 500
-        assert shares[0] == pytest.approx(0.5, abs=0.1)
-        assert shares[1] == pytest.approx(0.9, abs=0.05)
+        assert shares[0] == pytest.approx(0.5, abs=0.08)
+        assert shares[1] == pytest.approx(0.9, abs=0.04)
