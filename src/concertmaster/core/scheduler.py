@@ -126,8 +126,9 @@ class Scheduler:
             for call in self.line.pop_expired(now_s):
                 actions.append(self._reject(now_s, call.request, "waited_too_long"))
                 self.workflows.settle(call.workflow.workflow_id, answered=False)
-            for call in self._routing.review(now_s, self.line):
-                actions += self._waking.wake(now_s, call.pools)
+            if not isinstance(event, RequestArrived):
+                for call in self._routing.review(now_s, self.line):
+                    actions += self._waking.wake(now_s, call.pools)
             self._dispatch(now_s, actions)
         if self._waking.leaving:
             actions += self._waking.stops()
@@ -186,6 +187,7 @@ class Scheduler:
             case PaceObserved(paces):
                 for replica_id, pace in paces:
                     self.replicas[replica_id].pace = pace
+                    self._window.note(self.replicas[replica_id])
                 return []
             case WorkflowClosed(workflow_id):
                 self.workflows.close(workflow_id)
@@ -234,6 +236,7 @@ class Scheduler:
         prefill_tokens = replica.in_flight[request_id].prefill_tokens
         workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
         fresh_tokens = replica.stream(request_id, tokens)
+        self._window.note(replica)
         self.workflows.stream(workflow, fresh_tokens, pool.model.name)
         workflow.attained_s += fresh_tokens * pool.decode_token_s * pace
 
@@ -402,6 +405,7 @@ class Scheduler:
         """Check every invariant; slow, for tests."""
         self.line.validate()
         self.workflows.validate()
+        self._outlook.validate()
         for replica in self.replicas.values():
             replica.validate(queues=self.policy.binds == "early")
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
