@@ -62,7 +62,7 @@ DEEP = "research/a100+a40/16"
 
 WORLDS: Mapping[str, World] = {
     DEEP: World("research-a100-a40", 1, "research:told=0.85"),
-    "four-peak/h20+l20/32": World("research-h20-l20", 2, "research:fanout=four-peak"),
+    "four-peak/h20+l20/16": World("research-h20-l20", 1, "research:fanout=four-peak"),
     "video/a100+a40/16": World("video-a100-a40", 1, "video:told=0.9", 0.3),
     "research/a100+a40/48": World("research-a100-a40", 3, "research:told=0.85", sized_as=DEEP),
     "research/a100+a40/128": World("research-a100-a40", 8, "research:told=0.85", sized_as=DEEP),
