@@ -34,7 +34,7 @@ class Traffic:
         >>> traffic = Traffic()
         >>> for i in range(101):
         ...     traffic.note(float(i), 5.0, 50.0)
-        >>> round(traffic.stretch(100.0, 6.0, 100.0), 2), traffic.stretch(100.0, 4.0, 100.0)
+        >>> round(traffic.stretch(100.0, 6.0, 100.0), 1), traffic.stretch(100.0, 4.0, 100.0)
         (2.0, 1.0)
 
         Args:
