@@ -178,7 +178,7 @@ class Scheduler:
                 return self._demote(now_s, replica, replica.readiness)
             case ReplicaReady(replica_id):
                 self._revive(now_s, self.replicas[replica_id])
-                return []
+                return [*self._waking.wake_all(now_s, self.line.lanes)]
             case ReplicaDemoted(replica_id, readiness):
                 return self._demote(now_s, self.replicas[replica_id], readiness)
             case ReplicaDraining(replica_id):
