@@ -28,7 +28,7 @@ BLIND = frozenset({"vllm", "vllm+mlfq"})
 LOADS = (0.3, 0.7, 1.1)
 MORE_LOADS = (0.5, 0.9, 1.0)
 DEFAULT_WORLDS = 3
-WORKFLOWS, RUSH_WORKFLOWS = 300, 900
+WORKFLOWS, RUSH_WORKFLOWS = 200, 600
 """Of a run, below load 1 and from there on, where lines grow for as long as it lasts."""
 
 

@@ -15,6 +15,7 @@ from concertmaster.reproduce.swarmx_arms import (
     ROUTERS,
     SCALED,
     SEARCHED,
+    SETTLED,
     WITHOUT,
 )
 from concertmaster.reproduce.swarmx_drift import SCENARIOS, drift
@@ -71,7 +72,8 @@ class SwarmX:
         scenarios = list(SCENARIOS)[: None if full else DEFAULT_SCENARIOS]
         loads = sorted((1.0, *MORE_LOADS * full))
         shapes = list(SHAPES)[: None if full else DEFAULT_SHAPES]
-        drifts = [pair for pair in product(scenarios, DRIFTERS) if full or pair != UNCLAIMED]
+        drifters = (*DRIFTERS, SETTLED)
+        drifts = [pair for pair in product(scenarios, drifters) if full or pair != UNCLAIMED]
         without = [arm for arm in WITHOUT if arm not in ROUTERS]
         routers, searched = ROUTERS + MORE_ROUTERS * full, SEARCHED + MORE_SEARCHED * full
         grid = [

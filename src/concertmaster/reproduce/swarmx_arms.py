@@ -32,6 +32,8 @@ MEANS, CALLS, POINT = "murakkab", "llm-d-latency", "point"
 """Rivals that know lengths: means by model, means by call, and our forecasts reduced to means."""
 
 OURS, ROLES, FROZEN = "swarmx", "swarmx, by role", "swarmx, frozen"
+SETTLED = "swarmx, struck before"
+"""The recipe on a fleet to which an incident came before the first arrival."""
 
 WITHOUT: Mapping[str, str] = {
     ROLES: "words of the prompt",
@@ -62,6 +64,7 @@ ARMS: Mapping[str, Arm] = {
     OURS: Arm("swarmx", "trained"),
     ROLES: Arm("swarmx"),
     FROZEN: Arm("swarmx", adapts=False),
+    SETTLED: Arm("swarmx"),
     **{name: Arm(name, "trained") for name in WITHOUT if ":" in name},
     **{name: Arm(name) for name in SCALED},
 }
@@ -77,4 +80,4 @@ MORE_SEARCHED = (MEANS, OURS)
 
 ADAPTING = ROLES
 DRIFTERS = (ADAPTING, FROZEN)
-"""Compared through incidents; the first says what can be reached."""
+"""Compared through incidents with what ``SETTLED`` says can be reached."""

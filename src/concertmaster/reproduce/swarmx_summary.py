@@ -1,9 +1,10 @@
 """Claims, tables and plots of the study of tails."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from concertmaster.observe.compare import mean
-from concertmaster.observe.plot_kinds import CdfPlot, Line, LinePlot, Plot
+from concertmaster.observe.plot_kinds import CdfPlot, Plot
+from concertmaster.reproduce import swarmx_drift_summary as drift
 from concertmaster.reproduce import swarmx_scaling_summary as scaling
 from concertmaster.reproduce.study import (
     Claim,
@@ -15,8 +16,6 @@ from concertmaster.reproduce.study import (
 )
 from concertmaster.reproduce.swarmx_arms import (
     BLIND,
-    DRIFTERS,
-    FROZEN,
     LATE,
     LATE_TWO,
     MEANS,
@@ -26,12 +25,13 @@ from concertmaster.reproduce.swarmx_arms import (
     TWO,
     WITHOUT,
 )
+from concertmaster.reproduce.swarmx_drift_summary import DRIFTS
 from concertmaster.reproduce.swarmx_scaling_summary import P50, P90, P95, P99, SCALING
 from concertmaster.reproduce.swarmx_world import DEEP
 
 __all__ = ["DRIFTING", "DRIFTS", "RATES", "ROUTING", "SCALING", "summary"]
 
-ROUTING, RATES, DRIFTS = "router", "rate", "drift"
+ROUTING, RATES = "router", "rate"
 DRIFTING = "research/a100+a40/48"
 """Where drift is played."""
 
@@ -45,14 +45,14 @@ def summary(results: Results) -> Summary:
             *_routing(results),
             *_reach(results),
             *scaling.claims(results),
-            *_recovery(results),
+            *drift.claims(results),
         ),
         tables=(
             *(_routers(results, setting) for setting in _settings(results, ROUTING)),
             _parts(results),
             _rates(results),
             *scaling.tables(results),
-            _drifts(results),
+            drift.table(results, _settings(results, drift.DRIFTS)),
         ),
         plots={**_plots(results), **scaling.plots(results)},
         notes=tuple(_note(results, setting) for setting in _settings(results, ROUTING)),
@@ -142,33 +142,6 @@ def _reach(results: Results) -> tuple[Claim, ...]:
     )
 
 
-def _recovery(results: Results) -> tuple[Claim, ...]:
-    def seconds(scenario: str, arm: str) -> list[float]:
-        return results.values("recovery_s", setting=f"{DRIFTS}/{scenario}", arm=arm, load=0.0)
-
-    return (
-        *(
-            Claim.over_seeds(
-                f"drift-{scenario}",
-                f"until P90 is within 20 % of what can be reached, {scenario}",
-                seconds(scenario, ROLES),
-                "at most",
-                100.0,
-                unit="s",
-            )
-            for scenario in ("loss", "throttle")
-        ),
-        Claim.over_seeds(
-            "drift-frozen",
-            "the same without adaptation, throttle",
-            seconds("throttle", FROZEN),
-            "at least",
-            100.0,
-            unit="s",
-        ),
-    )
-
-
 # Tables.
 
 
@@ -219,33 +192,6 @@ def _rates(results: Results) -> Table:
     )
 
 
-def _drifts(results: Results) -> Table:
-    columns = {
-        "reachable P90, s": "reachable_p90_s",
-        "P90 after, s": "p90_after_s",
-        "recovery, s": "recovery_s",
-        "lost": "lost_ratio",
-    }
-    return Table(
-        title="Drift",
-        columns=("scenario", "arm", *columns),
-        rows=tuple(
-            (
-                setting.removeprefix(f"{DRIFTS}/"),
-                arm,
-                *(_estimate(results, figure, setting, arm, 0.0) for figure in columns.values()),
-            )
-            for setting in _settings(results, DRIFTS)
-            for arm in _drifters(results, setting)
-        ),
-        note="a run that does not recover counts with the time to its last window",
-    )
-
-
-def _drifters(results: Results, setting: str) -> list[str]:
-    return [arm for arm in DRIFTERS if results.has(setting=setting, arm=arm, load=0.0)]
-
-
 def _estimate(results: Results, figure: str, setting: str, arm: str, load: float) -> Estimate:
     return Estimate.of(results.values(figure, setting=setting, arm=arm, load=load))
 
@@ -265,35 +211,10 @@ def _plots(results: Results) -> Mapping[str, Plot]:
             for setting in _settings(results, ROUTING)
         },
     )
-    drifts = LinePlot(
-        title="P90 through drift",
-        x_label="arrival, seconds",
-        y_label="P90 makespan, seconds",
-        panels={
-            setting.removeprefix(f"{DRIFTS}/"): [
-                _path(results, setting, arm) for arm in _drifters(results, setting)
-            ]
-            for setting in _settings(results, DRIFTS)
-        },
-        log_y=True,
-    )
+    drifts = drift.plot(results, _settings(results, drift.DRIFTS))
     return {"swarmx-makespans": makespans, "swarmx-drift": drifts}
 
 
 def _pooled(results: Results, figure: str, setting: str, arm: str, load: float) -> list[float]:
     found = results.series(figure, setting=setting, arm=arm, load=load)
     return [value for one in found for value in one]
-
-
-def _path(results: Results, setting: str, arm: str) -> Line:
-    """Mean over seeds of P90 in each window."""
-    cell = {"setting": setting, "arm": arm, "load": 0.0}
-    times_s = results.series("timeline_s", **cell)[0]  # type: ignore[arg-type]
-    paths = results.series("timeline_p90_s", **cell)  # type: ignore[arg-type]
-    means = [sum(values) / len(values) for values in zip(*paths, strict=True)]
-    return Line(label=arm, x=times_s, y=means, half=[_half(v) for v in zip(*paths, strict=True)])
-
-
-def _half(values: Sequence[float]) -> float | None:
-    bounds = interval(values)
-    return None if bounds is None else (bounds[1] - bounds[0]) / 2
