@@ -23,16 +23,17 @@ from concertmaster.reproduce.swarmx import DEFAULT_WORLDS, STUDY
 from concertmaster.reproduce.swarmx_arms import (
     ARMS,
     BLIND,
+    DEEP_ROUTERS,
     DRIFTERS,
     FORESEEN,
     FROZEN,
     LATE,
     LATE_TWO,
     MEANS,
+    MEANS_OF,
     MORE_ROUTERS,
     MORE_SEARCHED,
     OURS,
-    POINT,
     ROLES,
     ROUTERS,
     SCALED,
@@ -89,6 +90,7 @@ def test_every_arm_is_a_policy(arm: str) -> None:
 def test_every_arm_that_is_run_or_claimed_is_known() -> None:
     run = {
         *ROUTERS,
+        *DEEP_ROUTERS,
         *MORE_ROUTERS,
         *SEARCHED,
         *MORE_SEARCHED,
@@ -99,7 +101,8 @@ def test_every_arm_that_is_run_or_claimed_is_known() -> None:
     }
 
     assert run == {*ARMS}
-    assert {BLIND, LATE, MEANS, POINT, OURS} <= {*ROUTERS}
+    assert {BLIND, LATE, MEANS} <= {*ROUTERS}
+    assert {*MEANS_OF.items()} <= {*product(ROUTERS + DEEP_ROUTERS, repeat=2)}
     assert {BLIND, LATE, TWO, LATE_TWO, ROLES} <= {*SEARCHED}
     assert {ROLES, FROZEN} == {*DRIFTERS}
 
@@ -336,7 +339,7 @@ def figures_of(cell: Cell) -> dict[str, float | list[float]]:
             "timeline_s": starts_s,
             "timeline_p90_s": [99.0 if at_s < near_s else 55.0 for at_s in starts_s],
         }
-    share = {OURS: 0.1, FORESEEN: 0.1, BLIND: 1.0}.get(cell.arm, 0.5)
+    share = {OURS: 0.1, ROLES: 0.1, FORESEEN: 0.1, BLIND: 1.0}.get(cell.arm, 0.5)
     spread = {f"makespan_s.{level}": 100 * share + cell.seed for level in ("p50", "p90")}
     tails = {f"makespan_s.{level}": 200 * share + cell.seed for level in ("p95", "p99")}
     return {
@@ -408,7 +411,7 @@ def test_a_single_seed_has_no_interval_and_still_a_summary() -> None:
 def test_a_gain_within_the_interval_does_not_count() -> None:
     made = dict(results().figures)
     for cell, seed in product(list(made), range(3)):
-        if cell.arm == OURS and cell.seed == seed and "makespan_s.p99" in made[cell]:
+        if cell.arm in MEANS_OF and cell.seed == seed and "makespan_s.p99" in made[cell]:
             made[cell] = {**made[cell], "makespan_s.p99": 100.0 + 80.0 * (seed - 1)}
     found = {claim.id: claim for claim in summary(Results(made)).claims}
 
@@ -419,6 +422,6 @@ def test_tables_and_plots_show_every_arm() -> None:
     found = summary(results())
     routers = next(table for table in found.tables if table.title.endswith(DEEP))
 
-    assert {row[0] for row in routers.rows} == {*ROUTERS, *WITHOUT}
+    assert {row[0] for row in routers.rows} == {*ROUTERS, *DEEP_ROUTERS}
     assert found.plots is not None
     assert {*found.plots} == {"swarmx-makespans", "swarmx-drift", "swarmx-scaling-bursts"}

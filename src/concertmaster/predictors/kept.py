@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 KEPT_TEXTS = 4_096
 """An agent's steps begin alike, and calls are asked again."""
@@ -28,6 +28,10 @@ class Kept(Generic[_V]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Share what is kept: copies of a predictor read the same texts alike."""
+        return self
 
     def of(self, text: str) -> _V:
         """Return the value of a text.

@@ -6,7 +6,7 @@ ARMS = ("chimera", *RIVALS)
 SLACKS = {
     "chimera:worth_s=0": "0",
     "chimera:worth_s=15": "15",
-    "chimera": "40",
+    "chimera": "30",
     "chimera:worth_s=100": "100",
 }
 """The frontier, by what a right answer is worth: policy and its ``worth_s``."""

@@ -8,6 +8,7 @@ from concertmaster.reproduce import swarmx_world as world
 from concertmaster.reproduce.search import highest
 from concertmaster.reproduce.study import Cell, Figures, Results, Summary
 from concertmaster.reproduce.swarmx_arms import (
+    DEEP_ROUTERS,
     DRIFTERS,
     FROZEN,
     MORE_ROUTERS,
@@ -16,7 +17,6 @@ from concertmaster.reproduce.swarmx_arms import (
     SCALED,
     SEARCHED,
     SETTLED,
-    WITHOUT,
 )
 from concertmaster.reproduce.swarmx_drift import SCENARIOS, drift
 from concertmaster.reproduce.swarmx_scaling import SHAPES, scale
@@ -67,21 +67,21 @@ class SwarmX:
         return {"workflows": world.WORKFLOWS, "horizon_s": HORIZON_S, "slo": world.SLO_FACTOR}
 
     def cells(self, *, seeds: int, full: bool) -> Sequence[Cell]:
-        """Routers on three worlds, the rest on one; the full grid has all worlds."""
+        """Routers in three worlds, the rest in one; the full grid has all worlds."""
         worlds = list(world.WORLDS)[: None if full else DEFAULT_WORLDS]
         scenarios = list(SCENARIOS)[: None if full else DEFAULT_SCENARIOS]
         loads = sorted((1.0, *MORE_LOADS * full))
         shapes = list(SHAPES)[: None if full else DEFAULT_SHAPES]
         drifters = (*DRIFTERS, SETTLED)
         drifts = [pair for pair in product(scenarios, drifters) if full or pair != UNCLAIMED]
-        without = [arm for arm in WITHOUT if arm not in ROUTERS]
-        routers, searched = ROUTERS + MORE_ROUTERS * full, SEARCHED + MORE_SEARCHED * full
+        routers = ROUTERS + (DEEP_ROUTERS + MORE_ROUTERS) * full
+        searched = SEARCHED + MORE_SEARCHED * full
         grid = [
             *(
                 (f"{ROUTING}/{name}", arm, load)
                 for name, load, arm in product(worlds, loads, routers)
             ),
-            *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in without),
+            *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in DEEP_ROUTERS if not full),
             *((f"{RATES}/{DEEP}", arm, 0.0) for arm in searched),
             *((f"{SCALING}/{name}", arm, 0.0) for name, arm in product(shapes, SCALED)),
             *((f"{DRIFTS}/{name}", arm, 0.0) for name, arm in drifts),

@@ -32,16 +32,22 @@ MEANS, CALLS, POINT = "murakkab", "llm-d-latency", "point"
 """Rivals that know lengths: means by model, means by call, and our forecasts reduced to means."""
 
 OURS, ROLES, FROZEN = "swarmx", "swarmx, by role", "swarmx, frozen"
+POINT_ROLES = "point, by role"
 SETTLED = "swarmx, struck before"
 """The recipe on a fleet to which an incident came before the first arrival."""
 
-WITHOUT: Mapping[str, str] = {
-    ROLES: "words of the prompt",
-    POINT: "distributions: means instead",
-    "swarmx:wait=fifo": "the true order: a wait as if first come were first served",
-    "swarmx:sum=comonotone": "independence: all parts at the same percentile",
+MEANS_OF: Mapping[str, str] = {OURS: POINT, ROLES: POINT_ROLES}
+"""The recipe, and the same on the means of its forecasts."""
+
+FIFO, COMONOTONE = "swarmx:wait=fifo", "swarmx:sum=comonotone"
+WITHOUT: Mapping[str, tuple[str, str]] = {
+    ROLES: ("words of the prompt", OURS),
+    POINT: ("distributions: means instead", OURS),
+    POINT_ROLES: ("distributions: means instead", ROLES),
+    FIFO: ("the true order: a wait as if first come were first served", ROLES),
+    COMONOTONE: ("independence: all parts at the same percentile", ROLES),
 }
-"""The recipe without a part, and which part."""
+"""The recipe without a part, which part, and the arm that has it."""
 
 FORESEEN = "swarmx/foreseen"
 """The recipe end to end."""
@@ -61,18 +67,20 @@ SCALED = (*STATIC, *chain(*REACTIVE), *SAME_ROUTER)
 ARMS: Mapping[str, Arm] = {
     **{name: Arm(name) for name in (BLIND, LATE, RANDOM, TWO, LATE_TWO, MEANS, CALLS)},
     POINT: Arm("point", "trained"),
+    POINT_ROLES: Arm("point"),
     OURS: Arm("swarmx", "trained"),
     ROLES: Arm("swarmx"),
     FROZEN: Arm("swarmx", adapts=False),
     SETTLED: Arm("swarmx"),
-    **{name: Arm(name, "trained") for name in WITHOUT if ":" in name},
-    **{name: Arm(name) for name in SCALED},
+    **{name: Arm(name) for name in (FIFO, COMONOTONE, *SCALED)},
 }
 """Every arm of the study."""
 
-ROUTERS = (BLIND, LATE, TWO, LATE_TWO, MEANS, POINT, OURS)
-MORE_ROUTERS = (RANDOM, CALLS)
-"""Compared on a fleet that stays as it is; the latter in the full grid."""
+ROUTERS = (BLIND, LATE, MEANS, POINT_ROLES, ROLES)
+DEEP_ROUTERS = (TWO, LATE_TWO, POINT, OURS, FIFO)
+MORE_ROUTERS = (RANDOM, CALLS, COMONOTONE)
+"""Compared on a fleet that stays as it is: in every world; beside them in deep research, and in
+every world of the full grid; in the full grid alone."""
 
 SEARCHED = (BLIND, LATE, TWO, LATE_TWO, ROLES)
 MORE_SEARCHED = (MEANS, OURS)

@@ -19,8 +19,8 @@ from concertmaster.reproduce.swarmx_arms import (
     LATE,
     LATE_TWO,
     MEANS,
+    MEANS_OF,
     OURS,
-    POINT,
     ROLES,
     TWO,
     WITHOUT,
@@ -93,7 +93,7 @@ def _routing(results: Results) -> tuple[Claim, ...]:
         ),
         Claim(
             id="distribution-over-mean",
-            statement=f"of {len(worlds)} worlds, where {OURS} gains over {POINT} at P95 and P99",
+            statement=f"of {len(worlds)} worlds, where distributions gain on means at P95 and P99",
             measured=float(len(tails)),
             ci95=None,
             direction="at least",
@@ -105,9 +105,10 @@ def _routing(results: Results) -> tuple[Claim, ...]:
 
 def _gains(results: Results, setting: str) -> bool:
     """Say whether distributions gain over their means beyond the interval."""
+    ours = next(arm for arm in MEANS_OF if results.has(setting=setting, arm=arm, load=1.0))
     uppers = []
     for figure in (P95, P99):
-        less = results.differences(figure, OURS, POINT, settings=[setting], loads=[1.0])
+        less = results.differences(figure, ours, MEANS_OF[ours], settings=[setting], loads=[1.0])
         bounds = interval(less)
         uppers.append(less[0] if bounds is None else bounds[1])
     return max(uppers) < 0.0
@@ -164,18 +165,20 @@ def _arms(results: Results, setting: str, load: float) -> list[str]:
 def _parts(results: Results) -> Table:
     setting = f"{ROUTING}/{DEEP}"
     return Table(
-        title=f"Parts taken out, over {OURS}, deep research",
-        columns=("arm", "without", "P50", "P95", "P99"),
+        title="Parts taken out, over the arm that has them, deep research",
+        columns=("arm", "without", "over", "P50", "P95", "P99"),
         rows=tuple(
             (
                 arm,
                 what,
+                whole,
                 *(
-                    Estimate.of(results.ratios(figure, arm, OURS, settings=[setting], loads=[1.0]))
+                    Estimate.of(results.ratios(figure, arm, whole, settings=[setting], loads=[1.0]))
                     for figure in (P50, P95, P99)
                 ),
             )
-            for arm, what in WITHOUT.items()
+            for arm, (what, whole) in WITHOUT.items()
+            if results.has(setting=setting, arm=arm, load=1.0)
         ),
     )
 

@@ -93,7 +93,7 @@ class GoodEnough:
         tau_s: Of "slack": seconds longer in any case.
     """
 
-    worth_s: float = 40.0
+    worth_s: float = 30.0
     min_gain: float = 0.02
     escalate: bool = True
     rule: Rule = "earned"
