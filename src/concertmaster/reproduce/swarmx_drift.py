@@ -24,7 +24,7 @@ from concertmaster.workload.records import RunRecords, WorkflowRecord
 LOST_RATIO = 0.71
 """Share of capacity that is lost: as in the drift experiment of SwarmX."""
 
-STRICKEN_S, LASTS_S = 300.0, 900.0
+STRICKEN_S, LASTS_S = 300.0, 750.0
 """When it happens, and when the last workflow arrives."""
 
 WINDOW_S, STEP_S = 60.0, 10.0
