@@ -1,5 +1,6 @@
 """Models, clusters, pools and replicas: what there is, and what each replica has in flight."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,6 +9,9 @@ from typing import NewType
 from concertmaster.core.cost import RateCurve
 from concertmaster.core.memory import KvLedger, PrefixIndex
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName, Request, RequestId
+
+PREFILL_MEMORY_S = 30.0
+"""Prefill of so long ago counts for a third in the share of time that it takes."""
 
 PoolId = NewType("PoolId", str)
 ReplicaId = NewType("ReplicaId", str)
@@ -163,11 +167,14 @@ class Replica:
         context_tokens: KV tokens that the calls in flight hold by forecast.
         prefill_clear_s: Instant by which the prefill handed over so far should be done, at the
             pace of each dispatch.
+        prefill_busy_ratio: Share of its time that prefill took, as of the latest call that it was
+            handed; above 1 if it fell behind.
         last_dispatch: Serial number of the last dispatch to it, over the whole fleet; 0 if none.
         pace: Factor on the seconds of its rate curve, as completions show; above 0.
     """
 
     __slots__ = (
+        "_admitted_s",
         "alive",
         "context_tokens",
         "decode_tokens",
@@ -179,6 +186,7 @@ class Replica:
         "node",
         "pace",
         "pool",
+        "prefill_busy_ratio",
         "prefill_clear_s",
         "prefill_tokens",
         "prefixes",
@@ -209,6 +217,7 @@ class Replica:
         self.prefill_clear_s = 0.0
         self.last_dispatch = 0
         self.pace = 1.0
+        self.prefill_busy_ratio = self._admitted_s = 0.0
 
     @property
     def running_requests(self) -> int:
@@ -227,6 +236,12 @@ class Replica:
         self.context_tokens += request.prompt_tokens + call.expected_tokens
         backlog_s = call.prefill_tokens * self.pool.prefill_token_s * self.pace
         self.prefill_clear_s = max(now_s, self.prefill_clear_s) + backlog_s
+        self.prefill_busy_ratio = self.prefill_busy_ratio_at(now_s) + backlog_s / PREFILL_MEMORY_S
+        self._admitted_s = now_s
+
+    def prefill_busy_ratio_at(self, now_s: float) -> float:
+        """Share of its time that prefill takes now; calls that decode stand still for it."""
+        return self.prefill_busy_ratio * math.exp((self._admitted_s - now_s) / PREFILL_MEMORY_S)
 
     def stream(self, request_id: RequestId, streamed_tokens: int) -> int:
         """Take in that a call has now produced this many tokens; return how many are new."""

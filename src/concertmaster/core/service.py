@@ -6,6 +6,9 @@ from concertmaster.core.fleet import Replica
 from concertmaster.core.queue import Waiting
 from concertmaster.core.sketch import Sketch, affine
 
+MOST_PREFILL = 0.8
+"""Largest share of prefill that is believed to last."""
+
 
 class Service(NamedTuple):
     """Seconds on a replica as its batch stands: some before decoding, and some for each token."""
@@ -31,4 +34,14 @@ def service_on(now_s: float, call: Waiting, replica: Replica) -> Service:
         len(replica.in_flight) + 1, replica.context_tokens + request.prompt_tokens
     )
     backlog_s = max(0.0, replica.prefill_clear_s - now_s)
-    return Service(replica.network_s + backlog_s + pace * prefill_s, pace * step_s)
+    token_s = pace * step_s * stretch(replica.prefill_busy_ratio_at(now_s))
+    return Service(replica.network_s + backlog_s + pace * prefill_s, token_s)
+
+
+def stretch(prefill_busy_ratio: float) -> float:
+    """Return how many times as long decoding takes if prefill takes so much of the time.
+
+    >>> stretch(0.0), stretch(0.5)
+    (1.0, 2.0)
+    """
+    return 1 / (1 - min(MOST_PREFILL, prefill_busy_ratio))

@@ -15,6 +15,7 @@ from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.ladder import Work
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import RequestId
+from concertmaster.core.service import stretch
 from concertmaster.core.sketch import Sketch, first_of, left_over, of_moments
 
 SAMPLED_REPLICAS, SAMPLED_CALLS = 8, 24
@@ -67,7 +68,7 @@ class Crew:
 
     Attributes:
         running: Calls in flight on them.
-        step_s: Seconds of a token in the mean batch, at the mean pace.
+        step_s: Seconds of a token in the mean batch, at the mean pace, between others' prefills.
         network_s: Of the nearest.
         clear_s: Instant by which the first replica is done with prefill of those that take no
             call for that alone; infinite if there is none.
@@ -99,6 +100,7 @@ def crew_of(pool: Pool, replicas: Sequence[Replica], now_s: float, window_s: flo
     count, running = len(sampled), sum(len(one.in_flight) for one in sampled)
     held_tokens = sum(one.context_tokens for one in sampled)
     pace = sum(one.pace for one in sampled) / count
+    busy_ratio = sum(one.prefill_busy_ratio for one in sampled) / count
     step_s = pace * pool.curve.step_s(max(1, running // count), held_tokens // count)
     closed_s = (
         one.prefill_clear_s
@@ -109,7 +111,7 @@ def crew_of(pool: Pool, replicas: Sequence[Replica], now_s: float, window_s: flo
         pool,
         replicas,
         running=round(running * len(replicas) / count),
-        step_s=step_s,
+        step_s=step_s * stretch(busy_ratio),
         network_s=min(one.network_s for one in replicas),
         clear_s=min(closed_s, default=math.inf),
     )
