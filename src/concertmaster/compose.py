@@ -3,8 +3,9 @@
 import errno
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -33,6 +34,7 @@ from concertmaster.core.fleet import (
     ReplicaId,
     ScalingLimits,
 )
+from concertmaster.core.hbm import Footprint
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator import Emulator
@@ -40,6 +42,7 @@ from concertmaster.engines.faults import Faults
 from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.hardware import gpu, ready_s
 from concertmaster.physics.models import model_card
+from concertmaster.physics.sharing import footprint, most_kv_blocks
 from concertmaster.physics.step_time import kv_capacity_tokens, rate_curve
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.predictors.interface import Predictor
@@ -72,22 +75,20 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
         for section in file.clusters
     } or {HERE: Cluster(cluster_id=ClusterId(HERE))}
     default = next(iter(clusters))
+    shared = {name for section in file.pools for name in section.nodes}
     yard = _Yard(
         {
-            section.name: Node(
-                node_id=NodeId(section.name),
-                cluster=clusters[section.cluster or default],
-                gpu=section.gpu,
-                gpus=section.gpus,
+            section.name: _node(
+                section, clusters[section.cluster or default], shared=section.name in shared
             )
-            for section in map(_checked_node, file.nodes)
+            for section in file.nodes
         }
     )
     pools = []
     replicas: dict[ReplicaId, tuple[Pool, Node, Readiness]] = {}
     for section in file.pools:
         try:
-            pool = build_pool(section)
+            pool = build_pool(section, [yard.nodes[name] for name in section.nodes])
         except InputError as error:
             where = f"pools.{section.name}.{error.where}"
             raise InputError("fleet", where, error.problem, error.hint) from None
@@ -95,6 +96,7 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
         for i in range(section.count):
             node = yard.place(section, clusters[section.cluster or default], i)
             replicas[ReplicaId(f"{section.name}-{i}")] = (pool, node, section.state)
+    _check_start(yard.nodes.values(), replicas)
     return Fleet(
         name=file.name or name,
         clusters=tuple(clusters.values()),
@@ -109,16 +111,56 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
     )
 
 
-def _checked_node(section: NodeSection) -> NodeSection:
-    gpu(section.gpu)
-    return section
+def _node(section: NodeSection, cluster: Cluster, *, shared: bool) -> Node:
+    hbm_bytes = int(section.gpus * gpu(section.gpu).hbm_bytes * section.memory_ratio)
+    return Node(
+        node_id=NodeId(section.name),
+        cluster=cluster,
+        gpu=section.gpu,
+        gpus=section.gpus,
+        hbm_bytes=hbm_bytes if shared else 0,
+        host_bytes=int(section.host_gb * 1e9),
+    )
 
 
-def build_pool(section: PoolSection) -> Pool:
-    """Look a pool's model and GPU up and compute its rate curve and KV room."""
+def _check_start(
+    nodes: Iterable[Node], replicas: Mapping[ReplicaId, tuple[Pool, Node, Readiness]]
+) -> None:
+    """Make sure that shared nodes hold what lies on them at the start.
+
+    Raises:
+        InputError: One does not.
+    """
+    for node in filter(attrgetter("shared"), nodes):
+        parts = [
+            pool.footprint.at(state, pool.footprint.least_kv_blocks)
+            for pool, where, state in replicas.values()
+            if where is node and pool.footprint
+        ]
+        for kind, needed, there in (
+            ("GPU memory", sum(part.hbm_bytes for part in parts), node.hbm_bytes),
+            ("RAM (host_gb)", sum(part.host_bytes for part in parts), node.host_bytes),
+        ):
+            if needed > there:
+                problem = f"expected at least {needed / 1e9:.1f} GB of {kind} for what lies there"
+                problem += f" at the start, found {there / 1e9:.1f} GB"
+                hint = 'set state = "disk" for some of its pools'
+                raise InputError("fleet", f"nodes.{node.node_id}", problem, hint)
+
+
+def build_pool(section: PoolSection, nodes: Sequence[Node] = ()) -> Pool:
+    """Look a pool's model and GPU up and compute its rate curve and KV room.
+
+    Args:
+        section: The pool.
+        nodes: Those that it shares, if it shares any.
+    """
     card, hardware = model_card(section.model), gpu(section.gpu)
     curve = rate_curve(card, hardware, section.tensor_parallel)
-    kv_blocks = section.kv_blocks
+    kv_blocks, shares = section.kv_blocks, None
+    if nodes:
+        shares = footprint(card, section.tensor_parallel, section.block_tokens)
+        kv_blocks = _shared_blocks(shares, nodes, kv_blocks)
     if kv_blocks is None:
         tokens = kv_capacity_tokens(
             card, hardware, section.tensor_parallel, memory_ratio=section.memory_ratio
@@ -143,11 +185,23 @@ def build_pool(section: PoolSection) -> Pool:
         prefix_caching=section.prefix_caching,
         least_replicas=section.least,
         stopped=section.stopped_state,
+        footprint=shares,
         ready_s={
             state: ready_s(state.value, card.weights_bytes / section.tensor_parallel, hardware)
             for state in Readiness
         },
     )
+
+
+def _shared_blocks(shares: Footprint, nodes: Sequence[Node], told: int | None) -> int:
+    """KV blocks that a replica could have if it were alone on the smallest of its nodes."""
+    least = min(nodes, key=attrgetter("hbm_bytes"))
+    blocks = most_kv_blocks(shares, least.hbm_bytes)
+    if blocks < shares.least_kv_blocks:
+        needed = shares.at("running", shares.least_kv_blocks).hbm_bytes
+        problem = f"it needs {needed / 1e9:.1f} GB, {least.node_id} has {least.hbm_bytes / 1e9:.1f}"
+        raise InputError("", "nodes", problem, "name a node with more GPUs")
+    return blocks if told is None else max(shares.least_kv_blocks, min(told, blocks))
 
 
 class _Yard:
@@ -159,6 +213,8 @@ class _Yard:
         self._free = {name: node.gpus for name, node in named.items()}
 
     def place(self, section: PoolSection, cluster: Cluster, number: int) -> Node:
+        if section.nodes:
+            return self.nodes[section.nodes[number]]
         needs = section.tensor_parallel if section.state is Readiness.RUNNING else 0
         if not self._named:
             node = Node(
@@ -170,7 +226,7 @@ class _Yard:
             self.nodes[node.node_id] = node
             return node
         for name, node in self.nodes.items():
-            fits = node.gpu == section.gpu and self._free[name] >= needs
+            fits = node.gpu == section.gpu and self._free[name] >= needs and not node.shared
             if fits and (section.cluster is None or node.cluster is cluster):
                 self._free[name] -= needs
                 return node
@@ -333,10 +389,13 @@ def endpoints(file: FleetFile, *, where: str = "fleet") -> dict[ReplicaId, str]:
     """Return the address of each replica, for a fleet that is served.
 
     Raises:
-        InputError: A pool names no endpoints.
+        InputError: A pool names no endpoints, or shares its nodes.
     """
     found: dict[ReplicaId, str] = {}
     for i, section in enumerate(file.pools):
+        if section.nodes:
+            problem = f'pool "{section.name}" shares nodes, which only the simulator does'
+            raise InputError(where, f"pools[{i}].nodes", problem, "leave nodes out to serve")
         if not section.endpoints:
             raise InputError(
                 where,

@@ -130,6 +130,15 @@ class PrefixIndex:
         while len(chunks) > self._capacity_chunks:
             chunks.popitem(last=False)
 
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def resize(self, capacity_chunks: int) -> None:
+        """Change how many it can hold; the least recently used are forgotten."""
+        self._capacity_chunks = capacity_chunks
+        while len(self._chunks) > capacity_chunks:
+            self._chunks.popitem(last=False)
+
     def clear(self) -> None:
         """Forget all: the engine restarted or slept."""
         self._chunks.clear()
