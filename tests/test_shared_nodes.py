@@ -79,8 +79,8 @@ def test_a_pool_that_names_no_node_stays_off_shared_ones(tmp_path: Path) -> None
             pool("a").replace("a100-40g", "h100"),
             (
                 "fleet.toml: pools[0].nodes: expected all GPUs of n (1 x a100-40g), found 1 x h100 "
-                "in a (models that share a node span all its GPUs; write a larger machine as several "
-                "nodes)"
+                "in a (models that share a node span all its GPUs; write a larger machine as "
+                "several nodes)"
             ),
         ),
         (
