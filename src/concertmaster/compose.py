@@ -35,6 +35,7 @@ from concertmaster.core.fleet import (
     ScalingLimits,
 )
 from concertmaster.core.hbm import Footprint
+from concertmaster.core.policy import Policy
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator import Emulator
@@ -353,6 +354,7 @@ def simulate(
     """
     check_models(fleet, workload)
     policy = policy_named(policy_name)
+    _check_residency(fleet, policy)
     scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
     predictor = predictor or predictor_of(models, fleet)
     if policy.clairvoyant:
@@ -368,6 +370,18 @@ def simulate(
         follow_pace=follow_pace,
     )
     return simulation.run(policy=policy_name, seed=seed)
+
+
+def _check_residency(fleet: Fleet, policy: Policy) -> None:
+    """Make sure that somebody decides whose weights lie where, if nodes are shared.
+
+    Raises:
+        InputError: Nobody does.
+    """
+    if policy.residency is None and any(node.shared for node in fleet.nodes):
+        problem = f"models share nodes of the fleet {fleet.name}, and nothing says which run"
+        remedy = f"write {policy.name.partition('/')[0]}/expected, or another residency"
+        raise InputError("", f"policy {policy.name}", problem, remedy)
 
 
 def check_models(fleet: Fleet, workload: Workload) -> None:

@@ -158,6 +158,7 @@ class InFlight:
         prefill_tokens: Prompt tokens still to be computed; 0 from the first token on.
         decode_tokens: Output tokens still predicted.
         streamed_tokens: Output tokens seen.
+        promised_tokens: KV tokens that it was promised at first.
     """
 
     request: Request
@@ -165,6 +166,7 @@ class InFlight:
     decode_tokens: int
     expected_tokens: int
     streamed_tokens: int = 0
+    promised_tokens: int = 0
 
 
 class Replica:
@@ -179,11 +181,14 @@ class Replica:
         prefill_clear_s: Instant by which the prefill handed over so far should be done, at the
             pace of each dispatch.
         last_dispatch: Serial number of the last dispatch to it, over the whole fleet; 0 if none.
+        last_used_s: When it was last given a call.
         pace: Factor on the seconds of its rate curve, as completions show; above 0.
         memory: The ledger of the node that it shares; ``None`` if it shares none.
+        ahead_tokens: Tokens by which promises run ahead of those that calls have produced.
     """
 
     __slots__ = (
+        "ahead_tokens",
         "alive",
         "context_tokens",
         "decode_tokens",
@@ -191,6 +196,7 @@ class Replica:
         "in_flight",
         "kv",
         "last_dispatch",
+        "last_used_s",
         "memory",
         "network_s",
         "node",
@@ -219,6 +225,7 @@ class Replica:
         self.alive = True
         self.draining = False
         self.memory = memory
+        self.ahead_tokens = 0
         kv_blocks = pool.kv_blocks if pool.footprint is None else pool.footprint.least_kv_blocks
         self.kv = KvLedger(capacity_blocks=kv_blocks, block_tokens=pool.block_tokens)
         chunks = kv_blocks * pool.block_tokens // PREFIX_CHUNK_TOKENS
@@ -229,6 +236,7 @@ class Replica:
         self.context_tokens = 0
         self.prefill_clear_s = 0.0
         self.last_dispatch = 0
+        self.last_used_s = 0.0
         self.pace = 1.0
         if memory is not None:
             memory.hold(replica_id, self.holding())
@@ -297,7 +305,9 @@ class Replica:
         left = max(1, call.expected_tokens - streamed_tokens)
         self.decode_tokens -= call.decode_tokens - left
         call.decode_tokens = left
-        self.kv.grow(request_id, call.request.prompt_tokens + streamed_tokens)
+        ahead_tokens = min(streamed_tokens + self.ahead_tokens, call.request.max_output_tokens)
+        answer_tokens = max(streamed_tokens, ahead_tokens)
+        self.kv.grow(request_id, call.request.prompt_tokens + answer_tokens)
         return fresh
 
     def release(self, request_id: RequestId) -> InFlight:

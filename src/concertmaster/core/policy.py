@@ -15,9 +15,11 @@ from typing import Literal, Protocol, TypeAlias
 from concertmaster.core.events import RejectReason
 from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.forecast import Forecast
+from concertmaster.core.promise import KvRule
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request
 from concertmaster.core.standing import Scaling
+from concertmaster.core.tenancy import Residency
 from concertmaster.core.wait import Crew, Wait
 from concertmaster.core.workflow import Owed, Workflow
 
@@ -167,6 +169,9 @@ class Policy:
         window_s: Prefill that a replica may have been handed ahead of time. Smaller keeps
             more calls in the line, where their order can still change.
         kv_level: Probability with which an answer shall fit the KV room promised to it.
+        kv: How KV is promised; ``None`` promises an answer at ``kv_level`` and leaves the test
+            of room to a filter.
+        residency: Whose weights lie where on shared nodes; ``None`` where there are none.
         scaling: How many replicas there shall be; ``None`` leaves the fleet as its file says.
         binds: "late": calls wait in the line until a replica has room. "early": every replica
             that serves is open to any number of calls, and those it cannot run queue inside it.
@@ -188,6 +193,8 @@ class Policy:
     aging: float = 1.0
     window_s: float = 0.25
     kv_level: float = 0.9
+    kv: KvRule | None = None
+    residency: Residency | None = None
     scaling: Scaling | None = None
     binds: Binding = "late"
     reroute_s: float | None = None

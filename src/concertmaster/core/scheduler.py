@@ -41,9 +41,11 @@ from concertmaster.core.fleet import (
 )
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.outlook import Outlook, key_of
-from concertmaster.core.policy import Policy
+from concertmaster.core.policy import Filter, Policy
+from concertmaster.core.promise import Promises
 from concertmaster.core.queue import Lane, Waiting, WaitingLine
 from concertmaster.core.request import Request, RequestId
+from concertmaster.core.residency import Residents
 from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
 from concertmaster.core.service import service_on
@@ -78,7 +80,12 @@ class Scheduler:
         self.workflows = Workflows()
         self._rng = rng
         self._record_candidates = record_candidates
-        self._window = Window(replicas, policy.window_s, policy.filters, policy.binds)
+        filters: tuple[Filter, ...] = policy.filters
+        self._promises: Promises | None = None
+        if policy.kv is not None and policy.binds == "late":
+            self._promises = Promises(policy.kv, self._by_pool, self.workflows)
+            filters = (*filters, self._promises)
+        self._window = Window(replicas, policy.window_s, filters, policy.binds)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
             policy,
@@ -97,6 +104,17 @@ class Scheduler:
             rng=rng,
         )
         self._waking = Waking(self._by_pool, self._window)
+        self._residents: Residents | None = None
+        if policy.residency is not None and any(node.shared for node in fleet.nodes):
+            assert self._promises is not None, "who shares nodes promises KV by a rule"
+            self._residents = Residents(
+                policy.residency,
+                by_pool=self._by_pool,
+                waking=self._waking,
+                line=self.line,
+                workflows=self.workflows,
+                promises=self._promises,
+            )
         self._scaler: Scaler | None = None
         if policy.scaling is not None:
             self._scaler = Scaler(
@@ -129,6 +147,8 @@ class Scheduler:
             for call in self._routing.review(now_s, self.line):
                 actions += self._waking.wake(now_s, call.pools)
             self._dispatch(now_s, actions)
+        if self._residents is not None:
+            actions += self._residents.act(now_s)
         if self._waking.leaving:
             actions += self._waking.stops()
         return actions
@@ -136,6 +156,8 @@ class Scheduler:
     def next_wakeup_s(self) -> float | None:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
         times_s = [None if self._scaler is None else self._scaler.due_s]
+        if self._residents is not None:
+            times_s.append(self._residents.due_s)
         if len(self.line):
             review_s = self._routing.next_review_s(self._now_s, self.line)
             times_s += [self.line.next_expiry_s(), review_s, self._window.next_reopen_s()]
@@ -160,7 +182,7 @@ class Scheduler:
                 return []
             case RequestFinished(request_id, attempt, output_tokens):
                 self._stream(request_id, attempt, output_tokens)
-                call = self._release(now_s, request_id, attempt)
+                call = self._release(now_s, request_id, attempt, finished=True)
                 if call is not None:
                     self.line.note_finish(now_s)
                     if call.is_last:
@@ -176,8 +198,7 @@ class Scheduler:
                 replica.alive = False
                 return self._demote(now_s, replica, replica.readiness)
             case ReplicaReady(replica_id):
-                self._revive(now_s, self.replicas[replica_id])
-                return []
+                return self._revive(now_s, self.replicas[replica_id])
             case ReplicaDemoted(replica_id, readiness):
                 return self._demote(now_s, self.replicas[replica_id], readiness)
             case ReplicaDraining(replica_id):
@@ -219,9 +240,11 @@ class Scheduler:
             by_mean=policy.by_mean,
         )
         self._routing.assign(call, able)
+        if self._residents is not None:
+            self._residents.note_arrival(now_s, call, self.pools[call.pools[0]])
         replicas = () if len(self.line) else self._room_for(call, {})
         if replicas:
-            return [self._place(now_s, call, replicas)]
+            return self._place(now_s, call, replicas)
         self._wait(call)
         return [*self._waking.wake(now_s, call.pools)]
 
@@ -234,6 +257,8 @@ class Scheduler:
         prefill_tokens = replica.in_flight[request_id].prefill_tokens
         workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
         fresh_tokens = replica.stream(request_id, tokens)
+        if self._residents is not None:
+            self._residents.note_growth(replica)
         self.workflows.stream(workflow, fresh_tokens, pool.model.name)
         workflow.attained_s += fresh_tokens * pool.decode_token_s * pace
 
@@ -249,11 +274,13 @@ class Scheduler:
         self.workflows.settle(running[0].workflow.workflow_id, answered=False)
         return [Cancel(request_id, running[1].replica_id)]
 
-    def _revive(self, now_s: float, replica: Replica) -> None:
+    def _revive(self, now_s: float, replica: Replica) -> list[Action]:
         replica.alive, replica.draining = True, False
         replica.readiness = Readiness.RUNNING
         self._waking.forget(replica)
+        actions = [] if self._residents is None else self._residents.settle(now_s, replica)
         self._window.update(now_s, replica)
+        return actions
 
     def _demote(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
         """Take a replica out of service; calls it still had go back to the line or fail."""
@@ -267,19 +294,29 @@ class Scheduler:
             call = self._running[request_id][0]
             self._release(now_s, request_id, call.attempt, settle=False)
             actions += self._retry(now_s, call, "replica_died", retriable=seen_tokens == 0)
+        if self._residents is not None:
+            actions += self._residents.settle(now_s, replica)
         return [*actions, *self._waking.wake_all(now_s, self.line.lanes)]
 
     # Outcomes
 
     def _release(
-        self, now_s: float, request_id: RequestId, attempt: int, *, settle: bool = True
+        self,
+        now_s: float,
+        request_id: RequestId,
+        attempt: int,
+        *,
+        settle: bool = True,
+        finished: bool = False,
     ) -> Waiting | None:
         """Strike an attempt from the ledgers; ``None`` if it is over already."""
         running = self._running.get(request_id)
         if running is None or running[0].attempt != attempt:
             return None
         call, replica = self._running.pop(request_id)
-        replica.release(request_id)
+        released = replica.release(request_id)
+        if finished and self._promises is not None:
+            self._promises.learn(replica.pool, released)
         call.workflow.ends.pop(request_id, None)
         self._window.update(now_s, replica)
         if settle:
@@ -329,7 +366,7 @@ class Scheduler:
             replicas = self._room_for(call, blocked)
             if replicas:
                 self.line.remove(call.request.request_id)
-                actions.append(self._place(now_s, call, replicas))
+                actions += self._place(now_s, call, replicas)
             else:
                 blocked.update(dict.fromkeys(lane.pools))
             lanes = [lane for lane in lanes if len(lane) and self._may_move(lane, blocked)]
@@ -347,7 +384,7 @@ class Scheduler:
                 found += self._window.room(call, self.pools[pool_id])
         return found
 
-    def _place(self, now_s: float, call: Waiting, replicas: Sequence[Replica]) -> Dispatch:
+    def _place(self, now_s: float, call: Waiting, replicas: Sequence[Replica]) -> list[Action]:
         """Choose among the replicas that have room, and write the call into its ledgers."""
         policy, request = self.policy, call.request
         chosen, chosen_cost_s = replicas[0], None
@@ -363,7 +400,7 @@ class Scheduler:
         if self._record_candidates:
             costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in replicas}
         self._enter(now_s, call, chosen)
-        return Dispatch(
+        dispatch = Dispatch(
             request.request_id,
             chosen.replica_id,
             call.attempt,
@@ -373,6 +410,9 @@ class Scheduler:
             chosen_cost_s,
             costs_s,
         )
+        if self._residents is None:
+            return [dispatch]
+        return [*self._residents.grants(now_s, chosen), dispatch]
 
     def _enter(self, now_s: float, call: Waiting, replica: Replica) -> None:
         """Write a dispatched call into the ledgers."""
@@ -392,11 +432,21 @@ class Scheduler:
         )
         if self._scaler is not None:
             self._scaler.note_dispatch(model, in_flight)
-        replica.admit(now_s, in_flight, min(call.kv_tokens(model), replica.pool.kv_tokens))
+        self._promise(now_s, call, replica, in_flight)
         self._dispatches += 1
         replica.last_dispatch = self._dispatches
+        replica.last_used_s = now_s
         self._running[request.request_id] = (call, replica)
         self._window.update(now_s, replica)
+
+    def _promise(self, now_s: float, call: Waiting, replica: Replica, in_flight: InFlight) -> None:
+        pool, promises = replica.pool, self._promises
+        if promises is None:
+            replica.admit(now_s, in_flight, min(call.kv_tokens(pool.model.name), pool.kv_tokens))
+            return
+        in_flight.promised_tokens = promises.tokens(call, pool)
+        replica.admit(now_s, in_flight, in_flight.promised_tokens)
+        promises.enter(call, replica)
 
     def validate(self) -> None:
         """Check every invariant; slow, for tests."""
@@ -404,6 +454,8 @@ class Scheduler:
         self.workflows.validate()
         for replica in self.replicas.values():
             replica.validate(queues=self.policy.binds == "early")
+        if self._residents is not None:
+            self._residents.validate()
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
         assert on_replicas == sorted(self._running), "the running calls are not those on replicas"
         assert not any(rid in self.line for rid in self._running), "a call both waits and runs"

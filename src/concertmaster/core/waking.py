@@ -6,7 +6,7 @@ is idle. Until then it can be taken back, which is better than waking another.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from concertmaster.core.actions import Stop, Wake
+from concertmaster.core.actions import Demote, Stop, Wake
 from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, ReplicaId
 from concertmaster.core.window import Window
 
@@ -32,6 +32,7 @@ class Waking:
         self.starting: dict[ReplicaId, Replica] = {}
         self.leaving: dict[ReplicaId, Replica] = {}
         self._stopping: dict[ReplicaId, Replica] = {}
+        self._bound: dict[ReplicaId, Readiness] = {}
         self.promised: Mapping[PoolId, int] = {}
 
     def forget(self, replica: Replica) -> None:
@@ -42,6 +43,7 @@ class Waking:
             replica.draining = False
         self.leaving.pop(replica_id, None)
         self._stopping.pop(replica_id, None)
+        self._bound.pop(replica_id, None)
 
     def disown(self, now_s: float, replica: Replica) -> None:
         """Take in that somebody else drains a replica: it is theirs to end."""
@@ -52,17 +54,19 @@ class Waking:
     def wake(self, now_s: float, pools: Iterable[PoolId]) -> list[Wake]:
         """See that one of these pools takes calls, or soon will.
 
-        If none does, a replica that is leaving is taken back, else the nearest is woken.
+        If none does, a replica that is leaving is taken back, else the nearest is woken. Those
+        on shared nodes are left to their residency policy.
         """
         pools = tuple(pools)
         staying = [replica for replica in self._alive(pools) if not replica.draining]
         if any(r.readiness is Readiness.RUNNING or r.replica_id in self.starting for r in staying):
             return []
         for replica in self.leaving.values():
-            if replica.pool.pool_id in pools:
+            if replica.pool.pool_id in pools and replica.memory is None:
                 self.take_back(now_s, replica)
                 return []
-        nearest = min(filter(self.affords, staying), key=distance, default=None)
+        wakeable = [replica for replica in staying if replica.memory is None]
+        nearest = min(filter(self.affords, wakeable), key=distance, default=None)
         return [] if nearest is None else [self.start(nearest)]
 
     def wake_all(self, now_s: float, lanes: Iterable[tuple[PoolId, ...]]) -> list[Wake]:
@@ -70,7 +74,8 @@ class Waking:
         return [action for pools in lanes for action in self.wake(now_s, pools)]
 
     def start(self, replica: Replica) -> Wake:
-        """Wake a replica."""
+        """Wake a replica; the memory that it will take is reserved."""
+        replica.account(rising=True)
         self.starting[replica.replica_id] = replica
         return Wake(replica.replica_id)
 
@@ -86,12 +91,35 @@ class Waking:
         del self.leaving[replica.replica_id]
         self._window.update(now_s, replica)
 
-    def stops(self) -> list[Stop]:
+    def stops(self) -> list[Stop | Demote]:
         """Stop every leaving replica that is idle."""
         idle = [replica for replica in self.leaving.values() if not replica.in_flight]
-        for replica in idle:
-            self._stopping[replica.replica_id] = self.leaving.pop(replica.replica_id)
-        return [Stop(replica.replica_id) for replica in idle]
+        return [self._stop(replica) for replica in idle]
+
+    def _stop(self, replica: Replica) -> Stop | Demote:
+        if replica.memory is not None:
+            sleeps = replica.memory.fits(replica.replica_id, replica.holding(to=Readiness.SLEEPING))
+            return self.put_away(replica, Readiness.SLEEPING if sleeps else Readiness.DISK)
+        self._stopping[replica.replica_id] = self.leaving.pop(replica.replica_id)
+        return Stop(replica.replica_id)
+
+    def put_away(self, replica: Replica, to: Readiness) -> Demote:
+        """Move the weights of an idle replica on a shared node; what it takes there is reserved."""
+        replica_id = replica.replica_id
+        self.leaving.pop(replica_id, None)
+        self._stopping[replica_id] = replica
+        self._bound[replica_id] = to
+        replica.draining = True
+        replica.account(to=to)
+        return Demote(replica_id, to)
+
+    def bound_for(self, replica: Replica) -> Readiness | None:
+        """Where the weights of a replica are on their way to, if they are."""
+        return self._bound.get(replica.replica_id)
+
+    def leaves(self, replica: Replica) -> bool:
+        """Whether a replica was drained or told to stop, and has not gone yet."""
+        return replica.replica_id in self.leaving or replica.replica_id in self._stopping
 
     def affords(self, replica: Replica) -> bool:
         """Whether it fits the GPUs that are neither busy nor promised to other pools."""

@@ -25,6 +25,7 @@ class Workflow:
         context_tokens: Prompt and expected answer of its latest call: what an engine may hold.
         ends: Instants at which its calls in flight are expected to end, as distributions; kept
             only for policies that weigh siblings.
+        away: Model and context that it counts with while it is between two calls.
         roles: Roles of its calls before the latest.
         last_role: Role of its latest call.
     """
@@ -41,6 +42,7 @@ class Workflow:
     grown_tokens: int = 0
     context_tokens: int = 0
     ends: dict[RequestId, Sketch] = field(default_factory=dict)
+    away: tuple[ModelName, int] = (_NOWHERE, 0)
     roles: set[str] = field(default_factory=set)
     last_role: str = ""
 
@@ -69,10 +71,16 @@ class Owed:
 
     Counted by workflow, so that it neither vanishes while an agent thinks between two calls
     nor counts the rest of a workflow once for each of its open calls.
+
+    Attributes:
+        away_tokens: Context that workflows between two calls bring back with their next.
+        away_squares: Sum of the squares of these.
     """
 
     workflows: int = 0
     tokens: int = 0
+    away_tokens: int = 0
+    away_squares: int = 0
 
 
 class Workflows:
@@ -107,6 +115,7 @@ class Workflows:
         workflow.seen_s = now_s
         workflow.calls += 1
         workflow.open_calls += 1
+        self._note_away(workflow)
         if workflow.calls == 1:
             self._forget(now_s)
         return workflow
@@ -126,11 +135,28 @@ class Workflows:
         workflow.open_calls -= 1
         if not answered and not workflow.open_calls:
             self.commit(workflow, workflow.model, 0)
+        self._note_away(workflow)
+
+    def _note_away(self, workflow: Workflow) -> None:
+        """Count the context of a workflow while it is between two calls of one model."""
+        model, tokens = workflow.away
+        if tokens:
+            self._count_away(model, -1, tokens)
+        is_away = not workflow.open_calls and workflow.model in workflow.owed
+        workflow.away = (workflow.model, workflow.context_tokens if is_away else 0)
+        if is_away and workflow.context_tokens:
+            self._count_away(workflow.model, 1, workflow.context_tokens)
+
+    def _count_away(self, model: ModelName, sign: int, tokens: int) -> None:
+        owed = self.owed(model)
+        owed.away_tokens += sign * tokens
+        owed.away_squares += sign * tokens * tokens
 
     def rest(self, workflow: Workflow) -> None:
         """Note that a workflow is thought to be over: it owes nothing until it asks again."""
         if not workflow.open_calls:
             self.commit(workflow, workflow.model, 0)
+            self._note_away(workflow)
 
     def get(self, workflow_id: WorkflowId) -> Workflow:
         """Return a workflow with an open call; such a one is never forgotten."""
@@ -194,6 +220,7 @@ class Workflows:
 
     def _drop(self, workflow: Workflow) -> None:
         self.commit(workflow, workflow.model, 0)
+        self._note_away(workflow)
         del self._by_id[workflow.workflow_id]
 
     def validate(self) -> None:
@@ -202,6 +229,8 @@ class Workflows:
             mine = [w.owed[model] for w in self._by_id.values() if model in w.owed]
             assert (owed.workflows, owed.tokens) == (len(mine), sum(mine)), model
             assert all(tokens > 0 for tokens in mine), model
+            away = [w.away[1] for w in self._by_id.values() if w.away[0] == model]
+            assert (owed.away_tokens, owed.away_squares) == (sum(away), sum(a * a for a in away))
 
     def _forget(self, now_s: float) -> None:
         """Drop idle workflows from the old end; two a call keep pace with arrivals."""

@@ -5,7 +5,17 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
+from concertmaster.core.actions import (
+    Action,
+    Cancel,
+    Demote,
+    Dispatch,
+    Fail,
+    Reject,
+    Resize,
+    Stop,
+    Wake,
+)
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
@@ -282,6 +292,8 @@ class Gateway:
                 self._control.start(replica_id)
             case Stop(replica_id):
                 self._control.stop(replica_id)
+            case Demote() | Resize():
+                raise AssertionError("shared nodes are not served")
             case _:
                 assert_never(action)
 

@@ -4,17 +4,21 @@
 first come, first served, and an ordering alone places by tokens. ``PLACEMENT@arrival`` chooses
 the replica when a call arrives rather than when there is room. A recipe takes settings
 after a colon (``chimera:tau=0.3,rule=paper``). Any of them may end in a scaling
-(``round-robin/reactive``), which takes settings in the same way.
+(``round-robin/reactive``), or for shared nodes in a residency (``edf/lru-swap``), which take
+settings in the same way.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from concertmaster.core.errors import InputError, unknown_name
 from concertmaster.core.policy import Ordering, Policy, Truth
+from concertmaster.core.promise import KvRule
 from concertmaster.core.standing import Scaling
+from concertmaster.core.tenancy import Residency
+from concertmaster.policies.filters import FitsKvCache
 from concertmaster.policies.ordering import (
     EarliestDeadline,
     Fcfs,
@@ -27,6 +31,7 @@ from concertmaster.policies.ordering import (
 from concertmaster.policies.recipes.baselines import PLACEMENTS, baseline, murakkab
 from concertmaster.policies.recipes.chimera import chimera
 from concertmaster.policies.recipes.swarmx import swarmx
+from concertmaster.policies.residency import Expected, LruSwap, NoColocation, Qlm
 from concertmaster.policies.routers import Cascade, RandomModel, Sticky, SurestPools
 from concertmaster.policies.scaling import Foreseen, Reactive
 from concertmaster.policies.settings import Reader, choice, number, read_settings
@@ -132,26 +137,26 @@ AT = "@arrival"
 """After the name of a placement: the replica is chosen on arrival, and calls queue inside it."""
 
 
-class ScalingRecipe(NamedTuple):
-    """A way to choose how many replicas there are.
+class Tail(NamedTuple):
+    """What may follow a slash: how many replicas there are, or whose weights lie where.
 
     Attributes:
         build: Makes it.
         settings: What may follow its name.
     """
 
-    build: Callable[..., Scaling | None]
+    build: Callable[..., Scaling | Residency | None]
     settings: Mapping[str, Reader] = {}
 
 
 _PACE: Mapping[str, Reader] = {"interval_s": number(0.1), "settle_s": number(0)}
 
-SCALINGS: dict[str, ScalingRecipe] = {
-    "static": ScalingRecipe(lambda: None),
-    "reactive": ScalingRecipe(
+SCALINGS: dict[str, Tail] = {
+    "static": Tail(lambda: None),
+    "reactive": Tail(
         Reactive, {**_PACE, "target": number(0.1), "tolerance": number(0, 1), "burst": number(0)}
     ),
-    "foreseen": ScalingRecipe(
+    "foreseen": Tail(
         Foreseen,
         {
             **_PACE,
@@ -163,6 +168,31 @@ SCALINGS: dict[str, ScalingRecipe] = {
     ),
 }
 """Scalings by name; without one the fleet stays as its file says."""
+
+RESIDENCIES: dict[str, Tail] = {
+    "expected": Tail(
+        Expected,
+        {
+            "interactive": number(1),
+            "residence": number(0),
+            "hold_s": number(0),
+            "hysteresis": number(0),
+        },
+    ),
+    "lru-swap": Tail(LruSwap),
+    "qlm": Tail(Qlm),
+    "no-colocation": Tail(NoColocation),
+}
+"""Residencies by name, for nodes that models share."""
+
+KV: Mapping[str, Reader] = {
+    "kv": choice(**{"forecast": "forecast", "worst-case": "worst-case", "paged": "paged"}),
+    "level": number(0.01, 0.9999),
+    "margin": number(0),
+    "eps": number(1e-6, 0.5),
+    "returning": number(0, 1),
+}
+"""How KV is promised: settings of ``static`` and of every residency."""
 
 NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *RECIPES)
 
@@ -178,17 +208,33 @@ def policy(name: str) -> Policy:
     Raises:
         InputError: If a part of the name is not known; it suggests the nearest.
     """
-    whole, slash, scaling = name.partition("/")
+    whole, slash, tail = name.partition("/")
     built = _unscaled(whole)
-    return replace(built, name=name, scaling=_scaling(scaling)) if slash else built
+    return replace(_with_tail(built, tail), name=name) if slash else built
 
 
-def _scaling(name: str) -> Scaling | None:
+def _with_tail(built: Policy, name: str) -> Policy:
     base, _, text = name.partition(":")
-    if base not in SCALINGS:
-        raise unknown_name("", "policy", "scaling", base, SCALINGS)
-    recipe = SCALINGS[base]
-    return recipe.build(**read_settings(base, text, recipe.settings))
+    tails = SCALINGS | RESIDENCIES
+    if base not in tails:
+        raise unknown_name("", "policy", "scaling", base, tails)
+    known = dict(tails[base].settings)
+    if base == "static" or base in RESIDENCIES:
+        known |= KV
+    told = read_settings(base, text, known)
+    rule = {key: told.pop(key) for key in KV if key in told}
+    part: Any = tails[base].build(**told)
+    if base in SCALINGS:
+        return replace(built, scaling=part, **_promising(built, rule) if rule else {})
+    rule.setdefault("kv", "forecast" if base == "expected" else "paged")
+    return replace(built, residency=part, **_promising(built, rule))
+
+
+def _promising(built: Policy, rule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes if KV is promised by a rule: the filter on free KV gives way to it."""
+    facts = {"kind" if key == "kv" else key: value for key, value in rule.items()}
+    kept = tuple(one for one in built.filters if not isinstance(one, FitsKvCache))
+    return {"kv": KvRule(**facts), "filters": kept}
 
 
 def _unscaled(name: str) -> Policy:

@@ -1,0 +1,374 @@
+"""Which models are in service on nodes that they share.
+
+A policy prices the steps that free memory and says whether a model is worth them; this gathers
+what is known, carries a plan out step by step, and keeps the ledgers. Memory is claimed for one
+model at a time on each node, so that what is freed for it is not taken by another meanwhile.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from concertmaster.core.actions import Action, Resize
+from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.hbm import NodeMemory
+from concertmaster.core.promise import Promises, ahead_tokens
+from concertmaster.core.queue import Waiting, WaitingLine
+from concertmaster.core.reclaim import Plan, cheapest, steps_of
+from concertmaster.core.request import ModelName, ServiceClass
+from concertmaster.core.tenancy import Residency, Step, Want
+from concertmaster.core.waking import Waking
+from concertmaster.core.workflow import Workflows
+
+LOOK_S = 0.1
+"""Seconds between two looks at models that calls wait for and nobody serves."""
+
+MEMORY_S = 120.0
+"""An arrival counts towards the rate of its model with e^-1 of its weight after this long."""
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Arrivals of one model, fading."""
+
+    calls: float = 0.0
+    interactive: float = 0.0
+    at_s: float = 0.0
+
+    def fade(self, now_s: float) -> None:
+        factor = math.exp((self.at_s - now_s) / MEMORY_S)
+        self.calls *= factor
+        self.interactive *= factor
+        self.at_s = now_s
+
+
+@dataclass(slots=True)
+class _Site:
+    """A shared node.
+
+    Attributes:
+        claim: The replica that memory is being freed for, if any.
+    """
+
+    memory: NodeMemory
+    tenants: list[Replica] = field(default_factory=list)
+    claim: Replica | None = None
+
+
+class Residents:
+    """The replicas of shared nodes, brought up and put away as a policy says.
+
+    Args:
+        residency: The policy.
+        by_pool: Replicas of each pool, whatever their state.
+        waking: Brings replicas into service and takes them out.
+        line: Calls that wait.
+        workflows: Live workflows; they tell what models will be asked for.
+        promises: They tell what KV a call needs.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        *,
+        by_pool: Mapping[PoolId, Sequence[Replica]],
+        waking: Waking,
+        line: WaitingLine,
+        workflows: Workflows,
+        promises: Promises,
+    ) -> None:
+        self.due_s: float | None = None
+        self._residency = residency
+        self._by_pool = by_pool
+        self._waking = waking
+        self._line = line
+        self._workflows = workflows
+        self._promises = promises
+        self._rates: dict[ModelName, _Rate] = {}
+        self._since_s: dict[ReplicaId, float] = {}
+        self._short: dict[ReplicaId, Replica] = {}
+        self._looked_s = -math.inf
+        self._sites: dict[int, _Site] = {}
+        self._pools: dict[ModelName, list[PoolId]] = {}
+        for pool_id, replicas in by_pool.items():
+            for replica in replicas:
+                if replica.memory is not None:
+                    site = self._sites.setdefault(id(replica.memory), _Site(replica.memory))
+                    site.tenants.append(replica)
+                    replica.ahead_tokens = ahead_tokens(replica.pool)
+            if replicas and replicas[0].memory is not None:
+                self._pools.setdefault(replicas[0].pool.model.name, []).append(pool_id)
+
+    # What happens
+
+    def note_arrival(self, now_s: float, call: Waiting, pool: Pool) -> None:
+        """Count a call that arrived for a model."""
+        rate = self._rates.setdefault(pool.model.name, _Rate(at_s=now_s))
+        rate.fade(now_s)
+        rate.calls += 1
+        rate.interactive += call.request.service_class is ServiceClass.INTERACTIVE
+
+    def settle(self, now_s: float, replica: Replica) -> list[Action]:
+        """Enter where a replica's weights lie by now; if they do not fit there, they must go.
+
+        That happens only to a replica that was moved by somebody else.
+        """
+        footprint, memory = replica.pool.footprint, replica.memory
+        if footprint is None or memory is None:
+            return []
+        self._short.pop(replica.replica_id, None)
+        self._since_s[replica.replica_id] = now_s
+        if replica.readiness is Readiness.RUNNING and not replica.in_flight:
+            replica.grant(footprint.least_kv_blocks)
+        if not memory.fits(replica.replica_id, replica.holding()):
+            replica.readiness = Readiness.DISK
+            return [self._waking.put_away(replica, Readiness.DISK)]
+        replica.account()
+        if replica.readiness is not Readiness.RUNNING or not replica.alive:
+            return []
+        return [Resize(replica.replica_id, replica.kv.capacity_blocks)]
+
+    def note_growth(self, replica: Replica) -> None:
+        """Take in that calls have outgrown their promises, if they have."""
+        if replica.kv.reserved_blocks > replica.kv.capacity_blocks:
+            self._short[replica.replica_id] = replica
+
+    def grants(self, now_s: float, replica: Replica) -> list[Action]:
+        """See that a replica is granted the KV that its calls were promised, as far as it goes."""
+        footprint, memory, kv = replica.pool.footprint, replica.memory, replica.kv
+        if footprint is None or memory is None or kv.reserved_blocks <= kv.capacity_blocks:
+            self._short.pop(replica.replica_id, None)
+            return []
+        needed = min(kv.reserved_blocks, replica.pool.kv_blocks)
+        lacking_bytes = (needed - replica.reach_blocks) * footprint.kv_block_bytes
+        actions: list[Action] = []
+        if lacking_bytes > 0:
+            actions = self._reclaim_for(now_s, replica, lacking_bytes)
+        blocks = min(needed + footprint.least_kv_blocks, replica.reach_blocks)
+        if blocks > kv.capacity_blocks:
+            actions.append(self._resize(replica, blocks))
+        if kv.capacity_blocks < needed:
+            self._short[replica.replica_id] = replica
+        else:
+            self._short.pop(replica.replica_id, None)
+        return actions
+
+    def act(self, now_s: float) -> list[Action]:
+        """Do what has become possible or due."""
+        actions: list[Action] = []
+        for replica in list(self._short.values()):
+            actions += self.grants(now_s, replica)
+        for site in self._sites.values():
+            if site.claim is not None:
+                self._pursue(now_s, site, site.claim, actions)
+        if now_s >= self._looked_s + LOOK_S:
+            self._looked_s = now_s
+            self._look(now_s, actions)
+        unserved = any(True for _ in self._unserved())
+        self.due_s = self._looked_s + LOOK_S if unserved else None
+        return actions
+
+    # Who shall come up
+
+    def _unserved(self) -> Iterable[tuple[PoolId, ...]]:
+        """Lanes to shared pools where nobody serves or is about to."""
+        for pools in self._line.lanes:
+            if any(self._waking.present(one) for one in pools):
+                continue
+            if any(self._may_ever_rise(r) for one in pools for r in self._by_pool[one]):
+                yield pools
+
+    def _may_ever_rise(self, replica: Replica) -> bool:
+        drained = replica.draining and not self._waking.leaves(replica)
+        return replica.memory is not None and replica.alive and not drained
+
+    def _look(self, now_s: float, actions: list[Action]) -> None:
+        """Bring up what calls wait for, the longest waits first; then what will be asked for."""
+        lanes = list(self._unserved())
+        wants = {pools: self._want(now_s, pools) for pools in lanes}
+        for pools in sorted(lanes, key=lambda one: _rank(wants[one])):
+            self._bring_up(now_s, pools, wants[pools], actions)
+        for pools in self._line.lanes:
+            if pools not in wants:
+                self._make_room(now_s, pools, actions)
+        for model, pool_ids in self._pools.items():
+            owed = self._workflows.owed(model).workflows
+            if owed and not any(self._waking.present(one) for one in pool_ids):
+                waiting = any(one in pools for pools in lanes for one in pool_ids)
+                if not waiting:
+                    want = self._soon(now_s, model)
+                    self._bring_up(now_s, tuple(pool_ids), want, actions)
+
+    def _bring_up(
+        self, now_s: float, pools: Iterable[PoolId], want: Want, actions: list[Action]
+    ) -> None:
+        """Choose a node by seconds until a call could be answered there, and what others pay."""
+        options = []
+        for replica in (r for one in pools for r in self._by_pool[one]):
+            site = self._sites.get(id(replica.memory))
+            if site is None or not self._may_rise(replica, site):
+                continue
+            if site.claim is not None:
+                if site.claim.pool.pool_id in pools:
+                    return
+                continue
+            plan = self._plan(now_s, replica, site, want)
+            if plan is not None:
+                ready_s = replica.pool.ready_s.get(replica.readiness, 0.0)
+                cost_s = ready_s + plan.price_s + replica.network_s
+                options.append((cost_s, replica.replica_id, replica, site, plan, ready_s))
+        if not options:
+            return
+        _, _, replica, site, plan, ready_s = min(options, key=lambda one: one[:2])
+        agrees = self._residency.worth if want.waiting_calls else self._residency.prefetches
+        if agrees(want, ready_s, plan.price_s):
+            site.claim = replica
+            actions += self._take(now_s, plan.steps)
+            self._pursue(now_s, site, replica, actions)
+
+    def _make_room(self, now_s: float, pools: tuple[PoolId, ...], actions: list[Action]) -> None:
+        """Free memory for the KV of a call that waits, where its model runs without room for it."""
+        call = self._line.lanes[pools].head(None)
+        running = [r for one in pools for r in self._by_pool[one] if self._waking.counts(r)]
+        if call is None or any(one.memory is None for one in running):
+            return
+        for replica in running:
+            site = self._sites[id(replica.memory)]
+            lacking_bytes = self._promises.lacking_bytes(call, replica)
+            busy = replica.replica_id in self._waking.starting or lacking_bytes <= 0
+            if busy or site.claim or any(map(self._waking.leaves, site.tenants)):
+                continue
+            want = self._want(now_s, pools)
+            steps = [one for one in self._steps(now_s, site, replica) if one.kind != "drain"]
+            plan = cheapest(steps, math.ceil(lacking_bytes), self._residency, want)
+            if plan is not None and self._residency.worth(want, 0.0, plan.price_s):
+                actions += self._take(now_s, plan.steps)
+
+    def _may_rise(self, replica: Replica, site: _Site) -> bool:
+        others = (one for one in site.tenants if one is not replica)
+        alone = self._residency.colocates or not any(
+            one.readiness in (Readiness.RUNNING, Readiness.SLEEPING)
+            or one.replica_id in self._waking.starting
+            for one in others
+            if one.alive
+        )
+        return alone and replica.alive and not replica.draining and not self._waking.counts(replica)
+
+    def _plan(self, now_s: float, replica: Replica, site: _Site, want: Want) -> Plan | None:
+        lacking_hbm, lacking_host = site.memory.lacks(
+            replica.replica_id, replica.holding(rising=True)
+        )
+        if lacking_host:
+            return None
+        return cheapest(self._steps(now_s, site, replica), lacking_hbm, self._residency, want)
+
+    def _steps(self, now_s: float, site: _Site, beneficiary: Replica) -> list[Step]:
+        starting = self._waking.starting
+        return [
+            step
+            for one in site.tenants
+            if one is not beneficiary and not one.draining and one.replica_id not in starting
+            for step in steps_of(
+                one,
+                self._soon(now_s, one.pool.model.name),
+                now_s,
+                self._since_s.get(one.replica_id, 0.0),
+            )
+        ]
+
+    # How they come up
+
+    def _pursue(self, now_s: float, site: _Site, replica: Replica, actions: list[Action]) -> None:
+        """Load a replica once its memory is free; give the claim up if it will not be."""
+        if not self._may_rise(replica, site):
+            site.claim = None
+        elif site.memory.fits(replica.replica_id, replica.holding(rising=True)):
+            site.claim = None
+            actions.append(self._waking.start(replica))
+        elif not any(self._waking.leaves(one) for one in site.tenants):
+            site.claim = None
+
+    def _take(self, now_s: float, steps: Iterable[Step]) -> list[Action]:
+        actions: list[Action] = []
+        for step in steps:
+            replica = step.replica
+            if step.to is None:
+                actions.append(self._shrink(replica, step.hbm_bytes))
+            elif step.kind == "unload":
+                actions.append(self._waking.put_away(replica, step.to))
+            else:
+                self._waking.drain(now_s, replica)
+        return actions
+
+    def _reclaim_for(self, now_s: float, replica: Replica, lacking_bytes: int) -> list[Action]:
+        """Free memory for calls that run already, unless enough of it is on its way."""
+        site = self._sites[id(replica.memory)]
+        if any(self._waking.leaves(one) and not one.in_flight for one in site.tenants):
+            return []
+        want = self._soon(now_s, replica.pool.model.name)
+        steps = [step for step in self._steps(now_s, site, replica) if step.kind != "drain"]
+        plan = cheapest(steps, lacking_bytes, self._residency, want)
+        if plan is None:
+            plan = Plan(tuple(step for step in steps if step.kind in ("shrink", "drop")))
+        return self._take(now_s, plan.steps)
+
+    def _shrink(self, replica: Replica, hbm_bytes: int) -> Resize:
+        footprint = replica.pool.footprint
+        assert footprint is not None
+        blocks = -(-hbm_bytes // footprint.kv_block_bytes)
+        return self._resize(replica, replica.kv.capacity_blocks - blocks)
+
+    def _resize(self, replica: Replica, kv_blocks: int) -> Resize:
+        replica.grant(kv_blocks)
+        replica.account(to=self._waking.bound_for(replica))
+        return Resize(replica.replica_id, kv_blocks)
+
+    # What is asked for
+
+    def _soon(self, now_s: float, model: ModelName) -> Want:
+        rate = self._rates.get(model)
+        if rate is None:
+            return Want(model=model, owing_workflows=self._workflows.owed(model).workflows)
+        rate.fade(now_s)
+        return Want(
+            model=model,
+            owing_workflows=self._workflows.owed(model).workflows,
+            calls_per_s=rate.calls / MEMORY_S,
+            interactive_ratio=rate.interactive / rate.calls if rate.calls else 0.0,
+        )
+
+    def _want(self, now_s: float, pools: tuple[PoolId, ...]) -> Want:
+        """Add up the calls of a lane."""
+        soon = self._soon(now_s, self._by_pool[pools[0]][0].pool.model.name)
+        calls = [call.request for call in self._line.lanes[pools]]
+        waits_s = [(now_s - request.arrival_s, request) for request in calls]
+        persons = [s for s, one in waits_s if one.service_class is ServiceClass.INTERACTIVE]
+        return Want(
+            model=soon.model,
+            waiting_calls=len(calls),
+            waited_s=sum(waited_s for waited_s, _ in waits_s),
+            interactive_calls=len(persons),
+            interactive_waited_s=sum(persons),
+            oldest_s=max(waited_s for waited_s, _ in waits_s),
+            first_due_s=min(
+                (one.deadline_s for one in calls if one.deadline_s is not None), default=math.inf
+            ),
+            owing_workflows=soon.owing_workflows,
+            calls_per_s=soon.calls_per_s,
+            interactive_ratio=soon.interactive_ratio,
+        )
+
+    def validate(self) -> None:
+        """Check every ledger."""
+        for site in self._sites.values():
+            site.memory.validate()
+            for one in site.tenants:
+                held = site.memory.held(one.replica_id)
+                rising = one.replica_id in self._waking.starting
+                expected = one.holding(rising=rising, to=self._waking.bound_for(one))
+                assert held == expected, f"{one.replica_id} holds {held}, expected {expected}"
+
+
+def _rank(want: Want) -> tuple[bool, float, float]:
+    """Models that a person waits for first, then the longest wait."""
+    return not want.interactive_calls, want.first_due_s, -want.oldest_s
