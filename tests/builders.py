@@ -149,7 +149,7 @@ def a_shared_fleet(
 def a_sharing_pool(name: str = "p", *, model: str = "", **changes: object) -> Pool:
     """One of its own model; up to 9,000 blocks, about half of a node's memory."""
     facts: dict[str, object] = {"footprint": FOOTPRINT, "kv_blocks": 9000, **changes}
-    return a_pool(name, model=model or name, **facts)
+    return a_pool(name, model=model or name, **facts)  # type: ignore[arg-type]
 
 
 def a_replica(name: str = "p-0", pool: Pool | None = None) -> Replica:

@@ -58,6 +58,8 @@ class SharingDriver(Driver):
                     self.bound[replica_id] = readiness
                 case Wake(replica_id):
                     self.kv_blocks[replica_id] = FOOTPRINT.least_kv_blocks
+                case _:
+                    pass
             super().perform([action])
             self.nothing_is_overfilled()
 

@@ -27,6 +27,10 @@ MEMORY_S = 120.0
 """An arrival counts towards the rate of its model with e^-1 of its weight after this long."""
 
 
+CALL_TOKENS = 16
+"""Output tokens that make a call: what a workflow owes beside its whole calls is rounding."""
+
+
 @dataclass(slots=True)
 class _Rate:
     """Arrivals of one model, fading."""
@@ -192,11 +196,10 @@ class Residents:
             if pools not in wants:
                 self._make_room(now_s, pools, actions)
         for model, pool_ids in self._pools.items():
-            owed = self._workflows.owed(model).workflows
-            if owed and not any(self._waking.present(one) for one in pool_ids):
+            if not any(self._waking.present(one) for one in pool_ids):
                 waiting = any(one in pools for pools in lanes for one in pool_ids)
-                if not waiting:
-                    want = self._soon(now_s, model)
+                want = self._soon(now_s, model)
+                if want.owing_workflows and not waiting:
                     self._bring_up(now_s, tuple(pool_ids), want, actions)
 
     def _bring_up(
@@ -326,13 +329,14 @@ class Residents:
     # What is asked for
 
     def _soon(self, now_s: float, model: ModelName) -> Want:
-        rate = self._rates.get(model)
+        rate, owed = self._rates.get(model), self._workflows.owed(model)
+        owing = min(owed.workflows, owed.tokens // CALL_TOKENS)
         if rate is None:
-            return Want(model=model, owing_workflows=self._workflows.owed(model).workflows)
+            return Want(model=model, owing_workflows=owing)
         rate.fade(now_s)
         return Want(
             model=model,
-            owing_workflows=self._workflows.owed(model).workflows,
+            owing_workflows=owing,
             calls_per_s=rate.calls / MEMORY_S,
             interactive_ratio=rate.interactive / rate.calls if rate.calls else 0.0,
         )

@@ -32,7 +32,7 @@ class Expected:
     """
 
     interactive: float = 4.0
-    residence: float = 1.0
+    residence: float = 3.0
     hold_s: float = 300.0
     hysteresis: float = 2.0
     colocates: bool = True
