@@ -68,6 +68,8 @@ POLICIES = (
     "round-robin@arrival",
     "cascade",
     "oracle-stjf",
+    "maestro",
+    "fcfs/static:kv=worst-case",
 )
 REPLICAS = ("p-0", "p-1", "q-0", "q-1", "s-0", "s-1")
 MODEL_CHOICES = ((), ("m",), ("x",), ("m", "x"), ("asleep",), ("m", "asleep"), ("nobody",))

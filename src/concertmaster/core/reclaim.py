@@ -22,7 +22,9 @@ class Plan(NamedTuple):
     price_s: float = 0.0
 
 
-def steps_of(replica: Replica, want: Want, now_s: float, since_s: float) -> list[Step]:
+def steps_of(
+    replica: Replica, want: Want, now_s: float, since_s: float, replicas: int
+) -> list[Step]:
     """Return what could be taken from a replica, the gentlest step first.
 
     Args:
@@ -30,6 +32,7 @@ def steps_of(replica: Replica, want: Want, now_s: float, since_s: float) -> list
         want: What is asked of its model.
         now_s: The instant.
         since_s: When it came up.
+        replicas: Of its model that run.
     """
     if not replica.alive or replica.memory is None:
         return []
@@ -37,7 +40,7 @@ def steps_of(replica: Replica, want: Want, now_s: float, since_s: float) -> list
         return [_moved("unload", replica, want, Readiness.HOST)]
     if replica.readiness is not Readiness.RUNNING:
         return []
-    return [*_kv_steps(replica, want), _demotion(replica, want, now_s, since_s)]
+    return [*_kv_steps(replica, want), _demotion(replica, want, now_s, since_s, replicas)]
 
 
 def _kv_steps(replica: Replica, want: Want) -> list[Step]:
@@ -61,7 +64,7 @@ def _kv_steps(replica: Replica, want: Want) -> list[Step]:
     return steps
 
 
-def _demotion(replica: Replica, want: Want, now_s: float, since_s: float) -> Step:
+def _demotion(replica: Replica, want: Want, now_s: float, since_s: float, replicas: int) -> Step:
     memory = replica.memory
     assert memory is not None
     sleeps = memory.fits(replica.replica_id, replica.holding(to=Readiness.SLEEPING))
@@ -74,6 +77,7 @@ def _demotion(replica: Replica, want: Want, now_s: float, since_s: float) -> Ste
         to,
         unused_s=now_s - max(since_s, replica.last_used_s),
         resident_s=now_s - since_s,
+        replicas=replicas,
         busy_s=busy_s * replica.pool.decode_token_s * replica.pace,
         busy_interactive=any(
             call.request.service_class is ServiceClass.INTERACTIVE
@@ -90,6 +94,7 @@ def _moved(  # the facts of a step
     *,
     unused_s: float = 0.0,
     resident_s: float = math.inf,
+    replicas: int = 1,
     busy_s: float = 0.0,
     busy_interactive: bool = False,
 ) -> Step:
@@ -105,6 +110,7 @@ def _moved(  # the facts of a step
         back_s=ready_s.get(to, 0.0) - ready_s.get(replica.readiness, 0.0),
         unused_s=unused_s,
         resident_s=resident_s,
+        replicas=max(1, replicas),
         busy_s=busy_s,
         busy_interactive=busy_interactive,
     )

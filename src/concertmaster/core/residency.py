@@ -6,44 +6,22 @@ model at a time on each node, so that what is freed for it is not taken by anoth
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from concertmaster.core.actions import Action, Resize
-from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, ReplicaId
+from concertmaster.core.fleet import PoolId, Readiness, Replica, ReplicaId
 from concertmaster.core.hbm import NodeMemory
 from concertmaster.core.promise import Promises, ahead_tokens
-from concertmaster.core.queue import Waiting, WaitingLine
+from concertmaster.core.queue import WaitingLine
 from concertmaster.core.reclaim import Plan, cheapest, steps_of
-from concertmaster.core.request import ModelName, ServiceClass
+from concertmaster.core.request import ModelName
 from concertmaster.core.tenancy import Residency, Step, Want
 from concertmaster.core.waking import Waking
-from concertmaster.core.workflow import Workflows
+from concertmaster.core.wants import Wants
 
 LOOK_S = 0.1
 """Seconds between two looks at models that calls wait for and nobody serves."""
-
-MEMORY_S = 120.0
-"""An arrival counts towards the rate of its model with e^-1 of its weight after this long."""
-
-
-CALL_TOKENS = 16
-"""Output tokens that make a call: what a workflow owes beside its whole calls is rounding."""
-
-
-@dataclass(slots=True)
-class _Rate:
-    """Arrivals of one model, fading."""
-
-    calls: float = 0.0
-    interactive: float = 0.0
-    at_s: float = 0.0
-
-    def fade(self, now_s: float) -> None:
-        factor = math.exp((self.at_s - now_s) / MEMORY_S)
-        self.calls *= factor
-        self.interactive *= factor
-        self.at_s = now_s
 
 
 @dataclass(slots=True)
@@ -67,8 +45,8 @@ class Residents:
         by_pool: Replicas of each pool, whatever their state.
         waking: Brings replicas into service and takes them out.
         line: Calls that wait.
-        workflows: Live workflows; they tell what models will be asked for.
         promises: They tell what KV a call needs.
+        wants: They tell what models are asked for.
     """
 
     def __init__(
@@ -78,17 +56,16 @@ class Residents:
         by_pool: Mapping[PoolId, Sequence[Replica]],
         waking: Waking,
         line: WaitingLine,
-        workflows: Workflows,
         promises: Promises,
+        wants: Wants,
     ) -> None:
         self.due_s: float | None = None
         self._residency = residency
         self._by_pool = by_pool
         self._waking = waking
         self._line = line
-        self._workflows = workflows
         self._promises = promises
-        self._rates: dict[ModelName, _Rate] = {}
+        self._wants = wants
         self._since_s: dict[ReplicaId, float] = {}
         self._short: dict[ReplicaId, Replica] = {}
         self._looked_s = -math.inf
@@ -104,13 +81,6 @@ class Residents:
                 self._pools.setdefault(replicas[0].pool.model.name, []).append(pool_id)
 
     # What happens
-
-    def note_arrival(self, now_s: float, call: Waiting, pool: Pool) -> None:
-        """Count a call that arrived for a model."""
-        rate = self._rates.setdefault(pool.model.name, _Rate(at_s=now_s))
-        rate.fade(now_s)
-        rate.calls += 1
-        rate.interactive += call.request.service_class is ServiceClass.INTERACTIVE
 
     def settle(self, now_s: float, replica: Replica) -> list[Action]:
         """Enter where a replica's weights lie by now; if they do not fit there, they must go.
@@ -168,9 +138,17 @@ class Residents:
         if now_s >= self._looked_s + LOOK_S:
             self._looked_s = now_s
             self._look(now_s, actions)
-        unserved = any(True for _ in self._unserved())
-        self.due_s = self._looked_s + LOOK_S if unserved else None
+        self.due_s = self._looked_s + LOOK_S if self._is_looked_for() else None
         return actions
+
+    def _is_looked_for(self) -> bool:
+        """Whether calls wait for a model that is to come up, once or once more."""
+        return any(
+            self._may_ever_rise(replica) and not self._waking.counts(replica)
+            for pools in self._line.lanes
+            for one in pools
+            for replica in self._by_pool[one]
+        )
 
     # Who shall come up
 
@@ -189,21 +167,28 @@ class Residents:
     def _look(self, now_s: float, actions: list[Action]) -> None:
         """Bring up what calls wait for, the longest waits first; then what will be asked for."""
         lanes = list(self._unserved())
-        wants = {pools: self._want(now_s, pools) for pools in lanes}
+        wants = {pools: self._wants.of_lane(now_s, pools) for pools in lanes}
         for pools in sorted(lanes, key=lambda one: _rank(wants[one])):
-            self._bring_up(now_s, pools, wants[pools], actions)
+            self._bring_up(now_s, pools, wants[pools], actions, self._residency.worth)
         for pools in self._line.lanes:
             if pools not in wants:
                 self._make_room(now_s, pools, actions)
+                self._spread(now_s, pools, actions)
         for model, pool_ids in self._pools.items():
             if not any(self._waking.present(one) for one in pool_ids):
                 waiting = any(one in pools for pools in lanes for one in pool_ids)
-                want = self._soon(now_s, model)
+                want = self._wants.soon(now_s, model)
                 if want.owing_workflows and not waiting:
-                    self._bring_up(now_s, tuple(pool_ids), want, actions)
+                    fetches = self._residency.prefetches
+                    self._bring_up(now_s, tuple(pool_ids), want, actions, fetches)
 
     def _bring_up(
-        self, now_s: float, pools: Iterable[PoolId], want: Want, actions: list[Action]
+        self,
+        now_s: float,
+        pools: Iterable[PoolId],
+        want: Want,
+        actions: list[Action],
+        agrees: Callable[[Want, float, float], bool],
     ) -> None:
         """Choose a node by seconds until a call could be answered there, and what others pay."""
         options = []
@@ -223,11 +208,18 @@ class Residents:
         if not options:
             return
         _, _, replica, site, plan, ready_s = min(options, key=lambda one: one[:2])
-        agrees = self._residency.worth if want.waiting_calls else self._residency.prefetches
         if agrees(want, ready_s, plan.price_s):
             site.claim = replica
             actions += self._take(now_s, plan.steps)
             self._pursue(now_s, site, replica, actions)
+
+    def _spread(self, now_s: float, pools: tuple[PoolId, ...], actions: list[Action]) -> None:
+        """Bring up one more replica where those that run keep calls waiting."""
+        replicas = [r for one in pools for r in self._by_pool[one]]
+        starting = any(r.replica_id in self._waking.starting for r in replicas)
+        if not starting and any(r.memory is not None for r in replicas):
+            want = self._wants.of_lane(now_s, pools)
+            self._bring_up(now_s, pools, want, actions, self._residency.spreads)
 
     def _make_room(self, now_s: float, pools: tuple[PoolId, ...], actions: list[Action]) -> None:
         """Free memory for the KV of a call that waits, where its model runs without room for it."""
@@ -241,7 +233,7 @@ class Residents:
             busy = replica.replica_id in self._waking.starting or lacking_bytes <= 0
             if busy or site.claim or any(map(self._waking.leaves, site.tenants)):
                 continue
-            want = self._want(now_s, pools)
+            want = self._wants.of_lane(now_s, pools)
             steps = [one for one in self._steps(now_s, site, replica) if one.kind != "drain"]
             plan = cheapest(steps, math.ceil(lacking_bytes), self._residency, want)
             if plan is not None and self._residency.worth(want, 0.0, plan.price_s):
@@ -273,11 +265,16 @@ class Residents:
             if one is not beneficiary and not one.draining and one.replica_id not in starting
             for step in steps_of(
                 one,
-                self._soon(now_s, one.pool.model.name),
+                self._wants.soon(now_s, one.pool.model.name),
                 now_s,
                 self._since_s.get(one.replica_id, 0.0),
+                self._running_of(one.pool.model.name),
             )
         ]
+
+    def _running_of(self, model: ModelName) -> int:
+        pools = self._pools.get(model, ())
+        return sum(self._waking.present(one) for one in pools)
 
     # How they come up
 
@@ -308,7 +305,7 @@ class Residents:
         site = self._sites[id(replica.memory)]
         if any(self._waking.leaves(one) and not one.in_flight for one in site.tenants):
             return []
-        want = self._soon(now_s, replica.pool.model.name)
+        want = self._wants.soon(now_s, replica.pool.model.name)
         steps = [step for step in self._steps(now_s, site, replica) if step.kind != "drain"]
         plan = cheapest(steps, lacking_bytes, self._residency, want)
         if plan is None:
@@ -325,42 +322,6 @@ class Residents:
         replica.grant(kv_blocks)
         replica.account(to=self._waking.bound_for(replica))
         return Resize(replica.replica_id, kv_blocks)
-
-    # What is asked for
-
-    def _soon(self, now_s: float, model: ModelName) -> Want:
-        rate, owed = self._rates.get(model), self._workflows.owed(model)
-        owing = min(owed.workflows, owed.tokens // CALL_TOKENS)
-        if rate is None:
-            return Want(model=model, owing_workflows=owing)
-        rate.fade(now_s)
-        return Want(
-            model=model,
-            owing_workflows=owing,
-            calls_per_s=rate.calls / MEMORY_S,
-            interactive_ratio=rate.interactive / rate.calls if rate.calls else 0.0,
-        )
-
-    def _want(self, now_s: float, pools: tuple[PoolId, ...]) -> Want:
-        """Add up the calls of a lane."""
-        soon = self._soon(now_s, self._by_pool[pools[0]][0].pool.model.name)
-        calls = [call.request for call in self._line.lanes[pools]]
-        waits_s = [(now_s - request.arrival_s, request) for request in calls]
-        persons = [s for s, one in waits_s if one.service_class is ServiceClass.INTERACTIVE]
-        return Want(
-            model=soon.model,
-            waiting_calls=len(calls),
-            waited_s=sum(waited_s for waited_s, _ in waits_s),
-            interactive_calls=len(persons),
-            interactive_waited_s=sum(persons),
-            oldest_s=max(waited_s for waited_s, _ in waits_s),
-            first_due_s=min(
-                (one.deadline_s for one in calls if one.deadline_s is not None), default=math.inf
-            ),
-            owing_workflows=soon.owing_workflows,
-            calls_per_s=soon.calls_per_s,
-            interactive_ratio=soon.interactive_ratio,
-        )
 
     def validate(self) -> None:
         """Check every ledger."""

@@ -51,6 +51,7 @@ from concertmaster.core.scaling import Scaler
 from concertmaster.core.service import service_on
 from concertmaster.core.sketch import affine
 from concertmaster.core.waking import Waking
+from concertmaster.core.wants import Wants
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -104,6 +105,7 @@ class Scheduler:
             rng=rng,
         )
         self._waking = Waking(self._by_pool, self._window)
+        self._wants = Wants(self._by_pool, self.line, self.workflows)
         self._residents: Residents | None = None
         if policy.residency is not None and any(node.shared for node in fleet.nodes):
             assert self._promises is not None, "who shares nodes promises KV by a rule"
@@ -112,8 +114,8 @@ class Scheduler:
                 by_pool=self._by_pool,
                 waking=self._waking,
                 line=self.line,
-                workflows=self.workflows,
                 promises=self._promises,
+                wants=self._wants,
             )
         self._scaler: Scaler | None = None
         if policy.scaling is not None:
@@ -241,7 +243,7 @@ class Scheduler:
         )
         self._routing.assign(call, able)
         if self._residents is not None:
-            self._residents.note_arrival(now_s, call, self.pools[call.pools[0]])
+            self._wants.note_arrival(now_s, call, self.pools[call.pools[0]])
         replicas = () if len(self.line) else self._room_for(call, {})
         if replicas:
             return self._place(now_s, call, replicas)
@@ -436,6 +438,7 @@ class Scheduler:
         self._dispatches += 1
         replica.last_dispatch = self._dispatches
         replica.last_used_s = now_s
+        call.workflow.waited_s += now_s - request.arrival_s
         self._running[request.request_id] = (call, replica)
         self._window.update(now_s, replica)
 

@@ -53,6 +53,7 @@ class Step:
         redo_s: Seconds of prefill that must be done again for what is dropped.
         unused_s: Since it was last given a call, or came up.
         resident_s: Since it came up; infinite if it does not run.
+        replicas: Of its model that run, this one included; 1 if it does not.
         busy_s: Until the calls there have ended, by forecast.
         busy_interactive: Whether a person waits for one of these.
     """
@@ -66,6 +67,7 @@ class Step:
     redo_s: float = 0.0
     unused_s: float = 0.0
     resident_s: float = math.inf
+    replicas: int = 1
     busy_s: float = 0.0
     busy_interactive: bool = False
 
@@ -87,6 +89,9 @@ class Residency(Protocol):
 
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Whether a model that calls wait for shall be brought up at this price."""
+
+    def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
+        """Whether another replica of a model that runs shall be brought up for calls that wait."""
 
     def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Whether a model that nobody waits for yet shall be brought up at this price."""

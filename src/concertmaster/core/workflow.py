@@ -17,6 +17,7 @@ class Workflow:
     """One user goal, seen through the calls that have arrived so far.
 
     Attributes:
+        waited_s: Seconds that its calls have stood in line.
         attained_s: Engine seconds its calls have been given, by the rate curves.
         open_calls: Calls that have arrived and have no outcome.
         model: The model that its latest call was sent to; "" before the first.
@@ -37,6 +38,7 @@ class Workflow:
     open_calls: int = 0
     output_tokens: int = 0
     attained_s: float = 0.0
+    waited_s: float = 0.0
     model: ModelName = _NOWHERE
     owed: dict[ModelName, int] = field(default_factory=dict)
     grown_tokens: int = 0

@@ -30,6 +30,7 @@ from concertmaster.policies.ordering import (
 )
 from concertmaster.policies.recipes.baselines import PLACEMENTS, baseline, murakkab
 from concertmaster.policies.recipes.chimera import chimera
+from concertmaster.policies.recipes.maestro import maestro
 from concertmaster.policies.recipes.swarmx import swarmx
 from concertmaster.policies.residency import Expected, LruSwap, NoColocation, Qlm
 from concertmaster.policies.routers import Cascade, RandomModel, Sticky, SurestPools
@@ -82,6 +83,22 @@ SWARMX: Mapping[str, Reader] = {
     "wait": choice(order="order", fifo="fifo"),
     "sum": choice(independent="independent", comonotone="comonotone"),
 }
+KV: Mapping[str, Reader] = {
+    "kv": choice(**{"forecast": "forecast", "worst-case": "worst-case", "paged": "paged"}),
+    "level": number(0.01, 0.9999),
+    "margin": number(0),
+    "eps": number(1e-6, 0.5),
+    "returning": number(0, 1),
+}
+"""How KV is promised: settings of ``static`` and of every residency."""
+
+EXPECTED: Mapping[str, Reader] = {
+    "interactive": number(1),
+    "residence": number(0),
+    "hold_s": number(0),
+    "hysteresis": number(0),
+}
+
 POINT = ("others", "siblings", "near", "reroute_s", "order", "aging", "wait")
 
 RECIPES: dict[str, Recipe] = {
@@ -104,6 +121,9 @@ RECIPES: dict[str, Recipe] = {
     "swarmx": Recipe(swarmx, SWARMX),
     "point": Recipe(partial(swarmx, law="mean"), {k: SWARMX[k] for k in POINT}),
     "murakkab": Recipe(murakkab, {"prompt": number(1), "output": number(1)}),
+    "maestro": Recipe(
+        maestro, {"people_s": number(0, 1800), "aging": number(1e-6), **KV, **EXPECTED}
+    ),
     "ltr": Recipe(lambda name: baseline(name, "vllm", ShortestJob(), aging=0.1)),
     "quality-only": Recipe(
         lambda name: baseline(
@@ -170,29 +190,13 @@ SCALINGS: dict[str, Tail] = {
 """Scalings by name; without one the fleet stays as its file says."""
 
 RESIDENCIES: dict[str, Tail] = {
-    "expected": Tail(
-        Expected,
-        {
-            "interactive": number(1),
-            "residence": number(0),
-            "hold_s": number(0),
-            "hysteresis": number(0),
-        },
-    ),
+    "expected": Tail(Expected, EXPECTED),
     "lru-swap": Tail(LruSwap),
     "qlm": Tail(Qlm),
     "no-colocation": Tail(NoColocation),
 }
 """Residencies by name, for nodes that models share."""
 
-KV: Mapping[str, Reader] = {
-    "kv": choice(**{"forecast": "forecast", "worst-case": "worst-case", "paged": "paged"}),
-    "level": number(0.01, 0.9999),
-    "margin": number(0),
-    "eps": number(1e-6, 0.5),
-    "returning": number(0, 1),
-}
-"""How KV is promised: settings of ``static`` and of every residency."""
 
 NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *RECIPES)
 
@@ -218,11 +222,10 @@ def _with_tail(built: Policy, name: str) -> Policy:
     tails = SCALINGS | RESIDENCIES
     if base not in tails:
         raise unknown_name("", "policy", "scaling", base, tails)
-    known = dict(tails[base].settings)
-    if base == "static" or base in RESIDENCIES:
-        known |= KV
-    told = read_settings(base, text, known)
-    rule = {key: told.pop(key) for key in KV if key in told}
+    own = tails[base].settings
+    promises = base == "static" or base in RESIDENCIES
+    told = read_settings(base, text, {**own, **(KV if promises else {})})
+    rule = {key: told.pop(key) for key in KV if key in told and key not in own}
     part: Any = tails[base].build(**told)
     if base in SCALINGS:
         return replace(built, scaling=part, **_promising(built, rule) if rule else {})

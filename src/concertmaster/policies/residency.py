@@ -48,7 +48,7 @@ class Expected:
         if self._is_protected(step, want, soon):
             return None
         callers = weight(mine.interactive_ratio, self.interactive)
-        return callers * soon * step.back_s + step.busy_s
+        return callers * soon * step.back_s / step.replicas + step.busy_s
 
     def _is_protected(self, step: Step, want: Want, soon: float) -> bool:
         """Whether it has hardly come up, or people use it and no person asks for its place."""
@@ -63,6 +63,11 @@ class Expected:
         """Compare what waiting has cost with the price."""
         waited_s = want.waited_s + (self.interactive - 1) * want.interactive_waited_s
         return waited_s >= price_s or want.oldest_s >= self.hold_s
+
+    def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
+        """Compare what waiting has cost with the price and the load, once waits are as long."""
+        waited_s = want.waited_s + (self.interactive - 1) * want.interactive_waited_s
+        return want.oldest_s >= ready_s and waited_s >= self.hysteresis * (price_s + ready_s)
 
     def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Compare the seconds that workflows on their way would wait with the price."""
@@ -86,6 +91,10 @@ class LruSwap:
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Agree at once."""
         return True
+
+    def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
+        """Take memory that is free, once waits are as long as the load."""
+        return price_s == 0.0 and want.oldest_s >= ready_s
 
     def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Wait to be asked."""
@@ -114,6 +123,10 @@ class Qlm:
         """Agree: what may not be swapped has no price."""
         return True
 
+    def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
+        """Take memory that is free, once waits are as long as the load."""
+        return price_s == 0.0 and want.oldest_s >= ready_s
+
     def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Wait to be asked."""
         return False
@@ -132,6 +145,10 @@ class NoColocation:
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Take a node that is free."""
         return price_s == 0.0
+
+    def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
+        """Take memory that is free, once waits are as long as the load."""
+        return price_s == 0.0 and want.oldest_s >= ready_s
 
     def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Wait to be asked."""
