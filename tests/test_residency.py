@@ -8,6 +8,7 @@ from builders import (
     a_forecast,
     a_plan,
     a_policy,
+    a_replica,
     a_shared_fleet,
     a_sharing_pool,
     a_workload,
@@ -26,7 +27,9 @@ from concertmaster.core.events import (
 )
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId
 from concertmaster.core.forecast import Forecast, Quantiles
+from concertmaster.core.reclaim import Plan, cheapest
 from concertmaster.core.request import ModelName, RequestId, ServiceClass
+from concertmaster.core.tenancy import Step, StepKind, Want
 from concertmaster.policies.catalog import policy
 from concertmaster.policies.residency import Expected
 from concertmaster.workload.records import RunRecords
@@ -144,7 +147,7 @@ def test_programs_do_not_end_a_model_that_people_use() -> None:
     for i in range(60):
         now_s = float(i)
         for model in "ab":
-            ask(scheduler, f"{model}{i}", model, now_s)
+            ask(scheduler, f"{model}{i}", model, now_s, forecast=a_forecast(5))
             scheduler.at(now_s, RequestFinished(RequestId(f"{model}{i}"), 1, 5))
     ask(scheduler, "batch", "c", now_s, service_class=BATCH)
 
@@ -153,6 +156,39 @@ def test_programs_do_not_end_a_model_that_people_use() -> None:
         assert kinds(scheduler.at(now_s, TimerFired()), Demote) == []
 
     assert kinds(scheduler.at(now_s + 11.0, TimerFired()), Demote), "but not for ever"
+
+
+def test_a_model_that_has_just_come_up_stays_a_while() -> None:
+    scheduler = CheckedScheduler(three_on_one(), "fcfs/expected")
+    short = a_forecast(5)
+    for i in range(30):
+        ask(scheduler, f"a{i}", "a", float(i), forecast=short)
+        scheduler.at(float(i), RequestFinished(RequestId(f"a{i}"), 1, 5))
+    ask(scheduler, "c", "c", 30.0, forecast=short)
+    scheduler.at(30.2, TimerFired())
+    scheduler.at(30.2, ReplicaDemoted(B, SLEEPS))
+    scheduler.at(32.2, ReplicaReady(C))
+    scheduler.at(32.5, RequestFinished(RequestId("c"), 1, 5))
+    ask(scheduler, "b", "b", 33.0, forecast=short)
+    gone = []
+    for step in range(1, 50):
+        gone += kinds(scheduler.at(33.0 + step / 10, TimerFired()), Demote)
+
+    assert gone == [Demote(A, SLEEPS)], "though more calls are expected for it"
+
+
+def test_memory_that_is_freed_for_one_is_not_taken_by_another() -> None:
+    pools = [a_sharing_pool(name) for name in "abcd"]
+    fleet = a_shared_fleet(*pools, hbm_bytes=TWO_FIT, states={A: RUNS, B: RUNS, C: SLEEPS})
+    scheduler = CheckedScheduler(fleet, "fcfs/lru-swap")
+    ask(scheduler, "a", "a", 1.0)
+    assert kinds(ask(scheduler, "c", "c", 2.0), Demote) == [Demote(B, SLEEPS)]
+    ask(scheduler, "d", "d", 1.5)
+
+    assert kinds(scheduler.at(2.2, TimerFired()), Demote) == []
+    after = scheduler.at(2.3, ReplicaDemoted(B, SLEEPS))
+
+    assert kinds(after, Wake) == [Wake(C)]
 
 
 def test_people_end_a_model_that_only_programs_use() -> None:
@@ -169,6 +205,45 @@ def test_people_end_a_model_that_only_programs_use() -> None:
         scheduler.at(now_s, TimerFired())
 
     assert scheduler.replica("b-0").draining
+
+
+# What steps cost.
+
+
+def a_step(kind: StepKind = "demote", name: str = "p-0", **changes: object) -> Step:
+    """One whose model gets a call every ten seconds."""
+    want = Want(model=ModelName("p"), calls_per_s=0.1)
+    facts: dict[str, object] = {"replica": a_replica(name), "want": want, "back_s": 20.0}
+    return Step(kind=kind, **{**facts, **changes})  # type: ignore[arg-type]
+
+
+NEED = Want(model=ModelName("q"), waiting_calls=1, oldest_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "price_s"),
+    [
+        (a_step("shrink"), 0.0),
+        (a_step("drop", redo_s=3.0), 3.0),
+        (a_step("drop", redo_s=3.0, back_s=5.0), 1.5),
+        (a_step("unload"), 40.0),
+        (a_step(), 40.0),
+        (a_step(replicas=4), 10.0),
+        (a_step("drain", busy_s=7.0), 47.0),
+    ],
+)
+def test_a_step_costs_what_calls_to_come_will_wait(step: Step, price_s: float) -> None:
+    assert Expected().price_s(step, NEED) == price_s
+
+
+def test_what_turns_out_superfluous_is_left_out() -> None:
+    small = a_step("shrink", "p-0", hbm_bytes=5)
+    large = a_step("demote", "p-1", hbm_bytes=100)
+
+    assert cheapest([small, large], 5, Expected(), NEED) == Plan((small,), 0.0)
+    assert cheapest([small, large], 50, Expected(), NEED) == Plan((large,), 40.0)
+    assert cheapest([small, large], 105, Expected(), NEED) == Plan((large, small), 40.0)
+    assert cheapest([small, large], 106, Expected(), NEED) is None
 
 
 # What is foreseen.

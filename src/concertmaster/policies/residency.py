@@ -56,7 +56,9 @@ class Expected:
             return False
         if step.resident_s < self.residence * step.back_s and soon > 0:
             return True
-        people = step.busy_interactive or (step.want.interactive_ratio > 0 and soon >= 1)
+        mine = step.want
+        used = mine.owing_workflows + mine.calls_per_s * self.hold_s >= 1
+        people = step.busy_interactive or (mine.interactive_ratio > 0 and used)
         return people and not want.interactive_calls and want.oldest_s < self.hold_s
 
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
