@@ -133,6 +133,15 @@ def test_without_colocation_nothing_makes_way() -> None:
         assert kinds(actions, Wake, Demote) == []
 
 
+def test_without_colocation_a_node_with_sleepers_takes_one_model() -> None:
+    sleepers = three_on_one(states={A: SLEEPS, B: SLEEPS, C: SLEEPS})
+    scheduler = CheckedScheduler(sleepers, "fcfs/no-colocation")
+
+    assert kinds(ask(scheduler, "r1", "b", 0.0), Wake) == [Wake(B)]
+    scheduler.at(2.0, ReplicaReady(B))
+    assert kinds(ask(scheduler, "r2", "c", 3.0), Wake) == []
+
+
 def test_without_ram_weights_go_back_to_disk() -> None:
     fleet = three_on_one(host_bytes=0, states={A: RUNS, B: RUNS})
     scheduler = CheckedScheduler(fleet, "fcfs/lru-swap")

@@ -242,8 +242,7 @@ class Residents:
     def _may_rise(self, replica: Replica, site: _Site) -> bool:
         others = (one for one in site.tenants if one is not replica)
         alone = self._residency.colocates or not any(
-            one.readiness in (Readiness.RUNNING, Readiness.SLEEPING)
-            or one.replica_id in self._waking.starting
+            one.readiness is Readiness.RUNNING or one.replica_id in self._waking.starting
             for one in others
             if one.alive
         )

@@ -105,10 +105,10 @@ class LruSwap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qlm:
-    """A queue for each model: earliest deadline first, and a model serves its whole group.
+    """A queue for each model, earliest deadline first; a swap serves a whole group (QLM).
 
-    One is swapped out once nobody waits for it and its calls have ended, or if a deadline
-    elsewhere comes first by more than the swap takes (QLM, SoCC 2024).
+    A model is swapped out once its calls have ended, and made to end them only for a call with
+    a deadline.
     """
 
     colocates: bool = True
@@ -141,8 +141,8 @@ class NoColocation:
     colocates: bool = False
 
     def price_s(self, step: Step, want: Want) -> float | None:
-        """Give nothing up."""
-        return None
+        """Give nothing up but engines that sleep: they would sleep for good."""
+        return 0.0 if step.kind == "unload" else None
 
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Take a node that is free."""
