@@ -48,7 +48,11 @@ class Expected:
         if self._is_protected(step, want, soon):
             return None
         callers = weight(mine.interactive_ratio, self.interactive)
-        return callers * soon * step.back_s / step.replicas + step.busy_s
+        if step.kind == "drain":
+            out_s = step.busy_s + (1 + self.residence) * step.back_s
+            soon = mine.owing_workflows + mine.calls_per_s * out_s
+            return callers * soon * out_s / step.replicas
+        return callers * soon * step.back_s / step.replicas
 
     def _is_protected(self, step: Step, want: Want, soon: float) -> bool:
         """Whether it has hardly come up, or people use it and no person asks for its place."""
