@@ -55,7 +55,7 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/engine_model.py
 	$(BIN)/python benchmarks/parity.py
 
-NATIVE := $(addprefix core/,cost.py fleet.py memory.py outlook.py queue.py routing.py scheduler.py \
+NATIVE := $(addprefix core/,cost.py crews.py fleet.py ladder.py memory.py outlook.py queue.py routing.py scheduler.py \
   service.py sketch.py traffic.py wait.py waking.py window.py workflow.py) \
   policies/*.py policies/recipes/*.py predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py stretch.py) \

@@ -1,14 +1,16 @@
-"""What one decision costs: arrivals at an idle fleet, and finishes with a long line.
+"""What one decision costs: arrivals at an idle fleet, and finishes and arrivals with a long line.
 
-    python benchmarks/decisions.py
+    python benchmarks/decisions.py [--policy swarmx --policy least-tokens --replicas 100 1000]
 
 Prints the median and P99 of a decision over fleets of 10 to 1,000 replicas, each with no
-call waiting (every arrival is placed) and with 10,000 waiting (every finish frees room for
-one), and how cost grows with the fleet.
+call waiting (every arrival is placed) and with a line of --waiting calls: every finish frees
+room for one, every arrival is routed and joins. Then how cost grows with the fleet, and for
+several policies how often the first takes the time of each other.
 """
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import random
@@ -115,28 +117,64 @@ def idle_line(name: str, replicas: int, decisions: int) -> list[float]:
     return taken
 
 
-def long_line(name: str, replicas: int, decisions: int) -> list[float]:
-    """Seconds of finishes that let the best of 10,000 waiting calls go."""
+def long_line(name: str, replicas: int, waiting: int, decisions: int) -> tuple[list[float], ...]:
+    """Seconds of finishes that let the best of the waiting calls go, and of arrivals."""
     rng = random.Random(0)
     scheduler = Scheduler(
         a_fleet(replicas, max_sequences=4), dataclasses.replace(policy(name), window_s=1e9), rng
     )
-    source, taken, running = requests(rng), [], []
-    for _ in range(4 * replicas + WAITING):
+    source, finishes, arrivals = requests(rng), list[float](), list[float]()
+    running: list[RequestId] = []
+    now_s = 0.0
+    while len(scheduler.line) < waiting:
         request = next(source)
-        actions = scheduler.handle(request.arrival_s, RequestArrived(request, FORECAST))
+        now_s = request.arrival_s
+        actions = scheduler.handle(now_s, RequestArrived(request, FORECAST))
         running += [a.request_id for a in actions if isinstance(a, Dispatch)]
-    now_s = request.arrival_s
+    gc.collect()
+    gc.freeze()
     for _ in range(decisions):
         finished = running.pop(rng.randrange(len(running)))
-        event = RequestFinished(finished, 1, 100)
-        begun_s = time.perf_counter()
-        actions = scheduler.handle(now_s, event)
-        taken.append(time.perf_counter() - begun_s)
-        running += [a.request_id for a in actions if isinstance(a, Dispatch)]
         request = next(source)
-        scheduler.handle(now_s, RequestArrived(request, FORECAST))
-    return taken
+        for event, taken in (
+            (RequestFinished(finished, 1, 100), finishes),
+            (RequestArrived(request, FORECAST), arrivals),
+        ):
+            begun_s = time.perf_counter()
+            actions = scheduler.handle(request.arrival_s, event)
+            taken.append(time.perf_counter() - begun_s)
+            running += [a.request_id for a in actions if isinstance(a, Dispatch)]
+    gc.unfreeze()
+    return finishes, arrivals
+
+
+def figures(name: str, replicas: int, waiting: int, decisions: int) -> list[float]:
+    """Median and P99 in microseconds: no line, then finishes and arrivals with one."""
+    found = []
+    idle = idle_line(name, replicas, decisions)
+    for seconds in (idle, *long_line(name, replicas, waiting, decisions)):
+        seconds.sort()
+        found += [1e6 * statistics.median(seconds), 1e6 * seconds[int(0.99 * len(seconds))]]
+    return found
+
+
+def show(name: str, table: dict[int, list[float]], waiting: int) -> None:
+    """Print the figures of a policy and how they grow with the fleet."""
+    print(f"policy {name}, microseconds a decision, {waiting:,} wait\n")
+    print(f"{'replicas':>9}{'no line P50':>13}{'P99':>8}{'finish P50':>13}{'P99':>8}", end="")
+    print(f"{'arrival P50':>13}{'P99':>8}")
+    for replicas, row in table.items():
+        print(f"{replicas:>9}" + "".join(f"{p50:>13.0f}{p99:>8.0f}" for p50, p99 in pairs(row)))
+    least, most = min(table), max(table)
+    for column, label in ((0, "no line"), (2, "finishes"), (4, "arrivals")) * (least < most):
+        growth = math.log(table[most][column] / table[least][column]) / math.log(most / least)
+        print(f"growth, {label}: cost ~ replicas^{growth:.2f}")
+    print(flush=True)
+
+
+def pairs(row: list[float]) -> list[tuple[float, float]]:
+    """Return (median, P99) of each kind of decision."""
+    return list(zip(row[::2], row[1::2], strict=True))
 
 
 def main() -> None:
@@ -144,27 +182,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--policy", default="least-tokens+las")
+    parser.add_argument("--policy", action="append")
+    parser.add_argument("--replicas", nargs="+", type=int, default=FLEETS)
+    parser.add_argument("--waiting", type=int, default=WAITING)
     parser.add_argument("--decisions", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    table = {}
-    print(f"policy {options.policy}, microseconds a decision\n")
-    print(f"{'replicas':>9}{'no line P50':>13}{'P99':>8}{'10,000 wait P50':>17}{'P99':>8}")
-    for replicas in FLEETS:
-        row = []
-        for measure in (idle_line, long_line):
-            seconds = sorted(measure(options.policy, replicas, options.decisions))
-            row += [1e6 * statistics.median(seconds), 1e6 * seconds[int(0.99 * len(seconds))]]
-        table[replicas] = row
-        print(f"{replicas:>9}{row[0]:>13.0f}{row[1]:>8.0f}{row[2]:>17.0f}{row[3]:>8.0f}")
-    for column, label in ((0, "no line"), (2, "10,000 waiting")):
-        growth = math.log(table[FLEETS[-1]][column] / table[FLEETS[0]][column]) / math.log(
-            FLEETS[-1] / FLEETS[0]
-        )
-        print(f"growth, {label}: cost ~ replicas^{growth:.2f}")
+    tables: dict[str, dict[int, list[float]]] = {}
+    for name in options.policy or ["least-tokens+las"]:
+        tables[name] = {
+            replicas: figures(name, replicas, options.waiting, options.decisions)
+            for replicas in options.replicas
+        }
+        show(name, tables[name], options.waiting)
+    first, *others = tables
+    for other in others:
+        for replicas, row in tables[other].items():
+            ratios = (
+                mine / theirs for mine, theirs in zip(tables[first][replicas], row, strict=True)
+            )
+            listed = ", ".join(f"{ratio:.1f}" for ratio in list(ratios)[::2])
+            print(f"{first} / {other}, P50 at {replicas} replicas: {listed}")
     if options.json:
-        options.json.write_text(json.dumps(table))
+        options.json.write_text(json.dumps(tables))
 
 
 if __name__ == "__main__":

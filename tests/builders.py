@@ -217,7 +217,7 @@ class StubView:
 
     def crew(self, pool: Pool) -> Crew | None:
         replicas = self.in_service(pool)
-        return crew_of(pool, replicas) if replicas else None
+        return crew_of(pool, replicas, self.now_s, 0.25) if replicas else None
 
     def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Wait:
         return Wait([self.waits_s.get(crew.pool.pool_id, (0.0,))], 0.0)

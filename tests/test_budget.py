@@ -188,7 +188,7 @@ def test_a_predictor_that_takes_its_time_to_fail_is_skipped() -> None:
         a_forecast(math.nan),
         a_forecast(math.inf),
         a_forecast(-1.0),
-        Forecast(output_tokens_on={M: Quantiles((0.1, 0.5, 0.9), (1.0, math.nan, 3.0))}),
+        Forecast(output_tokens_on={M: Quantiles.exactly(math.nan)}),
         Forecast(remaining_tokens=Quantiles.exactly(math.nan)),
         Forecast(remaining_calls=Quantiles.exactly(-1.0)),
         Forecast(remaining_tool_s=Quantiles.exactly(math.inf)),

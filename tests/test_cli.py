@@ -141,7 +141,10 @@ def test_an_unknown_policy_is_refused_with_the_nearest(shell: Shell, command: st
         ),
         (
             ("-w", "sample", "--arrivals", "sometimes"),
-            '--arrivals: unknown kind of arrivals "sometimes" (known: gamma, poisson, trace)',
+            (
+                '--arrivals: unknown kind of arrivals "sometimes" '
+                "(known: burst, gamma, poisson, step, trace)"
+            ),
         ),
         (
             ("-w", "sample", "--limit", 0),

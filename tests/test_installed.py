@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from builders import a_fleet, a_request
-from concertmaster import compose
+from concertmaster import forecaster
 from concertmaster.config import GatewaySection
 from concertmaster.learning.background import Done
 from concertmaster.learning.installed import NOTE, fingerprint, installed
@@ -38,12 +38,12 @@ class Site:
 
     def school(self) -> School:
         settings = GatewaySection(models=str(self.models), feedback=str(self.labels))
-        return compose._school(settings, self.labels, ())
+        return forecaster._school(settings, self.labels, ())
 
     def start(self) -> Path:
         """Start a gateway's predictor; return the store that serves."""
         settings = GatewaySection(models=str(self.models), feedback=str(self.labels))
-        loop = compose.serving_predictor(settings, a_fleet())
+        loop = forecaster.serving_predictor(settings, a_fleet())
         assert isinstance(loop, LearningLoop)
         loop.end()
         assert loop._school is not None

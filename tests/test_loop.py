@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from builders import a_fleet, a_request
-from concertmaster import compose
+from concertmaster import forecaster
 from concertmaster.config import GatewaySection
 from concertmaster.core.errors import InputError
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
@@ -598,11 +598,11 @@ def test_a_turn_that_raises_does_not_end_the_turns(tmp_path: Path) -> None:
 
 def test_serving_without_feedback_learns_all_the_same(tmp_path: Path) -> None:
     settings = GatewaySection(models="recent")
-    loop = compose.serving_predictor(settings, a_fleet())
+    loop = forecaster.serving_predictor(settings, a_fleet())
     assert isinstance(loop, LearningLoop)
     loop.end()
     kept = GatewaySection(models="recent", feedback=str(tmp_path / "f" / "labels.sqlite"))
-    with_file = compose.serving_predictor(kept, a_fleet())
+    with_file = forecaster.serving_predictor(kept, a_fleet())
     assert isinstance(with_file, LearningLoop)
     with_file.learn(a_request("a"), Completion(model=M, output_tokens=3))
     with_file.end()

@@ -1,5 +1,6 @@
 """Distributions as quantiles, against Monte Carlo and against algebra."""
 
+import math
 from functools import cache
 from itertools import combinations_with_replacement, product
 
@@ -226,3 +227,8 @@ def test_a_predicted_length_stays_between_one_and_the_cap() -> None:
 
 def test_without_a_forecast_a_usual_chat_answer_is_expected() -> None:
     assert NO_FORECAST.output_at(ModelName("m"), 0.9, 10_000) == UNKNOWN_OUTPUT_TOKENS
+
+
+def test_a_value_that_is_no_number_is_refused_between_others() -> None:
+    with pytest.raises(ValueError, match="must not decrease"):
+        Quantiles((0.1, 0.5, 0.9), (1.0, math.nan, 3.0))

@@ -5,6 +5,7 @@ every request gets exactly one outcome, promises are taken back, nobody is overt
 replica idles beside a call it could serve, and the same history gives the same actions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -423,7 +424,8 @@ class Driver(RuleBasedStateMachine):
             woken = any(r.replica_id in self.waking for r in able)
             full = self.limits.gpus is not None and not any(map(self.core._waking.affords, able))
             assert serving or woken or full or not able, "a call waits and nobody is woken"
-            assert serving or woken or not leaving, "a call waits beside one that leaves"
+            over = self.busy_gpus() > (self.limits.gpus or math.inf)
+            assert serving or woken or over or not leaving, "a call waits beside one that leaves"
 
     def teardown(self) -> None:
         for name in REPLICAS:

@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-from concertmaster import __version__, commands, commands_learning, commands_reproduce, compose
+from concertmaster import (
+    __version__,
+    commands,
+    commands_learning,
+    commands_reproduce,
+    forecaster,
+)
 from concertmaster.core.errors import InputError
 from concertmaster.observe.console import console
 
@@ -120,7 +126,7 @@ def simulate(
     rate: Rate = None,
     rate_scale: RateScale = 1.0,
     limit: Limit = None,
-    models: Models = compose.RECENT,
+    models: Models = forecaster.RECENT,
     seed: Seed = 0,
     json: Json = None,
     trace: Annotated[Path | None, typer.Option(help="Write every event and decision here.")] = None,
@@ -156,7 +162,7 @@ def compare(
     rate: Rate = None,
     rate_scale: RateScale = 1.0,
     limit: Limit = None,
-    models: Models = compose.RECENT,
+    models: Models = forecaster.RECENT,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw makespans to a .png or .svg.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
-from concertmaster import compose
+from concertmaster import compose, forecaster
 from concertmaster import demo as demonstration
 from concertmaster.config import load_engine, load_fleet
 from concertmaster.core.errors import InputError
@@ -106,7 +106,7 @@ def serve(
             record_candidates=writer is not None,
         )
 
-        predictor = compose.serving_predictor(settings, fleet)
+        predictor = forecaster.serving_predictor(settings, fleet)
 
         async def run() -> None:
             gateway = running_gateway(

@@ -2,21 +2,16 @@
 
 import errno
 import random
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from functools import partial
 from operator import attrgetter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import uvloop
 
 from concertmaster.config import (
     EngineFile,
     FleetFile,
-    GatewaySection,
     NodeSection,
     PoolSection,
 )
@@ -40,6 +35,7 @@ from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.faults import Faults
+from concertmaster.forecaster import RECENT, predictor_of
 from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.hardware import gpu, ready_s
 from concertmaster.physics.models import model_card
@@ -47,15 +43,11 @@ from concertmaster.physics.sharing import footprint, most_kv_blocks
 from concertmaster.physics.step_time import kv_capacity_tokens, rate_curve
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.predictors.interface import Predictor
-from concertmaster.predictors.recent import RecentLengths
 from concertmaster.sim.clairvoyant import Clairvoyant
 from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine_settings
 from concertmaster.sim.incidents import Incident
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
-
-if TYPE_CHECKING:
-    from concertmaster.learning.upkeep import School
 
 _T = TypeVar("_T")
 
@@ -239,86 +231,6 @@ class _Yard:
         )
 
 
-RECENT, SHIPPED = "recent", "default"
-"""Names of the two predictors that need no folder: lengths seen lately, and the shipped store."""
-
-
-def predictor_of(models: str, fleet: Fleet) -> Predictor:
-    """Return the predictor of that name, or of the store in that folder.
-
-    Raises:
-        InputError: The folder holds no store that this version reads.
-    """
-    if models == RECENT:
-        return RecentLengths()
-    from concertmaster.predictors.store import load_predictor  # noqa: PLC0415  # numpy is slow
-
-    folder = None if models == SHIPPED else Path(models)
-    return load_predictor(folder, models=_model_names(fleet))
-
-
-def _model_names(fleet: Fleet) -> tuple[ModelName, ...]:
-    return tuple(dict.fromkeys(pool.model.name for pool in fleet.pools))
-
-
-def serving_predictor(
-    settings: GatewaySection,
-    fleet: Fleet,
-    *,
-    trains: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Predictor:
-    """Return the predictor of a gateway: kept to its budget, and learning as it serves.
-
-    A challenger that was installed over the same store, beside the same labels, is taken up.
-
-    Args:
-        settings: Which predictor, its budget, and where labels are kept.
-        fleet: Whose models get forecasts of their own.
-        trains: Whether challengers may be trained in a process beside this one.
-        clock: Seconds of the wall.
-
-    Raises:
-        InputError: As for ``predictor_of``, or ``feedback`` names another kind of file.
-    """
-    from concertmaster.learning.feedback import FeedbackStore  # noqa: PLC0415  # numpy is slow
-    from concertmaster.learning.loop import LearningLoop  # noqa: PLC0415
-
-    labels = Path(settings.feedback) if settings.feedback else None
-    school = None
-    if labels is not None and trains and settings.models != RECENT:
-        school = _school(settings, labels, _model_names(fleet))
-    return LearningLoop(
-        predictor_of(settings.models, fleet) if school is None else school.take_up(),
-        clock,
-        budget_s=settings.forecast_budget_ms / 1000,
-        store=None if labels is None else FeedbackStore(labels),
-        school=school,
-        run=uuid4().hex[:8],
-    )
-
-
-def _school(settings: GatewaySection, labels: Path, names: tuple[ModelName, ...]) -> "School":
-    """Challengers are trained from the champion's store, and kept beside the labels."""
-    from concertmaster.learning.background import BackgroundTrainer  # noqa: PLC0415
-    from concertmaster.learning.installed import fingerprint  # noqa: PLC0415
-    from concertmaster.learning.refit import refit  # noqa: PLC0415
-    from concertmaster.learning.upkeep import School  # noqa: PLC0415
-    from concertmaster.predictors.store import DEFAULT, load_predictor  # noqa: PLC0415
-
-    told = DEFAULT if settings.models == SHIPPED else Path(settings.models)
-    return School(
-        trainer=BackgroundTrainer(),
-        train=refit,
-        load=partial(load_predictor, models=names),
-        champion=told,
-        labels=labels,
-        folder=labels.with_name(f"{labels.name}.challengers"),
-        over=fingerprint(told),
-        seed=settings.seed,
-    )
-
-
 def simulate(
     fleet: Fleet,
     workload: Workload,
@@ -390,7 +302,7 @@ def check_models(fleet: Fleet, workload: Workload) -> None:
     Raises:
         InputError: A call could be served by nobody.
     """
-    known = _model_names(fleet)
+    known = fleet.models
     for asked in workload.models_asked:
         if not {*asked} & {*known}:
             expected = f"expected a model of the fleet {fleet.name} ({', '.join(known)})"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from concertmaster import compose
+from concertmaster import compose, forecaster
 from concertmaster.config import FleetFile
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, ReplicaId
@@ -128,7 +128,7 @@ async def _serve_gateway(pipe: Connection, job: _Job) -> None:
             observe = stack.enter_context(TraceWriter(job.trace, header))
         serving = running_gateway(
             Scheduler(fleet, policy_named(job.policy), random.Random(job.seed)),
-            compose.serving_predictor(
+            forecaster.serving_predictor(
                 file.gateway, fleet, trains=False
             ),  # a daemon has no children
             job.urls,

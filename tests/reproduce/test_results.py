@@ -142,3 +142,24 @@ def test_a_cell_of_a_table_is_shown_once_and_a_crooked_row_is_refused() -> None:
     assert cell_text(Estimate.of([math.pi])) == "3.14"
     with pytest.raises(ValueError, match="expected 2 cells a row, found 1"):
         Table(title="t", columns=("a", "b"), rows=(("x",),))
+
+
+@pytest.mark.parametrize(
+    ("direction", "by_interval", "values", "met"),
+    [
+        ("at most", False, [0.9, 1.2], False),
+        ("at most", True, [0.9, 1.2], True),
+        ("at most", True, [1.2, 1.2001], False),
+        ("at least", False, [0.9, 1.05], False),
+        ("at least", True, [0.9, 1.05], True),
+        ("at least", True, [0.9, 0.9001], False),
+        ("at most", True, [1.2], False),
+    ],
+)
+def test_a_claim_by_its_interval_is_missed_only_if_all_of_it_lies_beyond(
+    direction: Direction, values: list[float], *, by_interval: bool, met: bool
+) -> None:
+    claim = Claim.over_seeds("id", "s", values, direction, 1.0, by_interval=by_interval)
+
+    assert claim.met is met
+    assert claim.target_text.endswith("beyond the interval") is by_interval

@@ -9,19 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import a_fleet, a_pool
+from concertmaster.core.actions import Stop, Wake
+from concertmaster.core.events import TimerFired
+from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.core.request import ServiceClass, WorkflowId
 from concertmaster.policies.catalog import NAMES, policy
 from concertmaster.reproduce import swarmx_drift as drifts
+from concertmaster.reproduce import swarmx_scaling as scaled
 from concertmaster.reproduce import swarmx_world as world
 from concertmaster.reproduce.results import Cell, Results
 from concertmaster.reproduce.search import MOST_STEPS, highest
 from concertmaster.reproduce.swarmx import DEFAULT_WORLDS, STUDY
 from concertmaster.reproduce.swarmx_arms import (
-    ADAPTING,
     ARMS,
     BLIND,
     DRIFTERS,
+    FORESEEN,
     FROZEN,
+    LATE,
+    LATE_TWO,
     MEANS,
     MORE_ROUTERS,
     MORE_SEARCHED,
@@ -29,13 +35,18 @@ from concertmaster.reproduce.swarmx_arms import (
     POINT,
     ROLES,
     ROUTERS,
+    SCALED,
     SEARCHED,
+    SETTLED,
+    STATIC,
     TWO,
     WITHOUT,
 )
+from concertmaster.reproduce.swarmx_scaling_summary import CLAIMED, frontier_s
 from concertmaster.reproduce.swarmx_summary import DRIFTING, summary
 from concertmaster.reproduce.swarmx_world import DEEP
 from concertmaster.sim.incidents import loss
+from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.records import Gauges, RunRecords, WorkflowRecord
 
 needs_recipe = pytest.mark.skipif("swarmx" not in NAMES, reason="needs the recipe swarmx")
@@ -76,11 +87,20 @@ def test_every_arm_is_a_policy(arm: str) -> None:
 
 
 def test_every_arm_that_is_run_or_claimed_is_known() -> None:
-    run = {*ROUTERS, *MORE_ROUTERS, *SEARCHED, *MORE_SEARCHED, *DRIFTERS, *WITHOUT}
+    run = {
+        *ROUTERS,
+        *MORE_ROUTERS,
+        *SEARCHED,
+        *MORE_SEARCHED,
+        *DRIFTERS,
+        SETTLED,
+        *WITHOUT,
+        *SCALED,
+    }
 
     assert run == {*ARMS}
-    assert {BLIND, MEANS, POINT, OURS} <= {*ROUTERS}
-    assert {BLIND, TWO, ROLES} <= {*SEARCHED}
+    assert {BLIND, LATE, MEANS, POINT, OURS} <= {*ROUTERS}
+    assert {BLIND, LATE, TWO, LATE_TWO, ROLES} <= {*SEARCHED}
     assert {ROLES, FROZEN} == {*DRIFTERS}
 
 
@@ -211,22 +231,21 @@ def test_windows_hold_the_workflows_that_arrive_in_them() -> None:
     assert seen == [50.0, 60.0, 70.0, 80.0, 90.0, 100.0]
 
 
-def test_what_can_be_reached_is_what_the_recipe_reaches_that_adapts(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("arm", "at_s"), [(FROZEN, drifts.STRICKEN_S), (SETTLED, 0.0)])
+def test_the_settled_arm_is_struck_before_the_first_arrival(
+    arm: str, at_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     played: list[tuple[str, float]] = []
 
     def play(_: str, __: str, arm: str, *, at_s: float, seed: int) -> RunRecords:
         played.append((arm, at_s))
-        slow = arm == FROZEN and at_s > 0.0
-        return a_run(*(a_record(i, 10.0 * i, 90.0 if slow else 10.0) for i in range(90 + seed)))
+        return a_run(*(a_record(i, 10.0 * i, 10.0) for i in range(90 + seed)))
 
     monkeypatch.setattr(drifts, "_play", play)
-    found = drifts.drift(DEEP, "loss", FROZEN, seed=0)
+    found = drifts.drift(DEEP, "loss", arm, seed=0)
 
-    assert played == [(FROZEN, drifts.STRICKEN_S), (ADAPTING, 0.0)]
-    assert (found["reachable_p90_s"], found["p90_after_s"]) == (10.0, 90.0)
-    assert found["recovery_s"] == 830.0 - drifts.STRICKEN_S
+    assert played == [(arm, at_s)]
+    assert found["p90_after_s"] == 10.0
 
 
 def test_a_changed_mix_asks_for_longer_work_at_the_same_instants(
@@ -253,6 +272,52 @@ def test_a_changed_mix_asks_for_longer_work_at_the_same_instants(
     ) / len(output_tokens(late=False))
 
 
+# Scaling.
+
+
+def test_a_fleet_that_scales_starts_as_its_world_and_may_double() -> None:
+    fleet, serving = scaled.elastic_fleet(DEEP), world.fleet_of(DEEP)
+    running = {name for name, (_, _, state) in fleet.replicas.items() if state is Readiness.RUNNING}
+
+    assert running == {*serving.replicas}
+    assert scaled.gpus(fleet) == fleet.limits.gpus == 2 * scaled.gpus(serving)
+
+
+def test_gpus_count_from_when_a_replica_is_woken_until_it_is_stopped() -> None:
+    fleet = scaled.elastic_fleet(DEEP)
+    count = scaled.GpuCount(fleet)
+    count(10.0, TimerFired(), [Wake(ReplicaId("big-5")), Wake(ReplicaId("small-slow-15"))])
+    count(20.0, TimerFired(), [Stop(ReplicaId("big-5"))])
+
+    assert count.at([0.0, 9.0, 10.0, 19.0, 20.0]) == [16.0, 16.0, 19.0, 19.0, 17.0]
+
+
+def test_the_default_grid_scales_where_claims_are_made() -> None:
+    cells = STUDY.cells(seeds=1, full=False)
+
+    assert {cell.arm for cell in cells if cell.setting == CLAIMED} == {*SCALED}
+
+
+@pytest.mark.parametrize("shape", scaled.SHAPES)
+def test_every_shape_is_an_arrival_process(shape: str) -> None:
+    ArrivalSpec.parse(scaled.SHAPES[shape].arrivals)
+
+
+def test_scaling_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "rate_of", lambda _: 2.0)
+    monkeypatch.setattr(world, "slo_s", lambda _: 300.0)
+    monkeypatch.setitem(scaled.SHAPES, "bursts", scaled.Shape("burst:2:60:60", 1.0, 400))
+    static, elastic = (
+        scaled.scale(DEEP, "bursts", arm, seed=0) for arm in (STATIC[0], "round-robin/reactive")
+    )
+
+    assert {*static["timeline_gpus"]} == {16.0}  # type: ignore[misc]
+    assert static["fleet.replica_starts"] == 0.0
+    assert elastic["fleet.replica_starts"] > 0.0  # type: ignore[operator]
+    assert 16.0 < max(elastic["timeline_gpus"]) <= 32.0  # type: ignore[arg-type]
+    assert len(elastic["timeline_s"]) == len(elastic["timeline_p90_s"])  # type: ignore[arg-type]
+
+
 # The summary.
 
 
@@ -260,24 +325,28 @@ def figures_of(cell: Cell) -> dict[str, float | list[float]]:
     """Make up figures: ours take a tenth of what the blind arm takes, the rest half of it."""
     question = cell.setting.partition("/")[0]
     if question == "rate":
-        return {"rate_rps": {BLIND: 1.0, TWO: 1.5}.get(cell.arm, 2.4) + 0.01 * cell.seed}
+        rates = {BLIND: 1.0, LATE: 1.1, TWO: 1.5, LATE_TWO: 1.4}
+        return {"rate_rps": rates.get(cell.arm, 2.4) + 0.01 * cell.seed}
     if question == "drift":
-        seconds = 500.0 if cell.arm == FROZEN else 20.0
+        starts_s = [drifts.STEP_S * at for at in range(80)]
+        near_s = drifts.STRICKEN_S + (480.0 if cell.arm == FROZEN else 20.0 + 10.0 * cell.seed)
         return {
-            "reachable_p90_s": 50.0,
-            "recovery_s": seconds + cell.seed,
-            "p90_after_s": 60.0,
+            "p90_after_s": 50.0,
             "lost_ratio": 0.0,
-            "timeline_s": [0.0, 10.0],
-            "timeline_p90_s": [50.0, 60.0],
+            "timeline_s": starts_s,
+            "timeline_p90_s": [99.0 if at_s < near_s else 55.0 for at_s in starts_s],
         }
-    share = {OURS: 0.1, BLIND: 1.0}.get(cell.arm, 0.5)
+    share = {OURS: 0.1, FORESEEN: 0.1, BLIND: 1.0}.get(cell.arm, 0.5)
     spread = {f"makespan_s.{level}": 100 * share + cell.seed for level in ("p50", "p90")}
     tails = {f"makespan_s.{level}": 200 * share + cell.seed for level in ("p95", "p99")}
     return {
         **spread,
         **tails,
-        "fleet.gpu_s": 9.0,
+        "fleet.gpu_s": 18.0 if cell.arm.endswith("target=12") else 9.0,
+        "fleet.replica_starts": 3.0,
+        "timeline_s": [0.0, 60.0],
+        "timeline_p90_s": [50.0, 60.0],
+        "timeline_gpus": [16.0, 20.0],
         "rate_rps": 0.5,
         "slo_s": 200.0,
         "attained_ratio": 0.9,
@@ -294,12 +363,42 @@ def test_claims_say_what_the_figures_say(*, full: bool) -> None:
     found = {claim.id: claim for claim in summary(results(full=full)).claims}
 
     assert all(claim.met for claim in found.values())
-    assert found["router-round-robin-p95"].measured == pytest.approx(0.1, abs=0.01)
-    assert found["router-murakkab-p95"].measured == pytest.approx(0.2, abs=0.02)
-    assert found["rate-round-robin"].measured == pytest.approx(2.4, abs=0.02)
-    assert found["drift-throttle"].measured == 21.0
+    assert found["router-round-robin-published"].measured == pytest.approx(0.1, abs=0.01)
+    assert found["router-round-robin-best"].measured == pytest.approx(0.2, abs=0.02)
+    assert found["router-murakkab"].measured == pytest.approx(0.2, abs=0.02)
+    assert found["rate-round-robin-published"].measured == pytest.approx(2.4, abs=0.02)
+    assert found["rate-round-robin-best"].measured == pytest.approx(2.4 / 1.1, abs=0.02)
+    assert found["rate-power-of-two-best"].statement.endswith(TWO)
+    assert found["end-to-end-static-published"].measured == pytest.approx(0.2, abs=0.02)
+    assert found["end-to-end-reactive-best"].measured == pytest.approx(0.2, abs=0.02)
+    assert found["drift-throttle"].measured == 30.0
     worlds = len(world.WORLDS) if full else DEFAULT_WORLDS
     assert found["distribution-over-mean"].measured == worlds
+
+
+def test_equal_gpu_time_is_read_off_between_the_arms_of_a_rival() -> None:
+    made = dict(results().figures)
+    for cell, others in results().figures.items():
+        if cell.setting == CLAIMED and cell.arm == FORESEEN:
+            made[cell] = {**others, "fleet.gpu_s": 13.5, "makespan_s.p95": 50.0}
+        elif cell.setting == CLAIMED:
+            p95_s = 60.0 if cell.arm.endswith("target=12") else 140.0
+            made[cell] = {**others, "makespan_s.p95": p95_s}
+    found = {claim.id: claim for claim in summary(Results(made)).claims}
+
+    assert found["end-to-end-reactive-published"].measured == pytest.approx(50 / 100)
+    assert found["end-to-end-static-published"].measured == pytest.approx(50 / 140)
+    assert "swarmx/foreseen 13.5" in found["end-to-end-static-published"].note
+
+
+@given(st.lists(st.tuples(st.floats(1.0, 99.0), st.floats(1.0, 99.0)), min_size=1), st.data())
+def test_a_rivals_frontier_goes_through_its_arms_and_stays_among_them(
+    steps: list[tuple[float, float]], data: st.DataObject
+) -> None:
+    gpu_s = data.draw(st.floats(0.0, 200.0))
+    p95s = [p95_s for _, p95_s in steps]
+
+    assert min(p95s) - 1e-9 <= frontier_s(steps, gpu_s) <= max(p95s) + 1e-9
 
 
 def test_a_single_seed_has_no_interval_and_still_a_summary() -> None:
@@ -322,4 +421,4 @@ def test_tables_and_plots_show_every_arm() -> None:
 
     assert {row[0] for row in routers.rows} == {*ROUTERS, *WITHOUT}
     assert found.plots is not None
-    assert {*found.plots} == {"swarmx-makespans", "swarmx-drift"}
+    assert {*found.plots} == {"swarmx-makespans", "swarmx-drift", "swarmx-scaling-bursts"}

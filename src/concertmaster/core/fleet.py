@@ -372,6 +372,11 @@ class Fleet:
         """GPUs in all."""
         return sum(pool.tensor_parallel for pool, _, _ in self.replicas.values())
 
+    @property
+    def models(self) -> tuple[ModelName, ...]:
+        """Names of its models, each once, in the order of the pools."""
+        return tuple(dict.fromkeys(pool.model.name for pool in self.pools))
+
     def build(self) -> list[Replica]:
         """Return fresh, idle replicas, those on one node with one ledger."""
         memories = {

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica
+from concertmaster.core.crews import Crews
+from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting, WaitingLine, line_key
 from concertmaster.core.request import ModelName, RequestId
-from concertmaster.core.sketch import affine
+from concertmaster.core.sketch import Sketch, affine
 from concertmaster.core.traffic import Traffic
-from concertmaster.core.wait import Crew, Wait, ahead_of, crew_of, wait_parts
+from concertmaster.core.wait import Ahead, Crew, Wait, held, until_clear_s
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Owed, Workflows
 
@@ -48,14 +49,12 @@ class Outlook:
         self._running = running
         self._workflows = workflows
         self._window = window
+        window_s = math.inf if policy.binds == "early" else policy.window_s
+        self._crews = Crews(by_pool, running, window, window_s)
 
     def in_service(self, pool: Pool) -> list[Replica]:
         """Replicas that are alive, ready and not on their way out."""
-        return [
-            replica
-            for replica in self._by_pool[pool.pool_id]
-            if replica.alive and not replica.draining and replica.readiness is Readiness.RUNNING
-        ]
+        return self._crews.serving(pool.pool_id)
 
     def ready_s(self, pool: Pool) -> float:
         """Seconds until a replica of the pool can serve: 0 if one does.
@@ -63,9 +62,9 @@ class Outlook:
         Infinite if all of them died or take no further calls. A replica on its way up counts
         as if it were woken only at this instant.
         """
-        staying = [r for r in self._by_pool[pool.pool_id] if r.alive and not r.draining]
-        if any(replica.readiness is Readiness.RUNNING for replica in staying):
+        if self.crew(pool) is not None:
             return 0.0
+        staying = [r for r in self._by_pool[pool.pool_id] if r.alive and not r.draining]
         return min((pool.ready_s.get(r.readiness, 0.0) for r in staying), default=math.inf)
 
     def has_room(self, call: Waiting, pool: Pool) -> bool:
@@ -80,40 +79,38 @@ class Outlook:
 
     def crew(self, pool: Pool) -> Crew | None:
         """Take the replicas that are in service together."""
-        replicas = self.in_service(pool)
-        return crew_of(pool, replicas) if replicas else None
+        return self._crews.crew(self.now_s, pool)
 
     def wait(self, call: Waiting, crew: Crew, *, fifo: bool = False) -> Wait:
         """Compute the wait from the calls that run, those that go first, and those to come."""
         pool = crew.pool
+        key = key_of(self._policy, call, pool)
         lanes = [
-            (lane, self._share(pool.pool_id, crew, lane.pools))
+            (self._share(crew, lane.pools), lane)
             for lane in self._line.lanes.values()
             if pool.pool_id in lane.pools
         ]
-        key = key_of(self._policy, call, pool)
-        ahead = list(ahead_of(call, key, lanes, fifo=fifo))
-        parts = wait_parts(self.now_s, crew, self._running, ahead, self._policy.window_s)
+        model = pool.model.name
+        ahead = Ahead.of((share, lane.ahead(call, key, model, fifo=fifo)) for share, lane in lanes)
+        parts = self._wait_parts(crew, ahead)
         if not fifo:
             lead_s = key - self._policy.aging * self.now_s
-            factor = self.traffic.stretch(self.now_s, lead_s, self._tokens_per_s(pool.model.name))
+            tokens_per_s = self._crews.model_tokens_per_s(self.now_s, model)
+            factor = self.traffic.stretch(self.now_s, lead_s, tokens_per_s)
             parts = [affine(part, factor) for part in parts]
-        all_waiting = sum(len(lane) * share for lane, share in lanes)
-        return Wait(parts, max(0.0, all_waiting - sum(weight for weight, _ in ahead)))
+        others = sum(share * (len(lane) - (call in lane)) for share, lane in lanes)
+        return Wait(parts, max(0.0, others - ahead.calls))
 
-    def _tokens_per_s(self, model: ModelName) -> float:
-        pools = [replicas[0].pool for replicas in self._by_pool.values() if replicas]
-        crews = [self.crew(pool) for pool in pools if pool.model.name == model]
-        return sum(max(1, crew.running) / crew.step_s for crew in crews if crew)
+    def _wait_parts(self, crew: Crew, ahead: Ahead) -> Sequence[Sketch]:
+        if math.isinf(crew.clear_s):
+            return (self._crews.first_end(crew), held(crew, ahead))
+        wait_s = max(0.0, crew.clear_s - self._policy.window_s - self.now_s)
+        return ((until_clear_s(crew, ahead, wait_s),),)
 
-    def _share(self, pool_id: PoolId, crew: Crew, pools: Sequence[PoolId]) -> float:
+    def _share(self, crew: Crew, pools: Sequence[PoolId]) -> float:
         """Part of the calls in a lane that one of its pools will serve, by tokens a second."""
-        rate = total = max(1, crew.running) / crew.step_s
-        for other_id in pools:
-            others = self._by_pool[other_id]
-            other = self.crew(others[0].pool) if other_id != pool_id and others else None
-            total += max(1, other.running) / other.step_s if other else 0.0
-        return rate / total
+        total = sum(self._crews.tokens_per_s(self.now_s, pool_id) for pool_id in pools)
+        return crew.tokens_per_s / total
 
     def waiting_tokens(self, pool: Pool) -> int:
         """Tokens that the workflows in all lanes to the pool still need."""
@@ -132,6 +129,10 @@ class Outlook:
         for call, replica in self._running.values():
             if replica.pool.model.name == model:
                 yield call
+
+    def validate(self) -> None:
+        """Check what is kept from one question to the next."""
+        self._crews.validate(self.now_s)
 
 
 def key_of(policy: Policy, call: Waiting, pool: Pool) -> float:

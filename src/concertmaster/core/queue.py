@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from concertmaster.core.fleet import PoolId
 from concertmaster.core.forecast import UNKNOWN_OUTPUT_TOKENS, Forecast, Quantiles
+from concertmaster.core.ladder import NO_WORK, Ladder, Rank, Work
 from concertmaster.core.request import ModelName, Request, RequestId
 from concertmaster.core.sketch import Measure, Sketch, moments, sketch_of
 from concertmaster.core.workflow import Workflow
@@ -70,7 +71,7 @@ class Waiting:
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
     _sketches: dict[ModelName, Sketch] = field(default_factory=dict)
-    _moments: dict[ModelName, tuple[float, float]] = field(default_factory=dict)
+    _work: dict[ModelName, Work] = field(default_factory=dict)
     _measured: dict[tuple[ModelName, str], float] = field(default_factory=dict)
 
     @property
@@ -108,12 +109,18 @@ class Waiting:
             sketch = self._sketches[model] = sketch_of(law, most=self.request.max_output_tokens)
         return sketch
 
-    def output_moments(self, model: ModelName) -> tuple[float, float]:
-        """Mean and variance of its output tokens on a model."""
-        found = self._moments.get(model)
+    def work(self, model: ModelName) -> Work:
+        """Return what it needs of a model, its mean and variance rounded to whole tokens."""
+        found = self._work.get(model)
         if found is None:
-            found = self._moments[model] = moments(self.output_sketch(model))
+            mean, variance = moments(self.output_sketch(model))
+            found = Work(1, self.request.prompt_tokens, round(mean), round(variance))
+            self._work[model] = found
         return found
+
+    def rank(self, *, fifo: bool = False) -> Rank:
+        """Return its place in the line, or in one that is first come, first served."""
+        return (0.0 if fifo else self.key, self.serial)
 
     def measured_tokens(self, model: ModelName, measure: Measure) -> float:
         """Output tokens on a model, as one number."""
@@ -149,9 +156,13 @@ class Lane:
         self.tokens = 0
         self._heap: list[tuple[float, int, Waiting]] = []
         self._waiting: dict[RequestId, Waiting] = {}
+        self._ladders: dict[tuple[ModelName, bool], Ladder] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __contains__(self, call: Waiting) -> bool:
+        return self._waiting.get(call.request.request_id) is call
 
     def __iter__(self) -> Iterator[Waiting]:
         return iter(self._waiting.values())
@@ -160,14 +171,16 @@ class Lane:
         """Put a call in its place."""
         self._waiting[call.request.request_id] = call
         self.tokens += call.owed_tokens
+        self._climb(call)
         heapq.heappush(self._heap, (call.key, call.serial, call))
 
     def remove(self, call: Waiting) -> None:
         """Take a call out, wherever it stands."""
         del self._waiting[call.request.request_id]
         self.tokens -= call.owed_tokens
+        self._step_off(call)
         if len(self._heap) > 64 and len(self._heap) > 2 * len(self._waiting):
-            self._heap = [entry for entry in self._heap if self._is_live(entry[2])]
+            self._heap = [entry for entry in self._heap if entry[2] in self]
             heapq.heapify(self._heap)
 
     def head(self, current_key: Callable[[Waiting], float] | None) -> Waiting | None:
@@ -179,20 +192,56 @@ class Lane:
         heap = self._heap
         while heap:
             key, serial, call = heap[0]
-            if not self._is_live(call):
+            if call not in self:
                 heapq.heappop(heap)
                 continue
             if current_key is not None:
                 grown = current_key(call)
                 if grown > key:
+                    self._step_off(call)
                     call.key = grown
+                    self._climb(call)
                     heapq.heapreplace(heap, (grown, serial, call))
                     continue
             return call
         return None
 
-    def _is_live(self, call: Waiting) -> bool:
-        return self._waiting.get(call.request.request_id) is call
+    def ahead(self, call: Waiting, key: float, model: ModelName, *, fifo: bool = False) -> Work:
+        """Return the work of the calls that would go before another with that key.
+
+        The sums are kept from the first question on, so that lines of which nobody asks cost
+        nothing.
+
+        Args:
+            call: The call that asks; it never goes before itself.
+            key: Its key among these.
+            model: Where the work would be done.
+            fifo: Take calls to go in the order of their arrival, whatever their keys.
+        """
+        ladder = self._ladders.get((model, fifo))
+        if ladder is None:
+            ladder = self._ladders[model, fifo] = Ladder()
+            for other in self:
+                ladder.add(other.rank(fifo=fifo), other.work(model))
+        place = (0.0 if fifo else key, call.serial)
+        mine = call.work(model) if call in self and call.rank(fifo=fifo) < place else NO_WORK
+        return ladder.before(place).less(mine)
+
+    def validate(self) -> None:
+        """Check sums against the calls."""
+        assert len(self), "an empty lane was kept"
+        waiting_tokens = sum(call.owed_tokens for call in self)
+        assert self.tokens == waiting_tokens, "a lane lost count of tokens"
+        for (model, fifo), ladder in self._ladders.items():
+            ladder.validate((call.rank(fifo=fifo), call.work(model)) for call in self)
+
+    def _climb(self, call: Waiting) -> None:
+        for (model, fifo), ladder in self._ladders.items():
+            ladder.add(call.rank(fifo=fifo), call.work(model))
+
+    def _step_off(self, call: Waiting) -> None:
+        for (_, fifo), ladder in self._ladders.items():
+            ladder.remove(call.rank(fifo=fifo))
 
 
 class WaitingLine:
@@ -290,6 +339,4 @@ class WaitingLine:
         in_lanes = [call.request.request_id for lane in self.lanes.values() for call in lane]
         assert sorted(in_lanes) == sorted(self._by_id), "a lane and the index differ"
         for lane in self.lanes.values():
-            assert len(lane), "an empty lane was kept"
-            waiting_tokens = sum(call.owed_tokens for call in lane)
-            assert lane.tokens == waiting_tokens, "a lane lost count of tokens"
+            lane.validate()

@@ -15,7 +15,10 @@ LONGEST_REVIEW_S = 10.0
 """No call waits longer than this between two looks at where it may go."""
 
 MOST_REVIEWS, REVIEW_GAP_S = 1, 0.05
-"""Calls that one event may look at again, and the time until others that are due get their turn."""
+"""Calls that one event may look at again, and the time until others that are due get their turn.
+
+An arrival looks at no other call: no event routes more than one.
+"""
 
 
 class Routing:

@@ -146,8 +146,9 @@ class Scheduler:
             for call in self.line.pop_expired(now_s):
                 actions.append(self._reject(now_s, call.request, "waited_too_long"))
                 self.workflows.settle(call.workflow.workflow_id, answered=False)
-            for call in self._routing.review(now_s, self.line):
-                actions += self._waking.wake(now_s, call.pools)
+            if not isinstance(event, RequestArrived):
+                for call in self._routing.review(now_s, self.line):
+                    actions += self._waking.wake(now_s, call.pools)
             self._dispatch(now_s, actions)
         if self._residents is not None:
             actions += self._residents.act(now_s)
@@ -209,6 +210,7 @@ class Scheduler:
             case PaceObserved(paces):
                 for replica_id, pace in paces:
                     self.replicas[replica_id].pace = pace
+                    self._window.note(self.replicas[replica_id])
                 return []
             case WorkflowClosed(workflow_id):
                 self.workflows.close(workflow_id)
@@ -259,6 +261,7 @@ class Scheduler:
         prefill_tokens = replica.in_flight[request_id].prefill_tokens
         workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
         fresh_tokens = replica.stream(request_id, tokens)
+        self._window.note(replica)
         if self._residents is not None:
             self._residents.note_growth(replica)
         self.workflows.stream(workflow, fresh_tokens, pool.model.name)
@@ -282,7 +285,7 @@ class Scheduler:
         self._waking.forget(replica)
         actions = [] if self._residents is None else self._residents.settle(now_s, replica)
         self._window.update(now_s, replica)
-        return actions
+        return [*actions, *self._waking.wake_all(now_s, self.line.lanes)]
 
     def _demote(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
         """Take a replica out of service; calls it still had go back to the line or fail."""
@@ -455,6 +458,7 @@ class Scheduler:
         """Check every invariant; slow, for tests."""
         self.line.validate()
         self.workflows.validate()
+        self._outlook.validate()
         for replica in self.replicas.values():
             replica.validate(queues=self.policy.binds == "early")
         if self._residents is not None:

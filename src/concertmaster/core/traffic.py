@@ -35,7 +35,7 @@ class Traffic:
         >>> for i in range(101):
         ...     traffic.note(float(i), 5.0, 50.0)
         >>> round(traffic.stretch(100.0, 6.0, 100.0), 2), traffic.stretch(100.0, 4.0, 100.0)
-        (2.0, 1.0)
+        (2.02, 1.0)
 
         Args:
             now_s: This instant.

@@ -8,6 +8,7 @@ prompt from a 100,000-token one.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from concertmaster.core.fleet import Pool, PoolId, Readiness, Replica, ReplicaId
@@ -23,6 +24,9 @@ class Window:
         window_s: Prefill that one may have been handed ahead of time.
         filters: Which of the open ones a call may go to.
         binds: "early" leaves every replica that serves open, however much it has been handed.
+
+    Attributes:
+        changes: How often anything about the replicas of a pool has changed.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Window:
         self._window_s = window_s
         self._filters = filters
         self._open: dict[PoolId, dict[ReplicaId, Replica]] = {}
+        self.changes: Counter[PoolId] = Counter()
         self._reopening: list[tuple[float, ReplicaId, Replica]] = []
         for replica in replicas:
             self._open.setdefault(replica.pool.pool_id, {})
@@ -55,6 +60,7 @@ class Window:
     def update(self, now_s: float, replica: Replica) -> None:
         """Look at a replica again after anything about it has changed."""
         in_pool = self._open[replica.pool.pool_id]
+        self.note(replica)
         serving = replica.readiness is Readiness.RUNNING and replica.alive and not replica.draining
         if serving and self._early:
             in_pool[replica.replica_id] = replica
@@ -66,6 +72,10 @@ class Window:
                 return
             heapq.heappush(self._reopening, (reopens_s, replica.replica_id, replica))
         in_pool.pop(replica.replica_id, None)
+
+    def note(self, replica: Replica) -> None:
+        """Take in a change that neither opens a replica nor closes it: tokens seen, its pace."""
+        self.changes[replica.pool.pool_id] += 1
 
     def reopen(self, now_s: float) -> None:
         """Open the replicas whose prefill is done by now."""

@@ -101,6 +101,9 @@ def _bars(axes: "Axes", line: Line) -> None:
 def _draw_frontiers(figure: Any, plot: FrontierPlot) -> None:  # noqa: ANN401
     for axes, one in zip(_panels(figure, [*plot.panels]), plot.panels.values(), strict=True):
         _draw_frontier(axes, one)
+        if plot.log_x:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
         axes.legend(fontsize=8)

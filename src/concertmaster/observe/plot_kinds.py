@@ -70,6 +70,7 @@ class FrontierPlot:
     x_label: str
     y_label: str
     panels: Mapping[str, Frontier]
+    log_x: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,11 +24,15 @@ from concertmaster.core.fleet import PoolId, Replica, ReplicaId
 from concertmaster.core.request import RequestId
 from concertmaster.core.scheduler import Scheduler
 
-MIN_PACE, MAX_PACE = 0.25, 8.0
+MIN_PACE, MAX_PACE = 0.25, 20.0
 """Bounds of a pace: what lies beyond says that the curve is of another machine."""
 
 MIN_STEPS = 8
 """Steps that a call must have decoded to say anything; below, the ends of steps are noise."""
+
+STRETCH_S, SURPRISING_RATIO = 5.0, 1.5
+"""A call that has decoded for so long and is so far off the pace that was told says so at once:
+a replica that turned slow is known before what it holds is done."""
 
 TOLD_RATIO = 1.03
 """The core is told of a pace once it has moved by more than this factor."""
@@ -47,31 +51,37 @@ _POOL_PRIOR = 6.0
 class _Recent:
     """The latest observations of one replica, as logarithms of actual over expected."""
 
-    __slots__ = ("_half_life_s", "_seen", "_stale", "centre")
+    __slots__ = ("_count", "_half_life_s", "_last_s", "_seen", "_stale", "centre")
 
     def __init__(self, window: int, half_life_s: float) -> None:
         self._seen: deque[tuple[float, float]] = deque(maxlen=window)
         self._half_life_s = half_life_s
         self._stale = False
+        self._count = self._last_s = 0.0
         self.centre = 0.0
 
     def add(self, now_s: float, log_ratio: float) -> None:
         self._seen.append((now_s, log_ratio))
+        self._last_s = now_s
         self._stale = True
 
     def count(self, now_s: float) -> float:
         """Observations that still count: one of a half-life ago counts for half."""
-        return math.fsum(0.5 ** ((now_s - at_s) / self._half_life_s) for at_s, _ in self._seen)
+        return self._count * self._left(now_s - self._last_s)
 
     def refresh(self) -> None:
-        """Bring the centre up to date; it moves with what is observed, not with time."""
+        """Bring centre and count up to date; the centre moves with what is observed alone."""
         if self._stale:
-            last_s = self._seen[-1][0]
+            weights = [self._left(self._last_s - at_s) for at_s, _ in self._seen]
+            self._count = math.fsum(weights)
             self.centre = _median(
-                (log_ratio, 0.5 ** ((last_s - at_s) / self._half_life_s))
-                for at_s, log_ratio in self._seen
+                (log_ratio, weight)
+                for (_, log_ratio), weight in zip(self._seen, weights, strict=True)
             )
             self._stale = False
+
+    def _left(self, after_s: float) -> float:
+        return float(0.5 ** (after_s / self._half_life_s))
 
 
 class PaceTracker:
@@ -160,18 +170,38 @@ def _median(weighted: Iterable[tuple[float, float]]) -> float:
 
 
 class _Watched:
-    """A call that decodes, and where the counts of its replica stood at its first token."""
+    """A call that decodes, and where it and its replica stood when its stretch began."""
 
-    __slots__ = ("attempt", "begun_s", "meter", "prefill_steps", "prompt_tokens", "steps", "tokens")
+    __slots__ = (
+        "attempt",
+        "begun_s",
+        "begun_tokens",
+        "meter",
+        "prefill_steps",
+        "prompt_tokens",
+        "steps",
+        "tokens",
+    )
 
     def __init__(self, meter: "_Meter", now_s: float, attempt: int, prompt_tokens: int) -> None:
         self.meter = meter
-        self.begun_s = now_s
         self.attempt = attempt
         self.prompt_tokens = prompt_tokens
         self.tokens = 1
-        self.steps = meter.steps
-        self.prefill_steps = meter.prefill_steps
+        self.mark(now_s)
+
+    def mark(self, now_s: float) -> None:
+        """Begin a stretch."""
+        self.begun_s = now_s
+        self.begun_tokens = self.tokens
+        self.steps = self.meter.steps
+        self.prefill_steps = self.meter.prefill_steps
+
+    def sample(self, now_s: float, steps: float) -> tuple[float, float] | None:
+        """Return expected and actual seconds of the stretch that ends now, if it took any."""
+        actual_s, curve_steps = now_s - self.begun_s, steps - self.steps
+        work = self.tokens - self.begun_tokens + self.meter.prefill_steps - self.prefill_steps
+        return (actual_s * work / curve_steps, actual_s) if actual_s > 0 < curve_steps else None
 
 
 class _Meter:
@@ -217,6 +247,8 @@ class _Meter:
         self._kv_tokens += tokens - watched.tokens
         self._grown_tokens = 0.0
         watched.tokens = tokens
+        if now_s - watched.begun_s >= STRETCH_S and tokens - watched.begun_tokens > MIN_STEPS:
+            self._keep_surprise(now_s, watched)
 
     def end(self, now_s: float, watched: _Watched, output_tokens: int) -> None:
         """Let a call out; 0 output tokens if how many there were says nothing."""
@@ -225,12 +257,17 @@ class _Meter:
         self._kv_tokens -= watched.prompt_tokens + watched.tokens
         if not self._batch:
             self._grown_tokens = 0.0
-        if output_tokens > MIN_STEPS:
+        if output_tokens - watched.begun_tokens >= MIN_STEPS:
             watched.tokens = output_tokens
             self.ended.append((now_s, self.steps, watched))
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether calls said something since the last time."""
+        return bool(self._samples)
+
     def take(self, now_s: float) -> list[tuple[float, float]]:
-        """Return expected and actual seconds of the calls that ended since the last time."""
+        """Return expected and actual seconds of the stretches that ended since the last time."""
         self._settle(now_s)
         samples, self._samples = self._samples, []
         return samples
@@ -246,11 +283,21 @@ class _Meter:
             if now_s - ended_s <= self._step_s / 2:
                 late.append(ended)
                 continue
-            actual_s, curve_steps = ended_s - watched.begun_s, steps - watched.steps
-            work = watched.tokens - 1 + self.prefill_steps - watched.prefill_steps
-            if actual_s > 0 and curve_steps > 0:
-                self._samples.append((actual_s * work / curve_steps, actual_s))
+            self._keep(watched.sample(ended_s, steps))
         self.ended = late
+
+    def _keep_surprise(self, now_s: float, watched: _Watched) -> None:
+        sample = watched.sample(now_s, self.steps)
+        if sample is None:
+            return
+        expected_s, actual_s = sample
+        if _differ(actual_s, self._replica.pace * expected_s, SURPRISING_RATIO):
+            self._keep(sample)
+            watched.mark(now_s)
+
+    def _keep(self, sample: tuple[float, float] | None) -> None:
+        if sample is not None:
+            self._samples.append(sample)
 
     def _run_to(self, now_s: float) -> None:
         span_s = now_s - self._now_s
@@ -289,8 +336,8 @@ class _Meter:
 class PaceWatch:
     """Measures replicas by the events that a driver feeds to the core.
 
-    A call is measured from its first token to its last: what goes before depends on what
-    else its engine was handed.
+    A call is measured in stretches from its first token to its last: what goes before depends
+    on what else its engine was handed.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -360,6 +407,8 @@ class PaceWatch:
         if watched is not None:
             if watched.attempt == attempt and tokens > watched.tokens:
                 watched.meter.progress(now_s, watched, tokens)
+                if watched.meter.has_samples:
+                    self._heard[watched.meter.replica_id] = None
         elif tokens == 1:
             replica_id = self._scheduler.in_flight(request_id)
             if replica_id is not None:

@@ -9,7 +9,7 @@ stage, so that they finish in a bunch and their rate is up to a third too high.
 from collections.abc import Sequence
 from pathlib import Path
 
-from concertmaster import compose
+from concertmaster import compose, forecaster
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.reproduce.draw import draw
@@ -29,7 +29,7 @@ def capacity_rps(
     templates: Sequence[WorkflowPlan],
     *,
     policy: str = "fcfs",
-    models: str = compose.RECENT,
+    models: str = forecaster.RECENT,
     seed: int = 0,
     keep_in: Path | None = None,
 ) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from concertmaster import compose
+from concertmaster import compose, forecaster
 from concertmaster.core.request import ModelName, RequestId, WorkflowId
 from concertmaster.reproduce import chimera_world as world
 from concertmaster.reproduce.chimera_arms import (
@@ -28,7 +28,7 @@ BLIND = frozenset({"vllm", "vllm+mlfq"})
 LOADS = (0.3, 0.7, 1.1)
 MORE_LOADS = (0.5, 0.9, 1.0)
 DEFAULT_WORLDS = 3
-WORKFLOWS, RUSH_WORKFLOWS = 300, 900
+WORKFLOWS, RUSH_WORKFLOWS = 200, 600
 """Of a run, below load 1 and from there on, where lines grow for as long as it lasts."""
 
 
@@ -99,7 +99,7 @@ def _arms(loads: Sequence[float], *, variants: bool) -> Iterator[tuple[float, st
 
 def _witness(cell: Cell) -> Witness:
     if cell.arm in BLIND:
-        return Witness(compose.predictor_of(compose.RECENT, world.fleet_of(cell.setting)))
+        return Witness(forecaster.predictor_of(forecaster.RECENT, world.fleet_of(cell.setting)))
     graded = not cell.arm.endswith(UNGRADED)
     return Witness(world.predictor_of(cell.setting, graded=graded), graded=graded)
 

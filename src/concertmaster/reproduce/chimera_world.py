@@ -11,7 +11,7 @@ from functools import cache
 from itertools import product
 from typing import NamedTuple
 
-from concertmaster import compose
+from concertmaster import compose, forecaster
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.core.request import ModelName
@@ -66,7 +66,7 @@ def fleet_of(setting: str) -> Fleet:
 @cache
 def plans_of(setting: str, *, test: bool) -> tuple[WorkflowPlan, ...]:
     """Return the chains of one split that every model of the fleet has answered."""
-    models = {pool.model.name for pool in fleet_of(setting).pools}
+    models = {*fleet_of(setting).models}
     plans = [
         plan
         for plan in _chains(WORLDS[setting].sources, WORLDS[setting].templates)
@@ -103,7 +103,7 @@ def capacity_of(setting: str) -> float:
 @cache
 def _warm_predictor(setting: str, *, graded: bool) -> Predictor:
     fleet = fleet_of(setting)
-    predictor = compose.predictor_of(compose.SHIPPED, fleet)
+    predictor = forecaster.predictor_of(forecaster.SHIPPED, fleet)
     rate_rps = WARM_UP_LOAD * capacity_of(setting)
     workload = draw(
         plans_of(setting, test=False),
@@ -131,7 +131,7 @@ def by_model(setting: str, plans: Sequence[WorkflowPlan]) -> dict[str, float]:
 
     ``best`` is the share that at least one of them gets right.
     """
-    models = list(dict.fromkeys(pool.model.name for pool in fleet_of(setting).pools))
+    models = fleet_of(setting).models
     grades = [[_outcomes(plan)[model].correct for model in models] for plan in plans]
     shares = {
         str(model): sum(row[at] for row in grades) / len(plans) for at, model in enumerate(models)

@@ -44,6 +44,7 @@ class Claim:
         unit: Shown after numbers, ``s`` for example; "%" shows a ratio in percent.
         command: What repeats it; "" for the command that runs the study.
         note: Where or why it is missed; "" if there is nothing to say.
+        by_interval: Whether it is missed only if the whole interval lies on the wrong side.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Claim:
     unit: str = ""
     command: str = ""
     note: str = ""
+    by_interval: bool = False
 
     @classmethod
     def over_seeds(  # noqa: D417  # the others are those of the class
@@ -68,6 +70,7 @@ class Claim:
         unit: str = "",
         command: str = "",
         note: str = "",
+        by_interval: bool = False,
     ) -> Self:
         """Measure a claim by its mean and interval.
 
@@ -84,14 +87,14 @@ class Claim:
             unit=unit,
             command=command,
             note=note,
+            by_interval=by_interval,
         )
 
     @property
     def met(self) -> bool:
-        """Whether the measured mean lies on the stated side of the target."""
-        if self.direction == "at least":
-            return self.measured >= self.target
-        return self.measured <= self.target
+        """Whether the measured mean, or an end of its interval, lies on the stated side."""
+        low, high = self.ci95 if self.by_interval and self.ci95 else (self.measured,) * 2
+        return high >= self.target if self.direction == "at least" else low <= self.target
 
     @property
     def measured_text(self) -> str:
@@ -102,7 +105,8 @@ class Claim:
     @property
     def target_text(self) -> str:
         """Direction and target, with the unit."""
-        return f"{self.direction} {self._shown(self.target, None)}"
+        beyond = ", beyond the interval" if self.by_interval else ""
+        return f"{self.direction} {self._shown(self.target, None)}{beyond}"
 
     def _shown(self, value: float, half: float | None) -> str:
         scale = 100 if self.unit == "%" else 1

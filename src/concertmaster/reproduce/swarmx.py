@@ -1,4 +1,4 @@
-"""Tails: routing by distributions, how much load it carries, and what drift does to it."""
+"""Tails: routing by distributions, how much load it carries, scaling, and drift."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,23 @@ from concertmaster.reproduce.search import highest
 from concertmaster.reproduce.study import Cell, Figures, Results, Summary
 from concertmaster.reproduce.swarmx_arms import (
     DRIFTERS,
+    FROZEN,
     MORE_ROUTERS,
     MORE_SEARCHED,
     ROUTERS,
+    SCALED,
     SEARCHED,
+    SETTLED,
     WITHOUT,
 )
 from concertmaster.reproduce.swarmx_drift import SCENARIOS, drift
+from concertmaster.reproduce.swarmx_scaling import SHAPES, scale
 from concertmaster.reproduce.swarmx_summary import (
     DRIFTING,
     DRIFTS,
     RATES,
     ROUTING,
+    SCALING,
     summary,
 )
 from concertmaster.reproduce.swarmx_world import DEEP
@@ -34,21 +39,25 @@ KEPT = 0.95
 
 DEFAULT_WORLDS = 3
 DEFAULT_SCENARIOS = 2
+DEFAULT_SHAPES = 1
 MORE_LOADS = (0.5, 1.2)
+UNCLAIMED = ("loss", FROZEN)
+"""Run through drift in the full grid alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class SwarmX:
-    """The recipe against its rivals, its parts taken out, its reach and its recovery."""
+    """The recipe against its rivals: parts taken out, reach, scaling, recovery."""
 
     name: str = "swarmx"
-    title: str = "Latency as a distribution: tails of routing, reach and recovery"
+    title: str = "Latency as a distribution: tails of routing, reach, scaling and recovery"
     modules: tuple[str, ...] = (
         "search",
         "stores",
         "swarmx",
         "swarmx_arms",
         "swarmx_drift",
+        "swarmx_scaling",
         "swarmx_world",
     )
 
@@ -58,19 +67,24 @@ class SwarmX:
         return {"workflows": world.WORKFLOWS, "horizon_s": HORIZON_S, "slo": world.SLO_FACTOR}
 
     def cells(self, *, seeds: int, full: bool) -> Sequence[Cell]:
-        """Routers on three worlds, searches and drift on one; the full grid has all worlds."""
+        """Routers on three worlds, the rest on one; the full grid has all worlds."""
         worlds = list(world.WORLDS)[: None if full else DEFAULT_WORLDS]
         scenarios = list(SCENARIOS)[: None if full else DEFAULT_SCENARIOS]
         loads = sorted((1.0, *MORE_LOADS * full))
+        shapes = list(SHAPES)[: None if full else DEFAULT_SHAPES]
+        drifters = (*DRIFTERS, SETTLED)
+        drifts = [pair for pair in product(scenarios, drifters) if full or pair != UNCLAIMED]
+        without = [arm for arm in WITHOUT if arm not in ROUTERS]
         routers, searched = ROUTERS + MORE_ROUTERS * full, SEARCHED + MORE_SEARCHED * full
         grid = [
             *(
                 (f"{ROUTING}/{name}", arm, load)
                 for name, load, arm in product(worlds, loads, routers)
             ),
-            *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in WITHOUT),
+            *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in without),
             *((f"{RATES}/{DEEP}", arm, 0.0) for arm in searched),
-            *((f"{DRIFTS}/{name}", arm, 0.0) for name, arm in product(scenarios, DRIFTERS)),
+            *((f"{SCALING}/{name}", arm, 0.0) for name, arm in product(shapes, SCALED)),
+            *((f"{DRIFTS}/{name}", arm, 0.0) for name, arm in drifts),
         ]
         return [
             Cell(setting=setting, arm=arm, load=load, seed=seed)
@@ -78,12 +92,14 @@ class SwarmX:
         ]
 
     def run(self, cell: Cell) -> Figures:
-        """Route, search or drift, as the setting says."""
+        """Route, search, scale or drift, as the setting says."""
         question, _, name = cell.setting.partition("/")
         if question == ROUTING:
             return route(name, cell)
         if question == RATES:
             return {"rate_rps": reach_rps(name, cell.arm, seed=cell.seed)}
+        if question == SCALING:
+            return scale(DEEP, name, cell.arm, seed=cell.seed)
         return drift(DRIFTING, name, cell.arm, seed=cell.seed)
 
     def summarise(self, results: Results) -> Summary:

@@ -1,8 +1,11 @@
 """Claims, tables and plots of the study of tails."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from concertmaster.observe.plot_kinds import CdfPlot, Line, LinePlot, Plot
+from concertmaster.observe.compare import mean
+from concertmaster.observe.plot_kinds import CdfPlot, Plot
+from concertmaster.reproduce import swarmx_drift_summary as drift
+from concertmaster.reproduce import swarmx_scaling_summary as scaling
 from concertmaster.reproduce.study import (
     Claim,
     Estimate,
@@ -13,8 +16,8 @@ from concertmaster.reproduce.study import (
 )
 from concertmaster.reproduce.swarmx_arms import (
     BLIND,
-    DRIFTERS,
-    FROZEN,
+    LATE,
+    LATE_TWO,
     MEANS,
     OURS,
     POINT,
@@ -22,27 +25,36 @@ from concertmaster.reproduce.swarmx_arms import (
     TWO,
     WITHOUT,
 )
+from concertmaster.reproduce.swarmx_drift_summary import DRIFTS
+from concertmaster.reproduce.swarmx_scaling_summary import P50, P90, P95, P99, SCALING
 from concertmaster.reproduce.swarmx_world import DEEP
 
-ROUTING, RATES, DRIFTS = "router", "rate", "drift"
+__all__ = ["DRIFTING", "DRIFTS", "RATES", "ROUTING", "SCALING", "summary"]
+
+ROUTING, RATES = "router", "rate"
 DRIFTING = "research/a100+a40/48"
 """Where drift is played."""
 
-P50, P90, P95, P99 = (f"makespan_s.{level}" for level in ("p50", "p90", "p95", "p99"))
 SHOWN = {"P50, s": P50, "P90, s": P90, "P95, s": P95, "P99, s": P99}
 
 
 def summary(results: Results) -> Summary:
     """Sum up all that was run."""
     return Summary(
-        claims=(*_routing(results), *_reach(results), *_recovery(results)),
+        claims=(
+            *_routing(results),
+            *_reach(results),
+            *scaling.claims(results),
+            *drift.claims(results),
+        ),
         tables=(
             *(_routers(results, setting) for setting in _settings(results, ROUTING)),
             _parts(results),
             _rates(results),
-            _drifts(results),
+            *scaling.tables(results),
+            drift.table(results, _settings(results, drift.DRIFTS)),
         ),
-        plots=_plots(results),
+        plots={**_plots(results), **scaling.plots(results)},
         notes=tuple(_note(results, setting) for setting in _settings(results, ROUTING)),
     )
 
@@ -67,13 +79,17 @@ def _routing(results: Results) -> tuple[Claim, ...]:
     return (
         *(
             Claim.over_seeds(
-                f"router-{rival}-p95",
-                f"P95 makespan of deep research, {OURS} / {rival}",
+                name,
+                f"P95 makespan of deep research, {OURS} / {known_as}",
                 results.ratios(P95, OURS, rival, settings=deep, loads=[1.0]),
                 "at most",
                 most,
             )
-            for rival, most in ((BLIND, 0.72), (MEANS, 0.8))
+            for name, rival, known_as, most in (
+                ("router-round-robin-published", BLIND, f"{BLIND}, as published", 0.72),
+                ("router-round-robin-best", LATE, f"{LATE} bound late, its best form", 0.72),
+                ("router-murakkab", MEANS, MEANS, 0.8),
+            )
         ),
         Claim(
             id="distribution-over-mean",
@@ -98,43 +114,31 @@ def _gains(results: Results, setting: str) -> bool:
 
 
 def _reach(results: Results) -> tuple[Claim, ...]:
-    targets = ((BLIND, 2.0), (TWO, 1.3))
-    return tuple(
-        Claim.over_seeds(
-            f"rate-{rival}",
-            f"workflows/s with 95 % in time, {ROLES} / {rival}",
-            results.ratios("rate_rps", ROLES, rival, settings=[f"{RATES}/{DEEP}"], loads=[0.0]),
+    setting = f"{RATES}/{DEEP}"
+
+    def claim(name: str, rival: str, known_as: str, target: float) -> Claim:
+        return Claim.over_seeds(
+            name,
+            f"workflows/s with 95 % in time, {ROLES} / {known_as}",
+            results.ratios("rate_rps", ROLES, rival, settings=[setting], loads=[0.0]),
             "at least",
             target,
         )
-        for rival, target in targets
-    )
 
+    def best(*forms: str) -> str:
+        def reach(arm: str) -> float:
+            return mean(results.values("rate_rps", setting=setting, arm=arm, load=0.0))
 
-def _recovery(results: Results) -> tuple[Claim, ...]:
-    def seconds(scenario: str, arm: str) -> list[float]:
-        return results.values("recovery_s", setting=f"{DRIFTS}/{scenario}", arm=arm, load=0.0)
+        return max(forms, key=reach)
 
-    return (
-        *(
-            Claim.over_seeds(
-                f"drift-{scenario}",
-                f"until P90 is within 20 % of what can be reached, {scenario}",
-                seconds(scenario, ROLES),
-                "at most",
-                100.0,
-                unit="s",
-            )
-            for scenario in ("loss", "throttle")
-        ),
-        Claim.over_seeds(
-            "drift-frozen",
-            "the same without adaptation, throttle",
-            seconds("throttle", FROZEN),
-            "at least",
-            100.0,
-            unit="s",
-        ),
+    kinds = (("round-robin", BLIND, LATE, 2.0), ("power-of-two", TWO, LATE_TWO, 1.3))
+    return tuple(
+        claim(f"rate-{kind}-{name}", rival, known_as, target)
+        for kind, published, late, target in kinds
+        for name, rival, known_as in (
+            ("published", published, f"{published}, as published"),
+            ("best", best(published, late), f"the better form of {kind}: {best(published, late)}"),
+        )
     )
 
 
@@ -188,29 +192,6 @@ def _rates(results: Results) -> Table:
     )
 
 
-def _drifts(results: Results) -> Table:
-    columns = {
-        "reachable P90, s": "reachable_p90_s",
-        "P90 after, s": "p90_after_s",
-        "recovery, s": "recovery_s",
-        "lost": "lost_ratio",
-    }
-    return Table(
-        title="Drift",
-        columns=("scenario", "arm", *columns),
-        rows=tuple(
-            (
-                setting.removeprefix(f"{DRIFTS}/"),
-                arm,
-                *(_estimate(results, figure, setting, arm, 0.0) for figure in columns.values()),
-            )
-            for setting in _settings(results, DRIFTS)
-            for arm in DRIFTERS
-        ),
-        note="a run that does not recover counts with the time to its last window",
-    )
-
-
 def _estimate(results: Results, figure: str, setting: str, arm: str, load: float) -> Estimate:
     return Estimate.of(results.values(figure, setting=setting, arm=arm, load=load))
 
@@ -230,33 +211,10 @@ def _plots(results: Results) -> Mapping[str, Plot]:
             for setting in _settings(results, ROUTING)
         },
     )
-    drifts = LinePlot(
-        title="P90 through drift",
-        x_label="arrival, seconds",
-        y_label="P90 makespan, seconds",
-        panels={
-            setting.removeprefix(f"{DRIFTS}/"): [_path(results, setting, arm) for arm in DRIFTERS]
-            for setting in _settings(results, DRIFTS)
-        },
-        log_y=True,
-    )
+    drifts = drift.plot(results, _settings(results, drift.DRIFTS))
     return {"swarmx-makespans": makespans, "swarmx-drift": drifts}
 
 
 def _pooled(results: Results, figure: str, setting: str, arm: str, load: float) -> list[float]:
     found = results.series(figure, setting=setting, arm=arm, load=load)
     return [value for one in found for value in one]
-
-
-def _path(results: Results, setting: str, arm: str) -> Line:
-    """Mean over seeds of P90 in each window."""
-    cell = {"setting": setting, "arm": arm, "load": 0.0}
-    times_s = results.series("timeline_s", **cell)[0]  # type: ignore[arg-type]
-    paths = results.series("timeline_p90_s", **cell)  # type: ignore[arg-type]
-    means = [sum(values) / len(values) for values in zip(*paths, strict=True)]
-    return Line(label=arm, x=times_s, y=means, half=[_half(v) for v in zip(*paths, strict=True)])
-
-
-def _half(values: Sequence[float]) -> float | None:
-    bounds = interval(values)
-    return None if bounds is None else (bounds[1] - bounds[0]) / 2

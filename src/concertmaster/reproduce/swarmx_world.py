@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from concertmaster import compose
+from concertmaster import compose, forecaster
 from concertmaster.core.fleet import Fleet
 from concertmaster.predictors.interface import Predictor
 from concertmaster.reproduce.draw import draw
@@ -44,6 +44,7 @@ class World(NamedTuple):
 
     Attributes:
         times: How many times the fleet of 16 GPUs.
+        workload: A generator and at least one of its settings, so that more may follow.
         guess_rps: Where the search for its load begins, for 16 GPUs.
         sized_as: The world of 16 GPUs whose load, times ``times``, is taken for this one;
             "" to search.
@@ -61,7 +62,7 @@ DEEP = "research/a100+a40/16"
 
 WORLDS: Mapping[str, World] = {
     DEEP: World("research-a100-a40", 1, "research:told=0.85"),
-    "four-peak/h20+l20/32": World("research-h20-l20", 2, "research:fanout=four-peak"),
+    "four-peak/h20+l20/16": World("research-h20-l20", 1, "research:fanout=four-peak"),
     "video/a100+a40/16": World("video-a100-a40", 1, "video:told=0.9", 0.3),
     "research/a100+a40/48": World("research-a100-a40", 3, "research:told=0.85", sized_as=DEEP),
     "research/a100+a40/128": World("research-a100-a40", 8, "research:told=0.85", sized_as=DEEP),
@@ -90,7 +91,8 @@ def templates_of(world: str) -> Sequence[WorkflowPlan]:
 
 
 def _kept(world: str, what: str, *further: object) -> tuple[object, ...]:
-    return (what, WORLDS[world], fleet_of(world), SLO_FACTOR, ARMS[BLIND], *further)
+    drawn = TEMPLATES, TEMPLATE_SEED, SEARCH_SEEDS, WARM_UP_SEED
+    return (what, WORLDS[world], fleet_of(world), drawn, SLO_FACTOR, ARMS[BLIND], *further)
 
 
 @cache
@@ -138,7 +140,7 @@ def attained_ratio(run: RunRecords, within_s: float) -> float:
 @cache
 def _warm(world: str, forecasts: Forecasts) -> Predictor:
     fleet = fleet_of(world)
-    predictor = compose.predictor_of(_source(world, forecasts), fleet)
+    predictor = forecaster.predictor_of(_source(world, forecasts), fleet)
     workload = draw(
         plans(world, WARM_UP, WARM_UP_SEED),
         workflows=WARM_UP,
@@ -151,7 +153,7 @@ def _warm(world: str, forecasts: Forecasts) -> Predictor:
 
 def _source(world: str, forecasts: Forecasts) -> str:
     if forecasts == "recent":
-        return compose.RECENT
+        return forecaster.RECENT
     shown = plans(world, TRAINED_ON, TRAINING_SEED)
     name = WORLDS[world].workload
     return str(trained_store(shown, name=name, seed=TRAINING_SEED, keep_in=Path(FOLDER)))

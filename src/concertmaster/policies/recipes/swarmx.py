@@ -158,7 +158,8 @@ class TailRouter:
                 if composed == MOST_COMPOSED:
                     continue
                 composed += 1
-                cost_s = self._waited_s(call, start, start.crew, view)
+                limit_s = bar_s * (1 + self.near)
+                cost_s = self._waited_s(call, start, start.crew, view, limit_s)
             bar_s = min(bar_s, cost_s)
             costs_s.append(cost_s)
         if self.near:
@@ -182,7 +183,7 @@ class TailRouter:
             step_s = pool.curve.step_s(1, prompt_tokens)
         else:
             step_s = crew.step_s
-            fixed_s += min(one.network_s for one in crew.replicas)
+            fixed_s += crew.network_s
         law = affine(call.output_sketch(pool.model.name), step_s, fixed_s)
         measure = self.measures[call.request.service_class]
         return Start(cost_of(view.now_s, call, law, measure), pool, crew, law)
@@ -190,13 +191,22 @@ class TailRouter:
     def _place_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         return sum(scorer.cost_s(now_s, call, replica) for scorer in self.scorers)
 
-    def _waited_s(self, call: Waiting, start: Start, crew: Crew, view: View) -> float:
-        """Cost of the wait for a pool and the service there, composed."""
+    def _waited_s(
+        self, call: Waiting, start: Start, crew: Crew, view: View, limit_s: float
+    ) -> float:
+        """Cost of the wait for a pool and the service there; composed if it may keep the limit.
+
+        One that would pass the limit by the least of its wait alone costs that.
+        """
         wait = view.wait(call, crew, fifo=self.wait == "fifo")
-        law = reduce(SUMS[self.sum], wait.parts, start.law)
         measure = self.measures[call.request.service_class]
-        delay_s = wait.behind * measure.of(start.law) / max(1, crew.running)
-        cost_s = cost_of(view.now_s, call, law, measure) + self.others * delay_s
+        delay_s = self.others * wait.behind * measure.of(start.law) / max(1, crew.running)
+        soonest = affine(start.law, 1.0, wait.least_s)
+        least_s = cost_of(view.now_s, call, soonest, measure) + delay_s
+        if least_s > limit_s:
+            return least_s
+        law = reduce(SUMS[self.sum], wait.parts, start.law)
+        cost_s = cost_of(view.now_s, call, law, measure) + delay_s
         return max(start.cost_s, cost_s)  # a wait takes nothing off, whatever rounding says
 
 
