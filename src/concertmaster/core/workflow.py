@@ -21,6 +21,8 @@ class Workflow:
         attained_s: Engine seconds its calls have been given, by the rate curves.
         open_calls: Calls that have arrived and have no outcome.
         model: The model that its latest call was sent to; "" before the first.
+        kept_to: Model that it was admitted with, of several that its first call allowed; "" if
+            that was left open.
         owed: Output tokens that it still needs, by forecast and model.
         grown_tokens: By how much its latest call has raised what it owes.
         context_tokens: Prompt and expected answer of its latest call: what an engine may hold.
@@ -40,6 +42,7 @@ class Workflow:
     attained_s: float = 0.0
     waited_s: float = 0.0
     model: ModelName = _NOWHERE
+    kept_to: ModelName = _NOWHERE
     owed: dict[ModelName, int] = field(default_factory=dict)
     grown_tokens: int = 0
     context_tokens: int = 0
