@@ -146,6 +146,7 @@ class Residents:
     def _look(self, now_s: float, actions: list[Action]) -> None:
         """Bring up what calls wait for, the longest waits first; then what will be asked for."""
         lanes = list(self._unserved())
+        self._wants.note_held(lanes)
         wants = {pools: self._wants.of_lane(now_s, pools) for pools in lanes}
         for pools in sorted(lanes, key=lambda one: _rank(wants[one])):
             self._bring_up(now_s, pools, wants[pools], actions, self._residency.worth)

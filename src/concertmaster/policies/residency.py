@@ -44,7 +44,9 @@ class Expected:
     def price_s(self, step: Step, want: Want) -> float | None:
         """Multiply the seconds that its model then takes longer by the calls that will come."""
         mine = step.want
-        soon = mine.owing_workflows + mine.calls_per_s * step.back_s
+        silent = step.unused_s * mine.calls_per_s > SILENT_CALLS
+        rate = 0.0 if silent else mine.calls_per_s
+        soon = mine.owing_workflows - mine.held_workflows + rate * step.back_s
         if step.kind == "shrink":
             return 0.0
         if step.kind == "drop":
@@ -54,7 +56,7 @@ class Expected:
         callers = weight(mine.interactive_ratio, self.interactive)
         if step.kind == "drain":
             out_s = step.busy_s + (1 + self.residence) * step.back_s
-            soon = mine.owing_workflows + mine.calls_per_s * out_s
+            soon = mine.owing_workflows + rate * out_s
             return callers * soon * out_s / step.replicas
         return callers * soon * step.back_s / step.replicas
 
