@@ -20,6 +20,7 @@ class Want:
         interactive_calls: Those of them that a person waits for.
         interactive_waited_s: Seconds that those have waited, in sum.
         oldest_s: Longest wait of one call.
+        served_s: Since the latest replica that serves it came up; 0 if one starts or none does.
         first_due_s: Earliest deadline among them; infinite if none has one.
         owing_workflows: Live workflows that will need it, by forecast.
         held_workflows: Those of them whose calls wait for models that nobody serves yet.
@@ -35,6 +36,7 @@ class Want:
     interactive_calls: int = 0
     interactive_waited_s: float = 0.0
     oldest_s: float = 0.0
+    served_s: float = 0.0
     first_due_s: float = math.inf
     owing_workflows: int = 0
     held_workflows: int = 0

@@ -15,7 +15,8 @@ MEMORY_S = 120.0
 
 
 CALL_TOKENS = 16
-"""Output tokens that make a call: what a workflow owes beside its whole calls is rounding."""
+"""Output tokens that make a call: what a workflow owes beside its whole calls is rounding, and
+one token each is what they owe until they ask again."""
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class Wants:
         """Return what will be asked of a model."""
         rate, owed = self._rates.get(model), self._workflows.owed(model)
         held, held_people = self._held.get(model, (0, 0))
-        owing = min(owed.workflows, owed.tokens // CALL_TOKENS)
+        owing = min(owed.workflows, (owed.tokens - owed.workflows) // CALL_TOKENS)
         people = max(0, min(owed.people - held_people, owing))
         if rate is None:
             return Want(
