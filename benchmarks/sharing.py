@@ -29,7 +29,7 @@ from concertmaster.core.request import ModelName, ServiceClass
 from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords
 
-SEEDS = (1, 2)
+SEEDS = (1, 2, 3, 4)
 MODELS = "abcde"
 PERSON_S, PROGRAM_S = 30.0, 90.0
 

@@ -20,7 +20,7 @@ def weight(interactive_ratio: float, interactive: float) -> float:
 
 
 def coming_per_s(step: Step) -> float:
-    """Calls a second that are still to be expected for a model; none once it has gone silent."""
+    """Return the calls a second still to be expected for a model; none once it is silent."""
     silent = step.unused_s * step.want.calls_per_s > SILENT_CALLS
     return 0.0 if silent else step.want.calls_per_s
 
