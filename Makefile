@@ -59,7 +59,7 @@ NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fleet.py hbm.py ladd
   reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py window.py \
   workflow.py) \
   policies/*.py policies/recipes/*.py predictors/recent.py sim/*.py \
-  $(addprefix physics/,batching.py fast.py prefix_cache.py stretch.py) \
+  $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
   $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py intake.py upstream.py)
 

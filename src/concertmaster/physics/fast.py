@@ -13,48 +13,8 @@ from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, RequestId
 from concertmaster.physics.batching import EngineCall, EngineSettings, Milestone
 from concertmaster.physics.prefix_cache import BlockPool
+from concertmaster.physics.sequence import NOT_RUNNING, Sequence
 from concertmaster.physics.stretch import DecodeBatch, Stretch
-
-_NOT_RUNNING = -1
-
-
-class _Sequence:
-    """A call and its state.
-
-    ``known`` counts prompt and answer at the last admission or preemption; ``computed`` is
-    right while it prefills, ``base`` while it decodes.
-    """
-
-    __slots__ = (
-        "admission",
-        "base",
-        "chunks",
-        "computed",
-        "decoding",
-        "gone",
-        "hashes",
-        "known",
-        "order",
-        "output_tokens",
-        "priority",
-        "prompt_tokens",
-        "request_id",
-        "seen",
-    )
-
-    def __init__(
-        self, call: EngineCall, order: int, priority: int, hashes: tuple[int, ...]
-    ) -> None:
-        self.request_id = call.request_id
-        self.prompt_tokens = self.known = call.prompt_tokens
-        self.output_tokens = call.output_tokens
-        self.order = order
-        self.priority = priority
-        self.hashes = hashes
-        self.computed = self.base = 0
-        self.admission = _NOT_RUNNING
-        self.decoding = self.gone = self.seen = False
-        self.chunks: list[int] = []
 
 
 class FastEngine:
@@ -77,11 +37,11 @@ class FastEngine:
         self._reset()
 
     def _reset(self) -> None:
-        self._calls: dict[RequestId, _Sequence] = {}
-        self._waiting: list[tuple[int, int, _Sequence]] = []
-        self._running: dict[int, _Sequence] = {}
-        self._partial: _Sequence | None = None
-        self._prefilled: list[_Sequence] = []
+        self._calls: dict[RequestId, Sequence] = {}
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._running: dict[int, Sequence] = {}
+        self._partial: Sequence | None = None
+        self._prefilled: list[Sequence] = []
         self._batch = DecodeBatch(self._block_tokens)
         self._stretch = Stretch()
         self._step = 0  # number of the step under way, the first of the stretch
@@ -129,7 +89,7 @@ class FastEngine:
             raise InvalidRequestError(f"request {call.request_id!r} is in the engine already")
         priority = call.priority if self._settings.scheduling == "priority" else 0
         hashes = self._settings.usable_hashes(call)
-        sequence = _Sequence(call, self._submitted, priority, hashes)
+        sequence = Sequence(call, self._submitted, priority, hashes)
         self._submitted += 1
         self._calls[call.request_id] = sequence
         heappush(self._waiting, (priority, sequence.order, sequence))
@@ -145,7 +105,7 @@ class FastEngine:
         if sequence is None:
             return False
         self._cut()
-        if sequence.admission == _NOT_RUNNING:
+        if sequence.admission == NOT_RUNNING:
             sequence.gone = True
         else:
             if sequence is self._partial:
@@ -239,7 +199,7 @@ class FastEngine:
             self._start_decoding(sequence)
         self._prefilled.clear()
 
-    def _start_decoding(self, sequence: _Sequence) -> None:
+    def _start_decoding(self, sequence: Sequence) -> None:
         output_tokens = sequence.known - sequence.prompt_tokens + 1
         if output_tokens == 1:
             end_s = self._stretch.end_s
@@ -252,18 +212,18 @@ class FastEngine:
         last_step = self._step + sequence.output_tokens - output_tokens
         self._batch.add(sequence.base, last_step, sequence.admission)
 
-    def _finish(self, sequence: _Sequence, kv_tokens: int) -> None:
+    def _finish(self, sequence: Sequence, kv_tokens: int) -> None:
         self._leave(sequence, kv_tokens)
         del self._calls[sequence.request_id]
         self._milestones.append(Milestone(self._stretch.end_s, sequence.request_id, "finished"))
 
-    def _leave(self, sequence: _Sequence, kv_tokens: int) -> None:
+    def _leave(self, sequence: Sequence, kv_tokens: int) -> None:
         """Take a sequence that holds ``kv_tokens`` out of those that run."""
         blocks = -(-kv_tokens // self._block_tokens)
         self._pool.release(blocks - len(sequence.chunks) * self._chunk_blocks, sequence.chunks)
         sequence.chunks = []
         del self._running[sequence.admission]
-        sequence.admission = _NOT_RUNNING
+        sequence.admission = NOT_RUNNING
         if sequence.decoding:
             self._batch.remove(sequence.base)
             sequence.decoding = False
@@ -319,7 +279,7 @@ class FastEngine:
             grown.add(admission)
         return True
 
-    def _preempt(self, grown: set[int]) -> _Sequence:
+    def _preempt(self, grown: set[int]) -> Sequence:
         """Send the last or worst sequence back; ``grown`` are those with this step's token."""
         running = self._running
         if self._settings.scheduling == "fcfs":
@@ -339,7 +299,7 @@ class FastEngine:
         heappush(self._waiting, (sequence.priority, sequence.order, sequence))
         return sequence
 
-    def _continue_prefill(self, sequence: _Sequence) -> tuple[bool, int, float]:
+    def _continue_prefill(self, sequence: Sequence) -> tuple[bool, int, float]:
         """Compute the next chunk; preempted or not, its tokens and their context."""
         preempted = False
         budget = self._settings.max_batch_tokens - self._batch.count
@@ -351,11 +311,11 @@ class FastEngine:
                 return True, 0, 0.0
         return preempted, tokens, self._prefill(sequence, tokens)
 
-    def _new_blocks(self, sequence: _Sequence, tokens: int) -> int:
+    def _new_blocks(self, sequence: Sequence, tokens: int) -> int:
         held = -(-sequence.computed // self._block_tokens)
         return -(-(sequence.computed + tokens) // self._block_tokens) - held
 
-    def _prefill(self, sequence: _Sequence, tokens: int) -> float:
+    def _prefill(self, sequence: Sequence, tokens: int) -> float:
         """Take the blocks for ``tokens`` more and return the context they attend to, summed."""
         before = sequence.computed
         self._pool.take(self._new_blocks(sequence, tokens))
@@ -372,7 +332,7 @@ class FastEngine:
             self._partial = sequence
         return tokens * (before + after + 1) / 2
 
-    def _head(self) -> _Sequence | None:
+    def _head(self) -> Sequence | None:
         waiting = self._waiting
         while waiting and waiting[0][2].gone:
             heappop(waiting)
@@ -402,7 +362,7 @@ class FastEngine:
             budget -= tokens
         return prefill_tokens, pairs
 
-    def _enter(self, sequence: _Sequence, chunks: list[int]) -> None:
+    def _enter(self, sequence: Sequence, chunks: list[int]) -> None:
         self._pool.refer(chunks)
         sequence.chunks = chunks
         sequence.computed = len(chunks) * PREFIX_CHUNK_TOKENS
