@@ -58,7 +58,7 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fleet.py hbm.py ladder.py memory.py outlook.py promise.py queue.py \
   reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py window.py \
   workflow.py) \
-  policies/*.py policies/recipes/*.py predictors/recent.py sim/*.py \
+  policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
   $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py intake.py upstream.py)

@@ -52,7 +52,8 @@ def maestro(
         admits: Whether workflows are refused that would miss their deadline.
         settings: Of ``KvRule`` and of ``Expected``.
     """
-    rule = {key: settings.pop(key) for key in _KV if key in settings}
+    rule = {key: value for key, value in settings.items() if key in _KV}
+    needs = {key: value for key, value in settings.items() if key not in _KV}
     ordering = PeopleFirst(people_s)
     return replace(
         baseline(name, "prefix-affinity", ordering, aging=aging),
@@ -66,5 +67,5 @@ def maestro(
         ),
         gate=InTime(person_s=person_s, program_s=program_s, doubt=doubt) if admits else None,
         kv=KvRule(kind=kv, **rule),
-        residency=Expected(interactive=interactive, **settings),
+        residency=Expected(interactive=interactive, **needs),
     )
