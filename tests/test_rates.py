@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concertmaster.core.fleet import PoolId, ReplicaId
-from concertmaster.predictors.rates import MAX_PACE, MIN_PACE, PaceTracker
+from concertmaster.predictors.pace import MAX_PACE, MIN_PACE, PaceTracker
 
 P0, P1, P2, Q0 = (ReplicaId(name) for name in ("p-0", "p-1", "p-2", "q-0"))
 POOLS = {P0: PoolId("p"), P1: PoolId("p"), P2: PoolId("p"), Q0: PoolId("q")}

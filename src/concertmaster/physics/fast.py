@@ -13,48 +13,8 @@ from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, RequestId
 from concertmaster.physics.batching import EngineCall, EngineSettings, Milestone
 from concertmaster.physics.prefix_cache import BlockPool
+from concertmaster.physics.sequence import NOT_RUNNING, Sequence
 from concertmaster.physics.stretch import DecodeBatch, Stretch
-
-_NOT_RUNNING = -1
-
-
-class _Sequence:
-    """A call and its state.
-
-    ``known`` counts prompt and answer at the last admission or preemption; ``computed`` is
-    right while it prefills, ``base`` while it decodes.
-    """
-
-    __slots__ = (
-        "admission",
-        "base",
-        "chunks",
-        "computed",
-        "decoding",
-        "gone",
-        "hashes",
-        "known",
-        "order",
-        "output_tokens",
-        "priority",
-        "prompt_tokens",
-        "request_id",
-        "seen",
-    )
-
-    def __init__(
-        self, call: EngineCall, order: int, priority: int, hashes: tuple[int, ...]
-    ) -> None:
-        self.request_id = call.request_id
-        self.prompt_tokens = self.known = call.prompt_tokens
-        self.output_tokens = call.output_tokens
-        self.order = order
-        self.priority = priority
-        self.hashes = hashes
-        self.computed = self.base = 0
-        self.admission = _NOT_RUNNING
-        self.decoding = self.gone = self.seen = False
-        self.chunks: list[int] = []
 
 
 class FastEngine:
@@ -77,11 +37,11 @@ class FastEngine:
         self._reset()
 
     def _reset(self) -> None:
-        self._calls: dict[RequestId, _Sequence] = {}
-        self._waiting: list[tuple[int, int, _Sequence]] = []
-        self._running: dict[int, _Sequence] = {}
-        self._partial: _Sequence | None = None
-        self._prefilled: list[_Sequence] = []
+        self._calls: dict[RequestId, Sequence] = {}
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._running: dict[int, Sequence] = {}
+        self._partial: Sequence | None = None
+        self._prefilled: list[Sequence] = []
         self._batch = DecodeBatch(self._block_tokens)
         self._stretch = Stretch()
         self._step = 0  # number of the step under way, the first of the stretch
@@ -129,12 +89,12 @@ class FastEngine:
             raise InvalidRequestError(f"request {call.request_id!r} is in the engine already")
         priority = call.priority if self._settings.scheduling == "priority" else 0
         hashes = self._settings.usable_hashes(call)
-        sequence = _Sequence(call, self._submitted, priority, hashes)
+        sequence = Sequence(call, self._submitted, priority, hashes)
         self._submitted += 1
         self._calls[call.request_id] = sequence
         heappush(self._waiting, (priority, sequence.order, sequence))
         if not self._stretch.steps:
-            self._begin(now_s)
+            self._resume(now_s)
         elif self._head() is sequence and len(self._running) < self._settings.max_sequences:
             self._cut()
 
@@ -145,7 +105,7 @@ class FastEngine:
         if sequence is None:
             return False
         self._cut()
-        if sequence.admission == _NOT_RUNNING:
+        if sequence.admission == NOT_RUNNING:
             sequence.gone = True
         else:
             if sequence is self._partial:
@@ -154,13 +114,29 @@ class FastEngine:
                 self._prefilled.remove(sequence)
             kv_tokens = sequence.base + self._step if sequence.decoding else sequence.computed
             self._leave(sequence, kv_tokens)
+        self._resume(now_s)
         return True
+
+    def resize(self, now_s: float, kv_blocks: int) -> None:
+        """Change the KV blocks there are; what no longer fits is preempted."""
+        self._run_to(now_s)
+        self._cut()
+        self._pool.resize(kv_blocks)
+        while self._pool.room_blocks < 0:
+            self._preempt(set(self._running))
+        self._pool.evict()
+        self._resume(now_s)
+
+    def _resume(self, now_s: float) -> None:
+        """Begin a step if none is under way."""
+        if not self._stretch.steps:
+            self._begin(now_s)
 
     def next_milestone_s(self) -> float | None:
         """Give the end of the stretch."""
         if self._milestones:
             return self._milestones[0].time_s
-        return self._stretch.end_s if self._calls else None
+        return self._stretch.end_s if self._calls and self._stretch.steps else None
 
     def advance(self, now_s: float) -> list[Milestone]:
         """Run all steps that end by ``now_s``."""
@@ -223,7 +199,7 @@ class FastEngine:
             self._start_decoding(sequence)
         self._prefilled.clear()
 
-    def _start_decoding(self, sequence: _Sequence) -> None:
+    def _start_decoding(self, sequence: Sequence) -> None:
         output_tokens = sequence.known - sequence.prompt_tokens + 1
         if output_tokens == 1:
             end_s = self._stretch.end_s
@@ -236,18 +212,18 @@ class FastEngine:
         last_step = self._step + sequence.output_tokens - output_tokens
         self._batch.add(sequence.base, last_step, sequence.admission)
 
-    def _finish(self, sequence: _Sequence, kv_tokens: int) -> None:
+    def _finish(self, sequence: Sequence, kv_tokens: int) -> None:
         self._leave(sequence, kv_tokens)
         del self._calls[sequence.request_id]
         self._milestones.append(Milestone(self._stretch.end_s, sequence.request_id, "finished"))
 
-    def _leave(self, sequence: _Sequence, kv_tokens: int) -> None:
+    def _leave(self, sequence: Sequence, kv_tokens: int) -> None:
         """Take a sequence that holds ``kv_tokens`` out of those that run."""
         blocks = -(-kv_tokens // self._block_tokens)
         self._pool.release(blocks - len(sequence.chunks) * self._chunk_blocks, sequence.chunks)
         sequence.chunks = []
         del self._running[sequence.admission]
-        sequence.admission = _NOT_RUNNING
+        sequence.admission = NOT_RUNNING
         if sequence.decoding:
             self._batch.remove(sequence.base)
             sequence.decoding = False
@@ -267,11 +243,14 @@ class FastEngine:
             more_preempted, prefill_tokens, pairs = self._continue_prefill(self._partial)
             preempted = preempted or more_preempted
         batch = self._batch.count
-        if self._waiting and not preempted:
+        if self._waiting and not (preempted and self._running):
             budget = self._settings.max_batch_tokens - batch - prefill_tokens
             admitted_tokens, admitted_pairs = self._admit(budget)
             prefill_tokens += admitted_tokens
             pairs += admitted_pairs
+        if not self._running:
+            self._stretch.steps = 0
+            return
         self.prefilled_tokens += prefill_tokens
         step_s = self._curve.step_s(batch, self._batch.kv_tokens(self._step), prefill_tokens, pairs)
         steps, growth_s = 1, 0.0
@@ -300,7 +279,7 @@ class FastEngine:
             grown.add(admission)
         return True
 
-    def _preempt(self, grown: set[int]) -> _Sequence:
+    def _preempt(self, grown: set[int]) -> Sequence:
         """Send the last or worst sequence back; ``grown`` are those with this step's token."""
         running = self._running
         if self._settings.scheduling == "fcfs":
@@ -312,12 +291,15 @@ class FastEngine:
             self._leave(sequence, sequence.known - (sequence.admission not in grown))
         else:
             self._leave(sequence, sequence.computed)
-            self._partial = None
+            if sequence is self._partial:
+                self._partial = None
+            else:
+                self._prefilled.remove(sequence)
         self.preemptions += 1
         heappush(self._waiting, (sequence.priority, sequence.order, sequence))
         return sequence
 
-    def _continue_prefill(self, sequence: _Sequence) -> tuple[bool, int, float]:
+    def _continue_prefill(self, sequence: Sequence) -> tuple[bool, int, float]:
         """Compute the next chunk; preempted or not, its tokens and their context."""
         preempted = False
         budget = self._settings.max_batch_tokens - self._batch.count
@@ -329,11 +311,11 @@ class FastEngine:
                 return True, 0, 0.0
         return preempted, tokens, self._prefill(sequence, tokens)
 
-    def _new_blocks(self, sequence: _Sequence, tokens: int) -> int:
+    def _new_blocks(self, sequence: Sequence, tokens: int) -> int:
         held = -(-sequence.computed // self._block_tokens)
         return -(-(sequence.computed + tokens) // self._block_tokens) - held
 
-    def _prefill(self, sequence: _Sequence, tokens: int) -> float:
+    def _prefill(self, sequence: Sequence, tokens: int) -> float:
         """Take the blocks for ``tokens`` more and return the context they attend to, summed."""
         before = sequence.computed
         self._pool.take(self._new_blocks(sequence, tokens))
@@ -350,7 +332,7 @@ class FastEngine:
             self._partial = sequence
         return tokens * (before + after + 1) / 2
 
-    def _head(self) -> _Sequence | None:
+    def _head(self) -> Sequence | None:
         waiting = self._waiting
         while waiting and waiting[0][2].gone:
             heappop(waiting)
@@ -380,7 +362,7 @@ class FastEngine:
             budget -= tokens
         return prefill_tokens, pairs
 
-    def _enter(self, sequence: _Sequence, chunks: list[int]) -> None:
+    def _enter(self, sequence: Sequence, chunks: list[int]) -> None:
         self._pool.refer(chunks)
         sequence.chunks = chunks
         sequence.computed = len(chunks) * PREFIX_CHUNK_TOKENS
