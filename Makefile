@@ -60,7 +60,8 @@ NATIVE := $(addprefix core/,cost.py crews.py fleet.py ladder.py memory.py outloo
   policies/*.py policies/recipes/*.py predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
-  $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py upstream.py)
+  $(addprefix gateway/,agent.py dispatching.py driver.py exchange.py heads.py inference.py reception.py \
+  stream.py upstream.py)
 
 .PHONY: native test-native
 native: setup ## compile the hot path into .native (needs a C compiler); run with PYTHONPATH=.native

@@ -24,7 +24,7 @@ from concertmaster.core.fleet import Fleet
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
 from concertmaster.gateway.replay import Replay
-from concertmaster.gateway.server import running_gateway
+from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
 from concertmaster.observe import plots
 from concertmaster.observe.compare import compare_reports
@@ -117,6 +117,7 @@ def serve(
                 speedup=file.emulator.speedup,
                 observe=writer,
                 commands=compose.commands(file),
+                controls=controls_of(file),
             )
             where = f"{settings.host}:{settings.port}"
             _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)

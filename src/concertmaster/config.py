@@ -4,13 +4,14 @@ import re
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
 from concertmaster.core.errors import InputError, InvalidRequestError, unknown_name
 from concertmaster.core.fleet import Readiness
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS
+from concertmaster.engines.control import NEAR, ControlKind
 from concertmaster.engines.faults import Faults
 from concertmaster.physics.hardware import GPUS
 from concertmaster.physics.models import MODELS
@@ -40,6 +41,7 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu: str
     served_name: str = ""
     replicas: int | None = None
+    control: ControlKind | None = None
     command: list[str] = msgspec.field(default_factory=list)
     endpoints: list[str] = msgspec.field(default_factory=list)
     tensor_parallel: int = 1
@@ -71,9 +73,20 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.least_replicas if self.least_replicas is not None else int(self.runs)
 
     @property
+    def controlled_by(self) -> ControlKind:
+        """How its engines load and unload: as said, else as processes if it has a command."""
+        return self.control or ("process" if self.command else "vllm")
+
+    @property
     def stopped_state(self) -> Readiness:
-        """Where weights lie once stopped: as said, else where they lie at the start, or on disk."""
-        return self.stopped or (Readiness.DISK if self.runs else self.state)
+        """Where weights lie once stopped: as said, else where they lie at the start.
+
+        If they run at the start: in RAM with vLLM that is served, else on disk.
+        """
+        sleeps = self.controlled_by == "vllm" and bool(self.endpoints)
+        return self.stopped or (
+            self.state if not self.runs else Readiness.SLEEPING if sleeps else Readiness.DISK
+        )
 
 
 class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,6 +103,7 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_body_mb: float = 20.0
     connect_timeout_s: float = 5.0
     health_interval_s: float = 2.0
+    hold_s: float = 600.0
 
 
 class EmulatorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,6 +177,7 @@ def load_fleet(path: Path) -> FleetFile:
     _check_clusters(path, fleet)
     _check_scaling(path, fleet)
     _check_positive(path, "emulator.speedup", fleet.emulator.speedup)
+    _check_positive(path, "gateway.hold_s", fleet.gateway.hold_s)
     _check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
     if fleet.gateway.window_s is not None:
         _check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
@@ -206,6 +221,7 @@ def _load(path: Path, kind: type[_File]) -> _File:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "state": tuple(Readiness),
     "stopped": tuple(Readiness),
+    "control": get_args(ControlKind),
     "scheduling": ("fcfs", "priority"),
 }
 
@@ -267,6 +283,7 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
     if pool.command and pool.count > 1 and not any("{port}" in part for part in pool.command):
         problem = f"expected {{port}} in it, as {pool.count} replicas cannot share one"
         raise InputError(str(path), f"{where}.command", problem)
+    _check_control(path, where, pool)
     for i, endpoint in enumerate(pool.endpoints):
         match = re.fullmatch(r"http://[^/:\s]+(?::(\d+))?/?", endpoint)
         if match is None or not 0 < int(match[1] or 80) < 65_536:
@@ -278,6 +295,25 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
     _check_known(path, where, "model", pool.model, MODELS)
     _check_known(path, where, "gpu", pool.gpu, GPUS)
     _check_engine(path, f"{where}.", pool)
+
+
+def _check_control(path: Path, where: str, pool: PoolSection) -> None:
+    kind = pool.controlled_by
+    if kind == "process" and not pool.command:
+        problem = "a process needs a command"
+        hint = 'add command = ["PROGRAM", ...]'
+    elif pool.command and kind not in ("process", "vllm"):
+        problem = f'the gateway starts and ends a command itself, found "{kind}"'
+        hint = 'write "process", or "vllm" if it can sleep too'
+    elif kind == "none" and not pool.runs:
+        problem = f"nothing can wake replicas that are {pool.state.value} at the start"
+        hint = 'set state = "running"'
+    elif pool.control and pool.stopped in NEAR and kind not in ("vllm", "none"):
+        problem = f'"{kind}" keeps no weights in RAM, so stopped = "{pool.stopped}" cannot be'
+        hint = 'set stopped = "disk"'
+    else:
+        return
+    raise InputError(str(path), f"{where}.control", problem, hint)
 
 
 def _check_engine(path: Path, where: str, engine: PoolSection | EngineFile) -> None:

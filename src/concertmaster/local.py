@@ -22,7 +22,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
-from concertmaster.gateway.server import running_gateway
+from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe.trace import Header, TraceWriter
 from concertmaster.policies.catalog import policy as policy_named
 
@@ -136,6 +136,7 @@ async def _serve_gateway(pipe: Connection, job: _Job) -> None:
             speedup=file.emulator.speedup,
             observe=observe,
             drain_s=DRAIN_S,
+            controls=controls_of(file),
         )
         try:
             _, bound = await compose.listening(serving.__aenter__(), f"127.0.0.1:{port}", port)
