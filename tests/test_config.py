@@ -21,10 +21,11 @@ gpu = "a100-80g"
 """
 POOL_KEYS = (
     "block_tokens, cluster, command, endpoints, gpu, kv_blocks, least_replicas, max_batch_tokens, "
-    "max_sequences, memory_ratio, model, name, prefix_caching, replicas, scheduling, "
+    "max_sequences, memory_ratio, model, name, nodes, prefix_caching, replicas, scheduling, "
     "served_name, state, stopped, tensor_parallel"
 )
 CLUSTER_KEYS = "known: name, network_ms"
+NODE_KEYS = "known: cluster, gpu, gpus, host_gb, memory_ratio, name"
 FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools, scaling"
 STATES = "known: disk, host, remote, running, sleeping"
 MOST = "max_sequences (256)"
@@ -225,7 +226,7 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
         ),
         (
             '[[nodes]]\nname = "n"\ngpu = "h100"\ngpu_count = 2',
-            'nodes[0]: unknown key "gpu_count" (known: cluster, gpu, gpus, name)',
+            f'nodes[0]: unknown key "gpu_count" ({NODE_KEYS})',
         ),
         (
             '[[clusters]]\nname = "c"\nnetwork = 2',

@@ -21,7 +21,16 @@ from hypothesis.stateful import (
 )
 
 from builders import CheckedScheduler, a_fleet, a_forecast, a_policy, a_pool
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
+from concertmaster.core.actions import (
+    Action,
+    Cancel,
+    Demote,
+    Dispatch,
+    Fail,
+    Reject,
+    Resize,
+    Wake,
+)
 from concertmaster.core.events import (
     Event,
     ReplicaDemoted,
@@ -59,6 +68,8 @@ POLICIES = (
     "round-robin@arrival",
     "cascade",
     "oracle-stjf",
+    "maestro",
+    "fcfs/static:kv=worst-case",
 )
 REPLICAS = ("p-0", "p-1", "q-0", "q-1", "s-0", "s-1")
 MODEL_CHOICES = ((), ("m",), ("x",), ("m", "x"), ("asleep",), ("m", "asleep"), ("nobody",))
@@ -125,7 +136,7 @@ class Driver(RuleBasedStateMachine):
         super().__init__()
         admission = BoundedLine(max_waiting=6, max_wait_s=200.0)
         policy = a_policy(self.policy, admission=admission, scaling=self.scaling)
-        self.scheduler = CheckedScheduler(replace(a_small_fleet(), limits=self.limits), policy)
+        self.scheduler = CheckedScheduler(replace(self.fleet(), limits=self.limits), policy)
         self.core = self.scheduler.core
         self.now_s = 0.0
         self.arrived = 0
@@ -135,6 +146,9 @@ class Driver(RuleBasedStateMachine):
         self.waking: set[ReplicaId] = set()
         self.stopping: set[ReplicaId] = set()
         self.outcomes: dict[RequestId, str] = {}
+
+    def fleet(self) -> Fleet:
+        return a_small_fleet()
 
     # The driver.
 
@@ -164,10 +178,12 @@ class Driver(RuleBasedStateMachine):
                     assert self.core.replicas[replica_id].readiness is not Readiness.RUNNING
                     self.waking.add(replica_id)
                     self.check_wake(self.core.replicas[replica_id])
-                case Stop(replica_id):
+                case Demote(replica_id):
                     assert replica_id not in self.stopping, "stopped twice"
                     assert all(one.replica_id != replica_id for one in self.running.values())
                     self.stopping.add(replica_id)
+                case Resize():
+                    pass
 
     def check_wake(self, woken: Replica) -> None:
         """It keeps to the GPUs, and none that was about to leave could serve instead."""
@@ -194,7 +210,7 @@ class Driver(RuleBasedStateMachine):
         return data.draw(st.sampled_from(list(self.running)))
 
     def key(self, call: Waiting) -> float:
-        return self.core._key(call)
+        return self.core._dispatcher.key(call)
 
     def check_order(self, request_id: RequestId, replica: Replica) -> None:
         """Nobody who could have had this place and comes before it in the line still waits."""

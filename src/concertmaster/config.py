@@ -31,6 +31,8 @@ class NodeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu: str
     gpus: int
     cluster: str | None = None
+    host_gb: float = 0.0
+    memory_ratio: float = 0.9
 
 
 class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +46,7 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     control: ControlKind | None = None
     command: list[str] = msgspec.field(default_factory=list)
     endpoints: list[str] = msgspec.field(default_factory=list)
+    nodes: list[str] = msgspec.field(default_factory=list)
     tensor_parallel: int = 1
     cluster: str | None = None
     state: Readiness = Readiness.RUNNING
@@ -59,8 +62,10 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def count(self) -> int:
-        """Replicas in the pool: as said, else one an endpoint, else one."""
-        return self.replicas if self.replicas is not None else max(1, len(self.endpoints))
+        """Replicas in the pool: as said, else one a node or an endpoint, else one."""
+        if self.replicas is not None:
+            return self.replicas
+        return len(self.nodes) or max(1, len(self.endpoints))
 
     @property
     def runs(self) -> bool:
@@ -172,9 +177,12 @@ def load_fleet(path: Path) -> FleetFile:
     for i, node in enumerate(fleet.nodes):
         _check_known(path, f"nodes[{i}]", "gpu", node.gpu, GPUS)
         _check_positive(path, f"nodes[{i}].gpus", node.gpus)
+        _check_least(path, f"nodes[{i}].host_gb", node.host_gb, 0)
+        _check_ratio(path, f"nodes[{i}].memory_ratio", node.memory_ratio)
     for i, cluster in enumerate(fleet.clusters):
         _check_least(path, f"clusters[{i}].network_ms", cluster.network_ms, 0)
     _check_clusters(path, fleet)
+    _check_shared(path, fleet)
     _check_scaling(path, fleet)
     _check_positive(path, "emulator.speedup", fleet.emulator.speedup)
     _check_positive(path, "gateway.hold_s", fleet.gateway.hold_s)
@@ -322,10 +330,7 @@ def _check_engine(path: Path, where: str, engine: PoolSection | EngineFile) -> N
         _check_positive(path, f"{where}{key}", getattr(engine, key))
     if engine.kv_blocks is not None:
         _check_positive(path, f"{where}kv_blocks", engine.kv_blocks)
-    if not 0 < engine.memory_ratio <= 1:
-        raise InputError(
-            str(path), f"{where}memory_ratio", f"expected 0 to 1, found {engine.memory_ratio}"
-        )
+    _check_ratio(path, f"{where}memory_ratio", engine.memory_ratio)
     if PREFIX_CHUNK_TOKENS % engine.block_tokens:
         problem = f"expected a divisor of {PREFIX_CHUNK_TOKENS}, found {engine.block_tokens}"
         raise InputError(str(path), f"{where}block_tokens", problem)
@@ -346,6 +351,32 @@ def _check_clusters(path: Path, fleet: FleetFile) -> None:
     for kind, cluster in sections:
         if cluster is not None and cluster not in known:
             raise unknown_name(str(path), kind, "cluster", cluster, known)
+
+
+def _check_shared(path: Path, fleet: FleetFile) -> None:
+    """Check that pools which name nodes span their GPUs, one replica on each."""
+    nodes = {node.name: node for node in fleet.nodes}
+    for i, pool in enumerate(fleet.pools):
+        where = f"pools[{i}]"
+        if pool.nodes and pool.count != len(pool.nodes):
+            problem = f"expected one replica a node ({len(pool.nodes)}), found {pool.count}"
+            raise InputError(str(path), f"{where}.replicas", problem, "leave it out")
+        _check_unique(path, f"{where}.nodes", pool.nodes)
+        for name in pool.nodes:
+            _check_known(path, f"{where}.nodes", "node", name, nodes)
+            _check_spans(path, where, pool, nodes[name])
+
+
+def _check_spans(path: Path, where: str, pool: PoolSection, node: NodeSection) -> None:
+    """Check that a pool fits a node that it names."""
+    if (pool.gpu.lower(), pool.tensor_parallel) != (node.gpu.lower(), node.gpus):
+        found = f"{pool.tensor_parallel} x {pool.gpu} in {pool.name}"
+        problem = f"expected all GPUs of {node.name} ({node.gpus} x {node.gpu}), found {found}"
+        hint = "models that share a node span all its GPUs; write a larger machine as several nodes"
+        raise InputError(str(path), f"{where}.nodes", problem, hint)
+    if pool.cluster is not None and pool.cluster != node.cluster:
+        problem = f"{node.name} does not stand in cluster {pool.cluster}"
+        raise InputError(str(path), f"{where}.cluster", problem, "leave it out")
 
 
 def _check_scaling(path: Path, fleet: FleetFile) -> None:
@@ -379,6 +410,11 @@ def _check_known(path: Path, where: str, kind: str, name: str, known: Collection
 def _check_least(path: Path, where: str, value: float, least: float) -> None:
     if not value >= least:
         raise InputError(str(path), where, f"expected at least {least}, found {value}")
+
+
+def _check_ratio(path: Path, where: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise InputError(str(path), where, f"expected 0 to 1, found {value}")
 
 
 def _check_positive(path: Path, where: str, value: float) -> None:

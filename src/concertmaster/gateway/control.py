@@ -1,4 +1,4 @@
-"""Bringing replicas into service and taking them out, as the core asks with its actions."""
+"""Bringing replicas into service and taking them out: the core's ``Wake`` and ``Demote``."""
 
 import asyncio
 import logging

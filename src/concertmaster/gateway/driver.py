@@ -4,7 +4,16 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
+from concertmaster.core.actions import (
+    Action,
+    Cancel,
+    Demote,
+    Dispatch,
+    Fail,
+    Reject,
+    Resize,
+    Wake,
+)
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
@@ -30,10 +39,10 @@ from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.health import HealthWatch
 from concertmaster.gateway.holding import LOOK_S, Holding
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
+from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.processes import controller
-from concertmaster.gateway.reception import Reception
 from concertmaster.gateway.refusals import Refusals
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.predictors.interface import Completion, Predictor
@@ -98,7 +107,7 @@ class Gateway:
         self._speedup = speedup
         self._side_door = side_door
         self._observe = observe
-        self._reception = Reception(reads_prompts=self._forecaster.reads_prompts)
+        self._intake = Intake()
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
         self._links = {
@@ -207,8 +216,13 @@ class Gateway:
             return
         now_s = self._clock()
         try:
-            exchange, is_final = self._reception.read(
-                now_s, agent, message, chat=chat, taken=self._exchanges
+            exchange, identity = self._intake.open(
+                now_s,
+                agent,
+                message,
+                chat=chat,
+                taken=self._exchanges,
+                reads_prompts=self._forecaster.reads_prompts,
             )
         except CallerError as error:
             status, body = openai_api.caller_error(error)
@@ -216,8 +230,9 @@ class Gateway:
             agent.answer(openai_api.response(status, body))
             return
         agent.exchange = exchange
-        self._idle.begin(now_s, exchange.request.workflow_id, is_final=is_final)
+        exchange.may_hold = exchange.streams and message.takes_chunks
         self._exchanges[exchange.request.request_id] = exchange
+        self._idle.begin(now_s, exchange.request.workflow_id, is_final=identity.is_final)
         forecast = self._forecaster.predict(exchange)
         self._feed(now_s, RequestArrived(exchange.request, forecast))
 
@@ -272,8 +287,10 @@ class Gateway:
             case Wake(replica_id):
                 self._holding.woken(now_s, replica_id)
                 self._control.start(replica_id)
-            case Stop(replica_id):
-                self._control.stop(replica_id, self.scheduler.replicas[replica_id].pool.stopped)
+            case Demote(replica_id, readiness):
+                self._control.stop(replica_id, readiness)
+            case Resize():
+                pass  # engines keep the KV that they were started with
             case _:
                 assert_never(action)
 
@@ -338,7 +355,9 @@ class Gateway:
         self.metrics.finished(now_s, exchange, output_tokens)
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
         if exchange.tool_call_ids:
-            self._reception.note_tool_calls(exchange)
+            self._intake.note_tool_calls(
+                exchange.tool_call_ids, request.workflow_id, request.stage or 0
+            )
         if exchange.status == 200:
             pool = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool
             completion = Completion(

@@ -32,7 +32,9 @@ _REPLICA_HEADER = b"x-concertmaster-replica: "
 _WAIT_HEADER = b"x-concertmaster-queue-wait-ms: "
 _EVENT = b"data: "
 _ERROR_EVENT = b'data: {"error"'
-_REJECTIONS = frozenset({"queue_full", "waited_too_long", "no_replica", "shutting_down"})
+_REJECTIONS = frozenset(
+    {"queue_full", "waited_too_long", "no_replica", "too_late", "shutting_down"}
+)
 
 
 class _Ear:

@@ -1,39 +1,26 @@
-"""Reading a message of an agent as a call: what is asked, and by which workflow."""
+"""A message becomes a call: its prompt, whose workflow it belongs to, what it allows."""
 
 import itertools
-from collections.abc import Container
-from typing import NamedTuple
+from collections.abc import Container, Iterable
 
-from concertmaster.core.request import Request, RequestId
+from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.identity import Normalizer, with_hints
+from concertmaster.gateway.identity import Identity, Normalizer, with_hints
 from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.prompts import read_prompt
 
 
-class Received(NamedTuple):
-    """A call that was read, and whether its workflow ends with it."""
+class Intake:
+    """Reads what agents send, in whatever dialect they name their workflow."""
 
-    exchange: Exchange
-    is_final: bool
-
-
-class Reception:
-    """Makes an exchange of a message, and remembers what tells workflows apart.
-
-    Args:
-        reads_prompts: Whether prompts are kept for the predictor.
-    """
-
-    def __init__(self, *, reads_prompts: bool) -> None:
-        self._reads_prompts = reads_prompts
+    def __init__(self) -> None:
         self._normalizer = Normalizer()
         self._inference = WorkflowInference()
         self._numbers = itertools.count(1)
 
-    def read(
+    def open(
         self,
         now_s: float,
         agent: AgentConnection,
@@ -41,18 +28,20 @@ class Reception:
         *,
         chat: bool,
         taken: Container[RequestId],
-    ) -> Received:
-        """Read a call.
+        reads_prompts: bool,
+    ) -> tuple[Exchange, Identity]:
+        """Return the call of a message, and who sent it.
 
         Args:
-            now_s: When it came.
-            agent: Who asks.
-            message: What was sent.
-            chat: Whether it is a chat call or a text one.
-            taken: Ids of calls that are open; a call gets another one.
+            now_s: The instant.
+            agent: Who waits for the answer.
+            message: What came.
+            chat: Whether it was sent to the path of chats.
+            taken: Names of calls without an outcome.
+            reads_prompts: Whether the predictor wants to see the prompt.
 
         Raises:
-            CallerError: It cannot be served as it is.
+            CallerError: The message is no call.
         """
         headers = message.headers
         call = openai_api.parse_call(message.body, chat=chat)
@@ -90,14 +79,12 @@ class Reception:
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)
-        exchange.may_hold = exchange.streams and message.takes_chunks
-        if self._reads_prompts:
+        if reads_prompts:
             exchange.prompt = read_prompt(call)
-        return Received(exchange, identity.is_final)
+        return exchange, identity
 
-    def note_tool_calls(self, exchange: Exchange) -> None:
-        """Take in that an answer asked for tools; a later call may answer them."""
-        request = exchange.request
-        self._inference.note_tool_calls(
-            exchange.tool_call_ids, request.workflow_id, request.stage or 0
-        )
+    def note_tool_calls(
+        self, tool_call_ids: Iterable[bytes], workflow_id: WorkflowId, stage: int
+    ) -> None:
+        """Remember which workflow tools were asked for by: their results come without a name."""
+        self._inference.note_tool_calls(tool_call_ids, workflow_id, stage)
