@@ -17,7 +17,7 @@ from concertmaster.engines import control as engine_control
 from concertmaster.engines.control import ControlKind
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.faults import Faults
-from concertmaster.gateway import control, driver, holding
+from concertmaster.gateway import control, holding, service
 from concertmaster.policies.catalog import policy
 from gateway_rig import (
     STREAM_HEAD,
@@ -47,7 +47,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_control, "POLL_S", 0.005)
     monkeypatch.setattr(engine_control, "RETRY_S", 0.005)
-    monkeypatch.setattr(driver, "LOOK_S", 0.01)
+    monkeypatch.setattr(service, "LOOK_S", 0.01)
     monkeypatch.setattr(holding, "FIRST_S", 0.05)
     monkeypatch.setattr(holding, "EVERY_S", 0.1)
 

@@ -77,7 +77,7 @@ async def over_processes(
 
 
 def running(rig: Rig) -> list[asyncio.subprocess.Process]:
-    return list(rig.gateway._control._processes.values())  # type: ignore[attr-defined]
+    return list(rig.gateway._service.control._processes.values())  # type: ignore[attr-defined]
 
 
 async def burst(rig: Rig, calls: int, tokens: int) -> None:
@@ -100,7 +100,7 @@ def test_processes_start_for_a_burst_and_end_after_it_to_zero_and_back(name: str
             await burst(rig, 6 * SEATS, 1500)
             assert ReplicaReady(ReplicaId("p-1")) in rig.history
             await until(lambda: not running(rig), "all processes ended", seconds=10.0)
-            await until(lambda: not rig.gateway._control._errands._tasks, "stopped")  # type: ignore[attr-defined]
+            await until(lambda: not rig.gateway._service.control._errands._tasks, "stopped")  # type: ignore[attr-defined]
             assert all(one.alive for one in rig.gateway.scheduler.replicas.values())
             ups = sum(isinstance(event, ReplicaReady) for event in rig.history)
             await burst(rig, 1, 20)

@@ -11,7 +11,7 @@ import msgspec
 from concertmaster.core.errors import InputError, InvalidRequestError, unknown_name
 from concertmaster.core.fleet import Readiness
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS
-from concertmaster.engines.control import NEAR, ControlKind
+from concertmaster.engines.control import ControlKind, control_misfit
 from concertmaster.engines.faults import Faults
 from concertmaster.physics.hardware import GPUS
 from concertmaster.physics.models import MODELS
@@ -88,10 +88,10 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
         If they run at the start: in RAM with vLLM that is served, else on disk.
         """
+        if self.stopped or not self.runs:
+            return self.stopped or self.state
         sleeps = self.controlled_by == "vllm" and bool(self.endpoints)
-        return self.stopped or (
-            self.state if not self.runs else Readiness.SLEEPING if sleeps else Readiness.DISK
-        )
+        return Readiness.SLEEPING if sleeps else Readiness.DISK
 
 
 class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -306,22 +306,12 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
 
 
 def _check_control(path: Path, where: str, pool: PoolSection) -> None:
-    kind = pool.controlled_by
-    if kind == "process" and not pool.command:
-        problem = "a process needs a command"
-        hint = 'add command = ["PROGRAM", ...]'
-    elif pool.command and kind not in ("process", "vllm"):
-        problem = f'the gateway starts and ends a command itself, found "{kind}"'
-        hint = 'write "process", or "vllm" if it can sleep too'
-    elif kind == "none" and not pool.runs:
-        problem = f"nothing can wake replicas that are {pool.state.value} at the start"
-        hint = 'set state = "running"'
-    elif pool.control and pool.stopped in NEAR and kind not in ("vllm", "none"):
-        problem = f'"{kind}" keeps no weights in RAM, so stopped = "{pool.stopped}" cannot be'
-        hint = 'set stopped = "disk"'
-    else:
-        return
-    raise InputError(str(path), f"{where}.control", problem, hint)
+    stopped = pool.stopped if pool.control else None
+    misfit = control_misfit(
+        pool.controlled_by, has_command=bool(pool.command), state=pool.state, stopped=stopped
+    )
+    if misfit is not None:
+        raise InputError(str(path), f"{where}.control", *misfit)
 
 
 def _check_engine(path: Path, where: str, engine: PoolSection | EngineFile) -> None:

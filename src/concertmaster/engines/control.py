@@ -185,6 +185,29 @@ CONTROLS: Mapping[ControlKind, EngineControl] = {
 }
 
 
+def control_misfit(
+    kind: ControlKind, *, has_command: bool, state: Readiness, stopped: Readiness | None
+) -> tuple[str, str] | None:
+    """Return what is wrong with a kind of control for a pool, and what to do; ``None`` if nothing.
+
+    Args:
+        kind: How its engines are controlled.
+        has_command: Whether the gateway runs them.
+        state: Where weights lie at the start.
+        stopped: Where they are said to lie once a replica was stopped, if that is said.
+    """
+    if kind == "process" and not has_command:
+        return "a process needs a command", 'add command = ["PROGRAM", ...]'
+    if has_command and kind not in ("process", "vllm"):
+        problem = f'expected "process", or "vllm" if it can sleep too, found "{kind}"'
+        return problem, "the gateway starts and ends a command itself"
+    if kind == "none" and state is not Readiness.RUNNING:
+        return f'nothing wakes replicas whose state is "{state.value}"', 'set state = "running"'
+    if stopped in NEAR and kind not in ("vllm", "none"):
+        return f'"{kind}" keeps no weights in RAM once stopped', 'set stopped = "disk"'
+    return None
+
+
 async def _post(url: str, path: str, fields: Mapping[str, object] | None = None) -> None:
     status, body = await _ask(url, path, fields)
     if status != 200:

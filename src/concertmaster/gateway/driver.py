@@ -17,9 +17,7 @@ from concertmaster.core.actions import (
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
-    ReplicaDemoted,
     ReplicaDied,
-    ReplicaReady,
     RequestArrived,
     RequestCancelled,
     RequestFailed,
@@ -28,22 +26,19 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import Readiness, ReplicaId
+from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
 from concertmaster.gateway import dispatching, heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
-from concertmaster.gateway.control import Engine, Standing
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.health import HealthWatch
-from concertmaster.gateway.holding import LOOK_S, Holding
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.metrics import GatewayMetrics
-from concertmaster.gateway.processes import controller
 from concertmaster.gateway.refusals import Refusals
+from concertmaster.gateway.service import Service
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.predictors.interface import Completion, Predictor
 from concertmaster.predictors.rates import PaceWatch
@@ -116,21 +111,22 @@ class Gateway:
             )
             for replica_id, url in urls.items()
         }
-        engines = {
-            one: Engine(url, scheduler.replicas[one].pool.model.name, controls.get(one, "vllm"))
-            for one, url in urls.items()
-        }
-        self._control = controller(engines, commands, self._hear, self._standing)
-        self._health = HealthWatch(
-            urls, self.feed, self._is_alive, self._control, interval_s=health_interval_s
-        )
-        self._holding = Holding(
-            scheduler, self._control.problem, self._health.pause_s, speedup=speedup, hold_s=hold_s
+        self._exchanges: dict[RequestId, Exchange] = {}
+        self._service = Service(
+            scheduler,
+            urls,
+            self.feed,
+            self._exchanges,
+            clock=clock,
+            speedup=speedup,
+            commands=commands,
+            controls=controls,
+            health_interval_s=health_interval_s,
+            hold_s=hold_s,
         )
         self._refusals = Refusals(
-            scheduler, self._holding, self.metrics, clock=clock, end=self._end
+            scheduler, self._service.holding, self.metrics, clock=clock, end=self._end
         )
-        self._exchanges: dict[RequestId, Exchange] = {}
         self._agents: dict[AgentConnection, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
@@ -140,13 +136,16 @@ class Gateway:
 
     async def open(self) -> None:
         """Bring up the engines that are ours to run; call it before ``start``."""
-        replicas = self.scheduler.replicas.values()
-        running = [r.replica_id for r in replicas if r.readiness is Readiness.RUNNING]
-        await self._control.open(running)
+        await self._service.open()
 
     def start(self) -> None:
         """Begin to watch engines and to tell the core of progress."""
-        duties = (self._tick(), self._hold(), self._health.watch(), self._forecaster.watch())
+        duties = (
+            self._tick(),
+            self._service.hold(self._overdue),
+            self._service.health.watch(),
+            self._forecaster.watch(),
+        )
         self._tasks = [asyncio.create_task(duty) for duty in duties]
         if self.scheduler.policy.scaling is not None:
             self.feed(TimerFired())  # its clock starts with the first event
@@ -166,7 +165,7 @@ class Gateway:
         await self._see_off()
         for link in self._links.values():
             link.close()
-        await self._control.close()
+        await self._service.control.close()
         await self._forecaster.stop()
 
     def _turn_all_away(self) -> None:
@@ -285,10 +284,9 @@ class Gateway:
             case Cancel():
                 pass  # the exchange dropped its engine connection when its caller went
             case Wake(replica_id):
-                self._holding.woken(now_s, replica_id)
-                self._control.start(replica_id)
+                self._service.wake(now_s, replica_id)
             case Demote(replica_id, readiness):
-                self._control.stop(replica_id, readiness)
+                self._service.control.stop(replica_id, readiness)
             case Resize():
                 pass  # engines keep the KV that they were started with
             case _:
@@ -306,37 +304,8 @@ class Gateway:
             self._pace.unheard(now_s, action.request_id)
         self.metrics.dispatched(now_s - exchange.arrived_s, self._clock() - now_s)
 
-    # Calls that are held
-
-    async def _hold(self) -> None:
-        """Tell those who wait for a model that does not run, and let nobody wait for ever."""
-        while True:
-            await asyncio.sleep(LOOK_S)
-            for exchange in self._holding.look(self._clock(), self._exchanges):
-                self._refusals.refuse(exchange, "waited_too_long")
-                self.feed(RequestCancelled(exchange.request.request_id))
-
-    def _hear(self, event: Event) -> None:
-        """Take in what came of bringing a replica up or down.
-
-        If it did not come up, and nobody else can take the calls that waited for it, they are
-        routed anew: elsewhere, or the core refuses them.
-        """
-        assert isinstance(event, ReplicaReady | ReplicaDied | ReplicaDemoted)
-        replica = self.scheduler.replicas[event.replica_id]
-        was_down = not replica.alive or replica.readiness is not Readiness.RUNNING
-        self._holding.settled(event.replica_id)
-        self.feed(event)
-        if isinstance(event, ReplicaDied) and was_down:
-            for request_id in self._holding.stranded():
-                exchange = self._exchanges[request_id]
-                self.feed(RequestCancelled(request_id))
-                self.feed(RequestArrived(exchange.request, exchange.forecast))
-
-    def _standing(self, replica_id: ReplicaId) -> Standing:
-        replica = self.scheduler.replicas[replica_id]
-        ready_s = replica.pool.ready_s.get(replica.readiness, 0.0) / self._speedup
-        return Standing(replica.alive, replica.readiness, ready_s)
+    def _overdue(self, exchange: Exchange) -> None:
+        self._refusals.refuse(exchange, "waited_too_long")
 
     # Outcomes: news from engines
 
@@ -391,9 +360,6 @@ class Gateway:
             self._forecaster.failed(request.request_id)
         if exchange.engine is not None:
             exchange.engine.cancel()
-
-    def _is_alive(self, replica_id: ReplicaId) -> bool:
-        return self.scheduler.replicas[replica_id].alive
 
     async def _tick(self) -> None:
         """Tell the core how far every stream has come."""
