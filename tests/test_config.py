@@ -298,8 +298,8 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
         (
             'control = "ollama"\ncommand = ["ollama", "serve"]',
             (
-                'pools[0].control: expected "process", or "vllm" if it can sleep too, found "ollama" '
-                "(the gateway starts and ends a command itself)"
+                'pools[0].control: expected "process", or "vllm" if it can sleep too, '
+                'found "ollama" (the gateway starts and ends a command itself)'
             ),
         ),
         (

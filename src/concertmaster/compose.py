@@ -233,7 +233,12 @@ def build_emulator(file: EngineFile) -> Emulator:
 
 
 def emulator_of(
-    pool: Pool, *, speedup: float, seed: int = 0, faults: Faults | None = None
+    pool: Pool,
+    *,
+    speedup: float,
+    seed: int = 0,
+    faults: Faults | None = None,
+    lies: Readiness = Readiness.RUNNING,
 ) -> Emulator:
     """Build an emulated engine that is one replica of a pool."""
     return Emulator(
@@ -243,6 +248,8 @@ def emulator_of(
         speedup=speedup,
         seed=seed,
         wake_s=pool.ready_s[Readiness.SLEEPING],
+        reload_s=pool.ready_s[Readiness.DISK],
+        lies=lies,
         max_model_tokens=min(pool.model.context_tokens, pool.kv_tokens),
         faults=faults,
     )

@@ -102,8 +102,8 @@ def _run_engines(pipe: Connection, file: FleetFile) -> None:
 
 async def _serve_engines(pipe: Connection, fleet: Fleet, speedup: float) -> None:
     servers, urls = [], {}
-    for replica_id, (pool, _, _) in fleet.replicas.items():
-        emulator = compose.emulator_of(pool, speedup=speedup)
+    for replica_id, (pool, _, state) in fleet.replicas.items():
+        emulator = compose.emulator_of(pool, speedup=speedup, lies=state)
         server = await serve_emulator(emulator, "127.0.0.1", 0)
         servers.append(server)
         urls[replica_id] = f"http://127.0.0.1:{server.port}"
