@@ -1,11 +1,13 @@
 """Is any call lost while models come and go? Many workflows at once against a live gateway.
 
-    python benchmarks/swaps.py [--policy NAME] [--workflows 200] [--minutes 3] [--control KIND]
+    python benchmarks/swaps.py [--shared] [--policy NAME] [--workflows 200] [--minutes 3]
+                               [--control vllm|llama.cpp|ollama]
 
-Six models and GPUs for three; engines are emulated and sleep for real seconds, in a process of
-their own, as is the gateway. Workflows follow one another without a break, half of the calls
-streamed; one caller in fifty hangs up; every minute one model fails to wake for ten seconds.
-The exit code is 1 if a call was lost or answered twice.
+Six models and GPUs for three, started and stopped by a scaling; or with --shared two GPUs that
+all six share, where a residency moves weights. Engines are emulated and sleep for real seconds,
+in a process of their own, as is the gateway. Workflows follow one another without a break, half
+of the calls streamed; one caller in fifty hangs up; every minute one model fails to wake for ten
+seconds. The exit code is 1 if a call was lost or answered twice.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from concertmaster import local
-from concertmaster.config import FleetFile, GatewaySection, PoolSection, ScalingSection
+from concertmaster.config import FleetFile, GatewaySection, NodeSection, PoolSection, ScalingSection
 from concertmaster.core.fleet import Readiness
 from concertmaster.engines.openai_http import fetch
 from swap_load import Load, Tally, play_load
@@ -32,6 +34,8 @@ MODELS = (
     "mistral-7b-instruct",
 )
 GPUS = 3
+KV_BLOCKS = 2000
+SCALED = "las/reactive:interval_s=1,settle_s=4"
 HOLD_S = 60.0
 LOAD = Load(models=MODELS, calls=(1, 4), tokens=(20, 200), pause_s=4.0, patience_s=120.0)
 FAILS_EVERY_S, FAILS_FOR_S = 60.0, 10.0
@@ -59,6 +63,26 @@ def a_fleet(kind: str) -> FleetFile:
         gateway=GatewaySection(hold_s=HOLD_S),
         scaling=ScalingSection(gpus=GPUS, cooldown_s=0.0),
     )
+
+
+def a_shared_fleet(kind: str) -> FleetFile:
+    """Describe two GPUs with an engine of each model on both; the first runs on one of them."""
+    nodes = [NodeSection(name=f"n{i}", gpu="a100-40g", gpus=1, host_gb=128.0) for i in range(2)]
+    pools = [
+        PoolSection(
+            name=model,
+            model=model,
+            gpu="a100-40g",
+            nodes=[node.name for node in nodes],
+            kv_blocks=KV_BLOCKS,
+            control=kind,  # type: ignore[arg-type]
+            state=Readiness.SLEEPING if kind == "vllm" else Readiness.DISK,
+            max_sequences=64,
+        )
+        for model in MODELS
+    ]
+    gateway = GatewaySection(hold_s=HOLD_S)
+    return FleetFile(name="swaps", pools=pools, nodes=nodes, gateway=gateway)
 
 
 async def fail_now_and_then(url: str) -> None:
@@ -114,15 +138,17 @@ def show(tally: Tally, took_s: float, ran: int, broken: int) -> None:
 def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--policy", default="las/reactive:interval_s=1,settle_s=4")
+    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--policy")
     parser.add_argument("--workflows", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--control", default="vllm", choices=("vllm", "llama.cpp", "ollama"))
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    file = a_fleet(args.control)
-    with local.engines(file) as urls, local.gateway(file, urls, args.policy) as gateway:
-        print(f"{args.policy} over {args.control}, {len(MODELS)} models on {GPUS} GPUs")
+    file = (a_shared_fleet if args.shared else a_fleet)(args.control)
+    policy = args.policy or ("maestro" if args.shared else SCALED)
+    with local.engines(file) as urls, local.gateway(file, urls, policy) as gateway:
+        print(f"{policy} over {args.control}{', shared' if args.shared else ''}")
         return 0 if asyncio.run(measure(gateway, urls, args)) else 1
 
 

@@ -89,7 +89,7 @@ def serve(
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     _check_port(settings.port)
     _check_servable(settings.policy)
-    fleet = compose.build_fleet(file, name=config.stem)
+    fleet = compose.build_fleet(file, name=config.stem, served=True)
     urls = compose.endpoints(file, where=str(config))
     with ExitStack() as stack:
         writer = None
@@ -99,6 +99,7 @@ def serve(
         policy_used = policy_named(settings.policy)
         if settings.window_s is not None:
             policy_used = dataclasses.replace(policy_used, window_s=settings.window_s)
+        compose.check_residency(fleet, policy_used)
         scheduler = Scheduler(
             fleet,
             policy_used,

@@ -96,7 +96,7 @@ def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what i
 
 
 def _run_engines(pipe: Connection, file: FleetFile) -> None:
-    fleet = compose.build_fleet(file, name="local")
+    fleet = compose.build_fleet(file, name="local", served=True)
     compose.run_loop(_serve_engines(pipe, fleet, file.emulator.speedup))
 
 
@@ -120,7 +120,7 @@ def _run_gateway(pipe: Connection, job: _Job) -> None:
 
 async def _serve_gateway(pipe: Connection, job: _Job) -> None:
     file, port = job.file, job.port
-    fleet = compose.build_fleet(file, name="local")
+    fleet = compose.build_fleet(file, name="local", served=True)
     with ExitStack() as stack:
         observe = None
         if job.trace is not None:
