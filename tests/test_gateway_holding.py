@@ -10,14 +10,15 @@ from typing import Any
 import openai
 import pytest
 
-from builders import READY_S, a_fleet, a_pool
-from concertmaster.core.events import ReplicaDied, ReplicaReady
+from builders import READY_S, a_fleet, a_pool, chains
+from concertmaster.core.events import ReplicaDemoted, ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
 from concertmaster.engines import control as engine_control
 from concertmaster.engines.control import ControlKind
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.faults import Faults
 from concertmaster.gateway import control, holding, service
+from concertmaster.gateway.replay import Replay
 from concertmaster.policies.catalog import policy
 from gateway_rig import (
     STREAM_HEAD,
@@ -126,6 +127,42 @@ def test_a_client_library_reads_a_held_stream_as_any_other() -> None:
             assert len("".join(word or "" for word in words).split()) == 4
             assert (await rig.call(exactly(1))).status == 200
             await rig.idle()
+
+    play(main())
+
+
+def test_a_stream_that_was_held_hears_that_it_waits_for_room() -> None:
+    async def main() -> None:
+        pool = a_pool(ready_s=READY_S, max_sequences=1)
+        fleet = a_fleet(pool, states={"p-0": Readiness.SLEEPING})
+        async with asleep(fleet=fleet, lies=Readiness.SLEEPING) as (rig, _):
+            texts = await asyncio.gather(*(stream_of(rig, **exactly(600)) for _ in range(2)))
+            assert sorted(": waiting for room\n\n" in text for text in texts) == [False, True]
+            assert [text.count("[DONE]") for text in texts] == [1, 1]
+            await rig.idle()
+            await until(lambda: not rig.gateway._service.holding._told)
+
+    play(main())
+
+
+def test_a_replay_sees_through_the_comments_of_held_streams() -> None:
+    async def main() -> None:
+        async with asleep(hold_s=2.5) as (rig, (engine,)):
+            workload = chains(3, gap_s=0.1, seed=1)
+            played = Replay(url=rig.url, workload=workload, speedup=SPEEDUP)
+            records = await played.run(policy="live", seed=0)
+            first = records.calls[0]
+            assert (first.model, first.replica_id, first.outcome) == ("m", "p-0", "served")
+            assert first.first_token_s is not None
+            assert first.dispatched_s is not None
+            assert first.first_token_s - first.arrival_s > 20.0
+            assert first.first_token_s >= first.dispatched_s - 1.0
+            engine.fall_asleep(lambda: None)
+            rig.gateway.feed(ReplicaDemoted(ReplicaId("p-0"), Readiness.SLEEPING))
+            engine.faults = Faults(wakes="never")
+            again = await played.run(policy="live", seed=0)
+            assert {call.reason for call in again.calls} == {"waited_too_long"}
+            assert {call.outcome for call in again.calls} == {"rejected"}
 
     play(main())
 

@@ -14,6 +14,7 @@ import pytest
 from builders import a_fleet, a_pool
 from concertmaster.core.events import ReplicaDemoted, ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
+from concertmaster.engines.control import ControlKind
 from concertmaster.gateway import control, processes
 from concertmaster.policies.catalog import policy
 from engine_process import SEATS
@@ -139,6 +140,48 @@ def test_a_process_that_does_not_come_up_is_dead(command: Sequence[str]) -> None
             first.cancel()
 
     play(main())
+
+
+def test_a_process_that_can_sleep_sleeps_to_stay_near_and_ends_to_go_to_disk() -> None:
+    async def main() -> None:
+        controls: dict[ReplicaId, ControlKind] = {
+            ReplicaId("p-0"): "vllm",
+            ReplicaId("p-1"): "vllm",
+        }
+        async with over_processes(1, controls=controls, drain_s=1.0) as rig:
+            service, name = rig.gateway._service, ReplicaId("p-0")
+            (process,) = running(rig)
+            service.control.stop(name, Readiness.SLEEPING)
+            await until(lambda: ReplicaDemoted(name, Readiness.SLEEPING) in rig.history)
+            assert await service.control.is_asleep(name)
+            service.control.start(name)
+            await until(lambda: ReplicaReady(name) in rig.history)
+            assert running(rig) == [process]
+            service.control.stop(name, Readiness.DISK)
+            await until(lambda: ReplicaDemoted(name, Readiness.DISK) in rig.history)
+            assert (running(rig), process.returncode is None) == ([], False)
+            assert (await rig.call(exactly(2))).status == 200
+            assert running(rig) != [process]
+
+    play(main())
+
+
+def test_a_vllm_of_somebody_else_that_sleeps_stays_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with over_engines(fleet=a_sleepy_fleet()) as (rig, (engine,)):
+            service, name = rig.gateway._service, ReplicaId("p-0")
+            near = ReplicaDemoted(name, Readiness.SLEEPING)
+            for to, count in ((Readiness.SLEEPING, 1), (Readiness.DISK, 2), (Readiness.DISK, 3)):
+                service.control.stop(name, to)
+                await until(lambda count=count: rig.history.count(near) == count)  # type: ignore[misc]
+            assert (engine.residency, engine.dropped) == ("asleep", False)
+            assert (await rig.call(exactly(2))).status == 200
+
+    monkeypatch.setattr(control, "STAY_S", 0.01)
+    play(main())
+    assert sum("cannot be stopped: a vLLM that sleeps" in one for one in caplog.messages) == 1
 
 
 def test_a_process_that_ignores_the_signal_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,8 +172,9 @@ class Gateway:
         """Answer what is open; those that wait first, so that nobody gets their room."""
         waiting_first = sorted(self._exchanges.values(), key=lambda one: one.engine is not None)
         for exchange in waiting_first:
-            self._refusals.turn_away(exchange)
-            self.feed(RequestCancelled(exchange.request.request_id))
+            if not exchange.over:  # else refused by the core meanwhile
+                self._refusals.turn_away(exchange)
+                self.feed(RequestCancelled(exchange.request.request_id))
 
     async def _see_off(self) -> None:
         """Close all connections of agents once they have read their answers, or soon after."""

@@ -61,6 +61,7 @@ class Holding:
         self._speedup = speedup
         self._hold_s = hold_s
         self._due_s: dict[ReplicaId, float] = {}
+        self._told: dict[RequestId, None] = {}
         self._by_pool: dict[PoolId, list[Replica]] = {pool_id: [] for pool_id in scheduler.pools}
         for replica in scheduler.replicas.values():
             self._by_pool[replica.pool.pool_id].append(replica)
@@ -78,31 +79,40 @@ class Holding:
         """Comment on waits that are due for it; return the calls that were held for too long."""
         overdue = []
         for pools, lane in self._scheduler.line.lanes.items():
-            serves = any(map(_serves, self._replicas(pools)))
+            if any(map(_serves, self._replicas(pools))):
+                continue
+            state = self._state(now_s, pools)
             for call in lane:
                 exchange = exchanges[call.request.request_id]
                 waited_s = (now_s - exchange.arrived_s) / self._speedup
-                if not serves and waited_s >= self._hold_s:
+                if waited_s >= self._hold_s:
                     overdue.append(exchange)
-                elif exchange.held or (exchange.may_hold and not serves and waited_s >= FIRST_S):
-                    self._comment(now_s, exchange, pools)
+                elif exchange.held or (exchange.may_hold and waited_s >= FIRST_S):
+                    self._comment(now_s, exchange, state)
+        self._comment_on_room(now_s, exchanges)
         return overdue
 
-    def _comment(self, now_s: float, exchange: Exchange, pools: tuple[PoolId, ...]) -> None:
+    def _comment(self, now_s: float, exchange: Exchange, state: str) -> None:
         if exchange.held and now_s - exchange.spoken_s < EVERY_S * self._speedup:
             return
         exchange.spoken_s = now_s
+        self._told[exchange.request.request_id] = None
         if not exchange.held:
             exchange.held = True
             exchange.caller.write(stream.head(exchange.response_headers))
-        exchange.caller.write(stream.chunk(stream.comment(self._state(now_s, pools))))
+        exchange.caller.write(stream.chunk(stream.comment(state)))
+
+    def _comment_on_room(self, now_s: float, exchanges: Mapping[RequestId, Exchange]) -> None:
+        """Go on with those whose model runs by now, and who wait for room on it."""
+        line = self._scheduler.line
+        for request_id in [one for one in self._told if one not in line]:
+            del self._told[request_id]
+        for request_id in self._told:
+            self._comment(now_s, exchanges[request_id], "waiting for room")
 
     def _state(self, now_s: float, pools: tuple[PoolId, ...]) -> str:
         model = self._scheduler.pools[pools[0]].model.name
-        replicas = self._replicas(pools)
-        if any(map(_serves, replicas)):
-            return f"waiting for room on {model}"
-        rising_s = self._rising_s(now_s, replicas)
+        rising_s = self._rising_s(now_s, self._replicas(pools))
         if rising_s is None:
             return f"waiting to wake {model}"
         return f"waking {model}, about {math.ceil(rising_s)} s"

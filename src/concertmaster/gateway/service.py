@@ -53,6 +53,7 @@ class Service:
         hold_s: float,
     ) -> None:
         self._replicas = scheduler.replicas
+        self._line = scheduler.line
         self._feed = feed
         self._exchanges = exchanges
         self._clock = clock
@@ -86,8 +87,9 @@ class Service:
         while True:
             await asyncio.sleep(LOOK_S)
             for exchange in self.holding.look(self._clock(), self._exchanges):
-                refuse(exchange)
-                self._feed(RequestCancelled(exchange.request.request_id))
+                if exchange.request.request_id in self._line:  # else refused by the core meanwhile
+                    refuse(exchange)
+                    self._feed(RequestCancelled(exchange.request.request_id))
 
     def _hear(self, event: Event) -> None:
         """Take in what came of bringing a replica up or down.
@@ -105,9 +107,10 @@ class Service:
 
     def _route_anew(self, stranded: Iterable[RequestId]) -> None:
         for request_id in stranded:
-            exchange = self._exchanges[request_id]
-            self._feed(RequestCancelled(request_id))
-            self._feed(RequestArrived(exchange.request, exchange.forecast))
+            if request_id in self._line:  # else refused by the core meanwhile
+                exchange = self._exchanges[request_id]
+                self._feed(RequestCancelled(request_id))
+                self._feed(RequestArrived(exchange.request, exchange.forecast))
 
     def _standing(self, replica_id: ReplicaId) -> Standing:
         replica = self._replicas[replica_id]
