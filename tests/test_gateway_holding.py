@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from builders import READY_S, a_fleet, a_pool, chains
+from builders import READY_S, a_fleet, a_policy, a_pool, chains
 from concertmaster.core.events import ReplicaDemoted, ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
 from concertmaster.engines import control as engine_control
@@ -19,6 +19,7 @@ from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.faults import Faults
 from concertmaster.gateway import control, holding, service
 from concertmaster.gateway.replay import Replay
+from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.catalog import policy
 from gateway_rig import (
     STREAM_HEAD,
@@ -279,6 +280,38 @@ def test_an_engine_that_did_not_wake_is_tried_again_later() -> None:
             engine.faults = Faults()
             await until(lambda: rig.replica().alive, "woken by the watch")
             assert (await rig.call(exactly(2))).status == 200
+
+    play(main())
+
+
+def test_tries_to_wake_an_engine_that_does_not_come_further_and_further_apart() -> None:
+    async def main() -> None:
+        async with asleep(wakes="fails", health_interval_s=0.01) as (rig, _):
+            assert (await rig.call()).status == 503
+            watch, name = rig.gateway._service.health, ReplicaId("p-0")
+            await until(lambda: watch.pause_s(name) >= 0.08)
+            assert rig.history.count(ReplicaDied(name)) <= 5
+            assert float((await rig.call()).headers["retry-after-ms"]) > 1000
+
+    play(main())
+
+
+def test_calls_that_expire_while_others_are_routed_anew_are_answered_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        line = a_policy(admission=BoundedLine(max_wait_s=100.0))
+        async with asleep(wakes="never", hold_s=60.0, policy=line) as (rig, _):
+            gateway = rig.gateway
+            calls = [asyncio.ensure_future(rig.call()) for _ in range(3)]
+            await until(lambda: gateway.open_exchanges == 3)
+            now_s = gateway._clock()
+            once = iter([now_s])
+            monkeypatch.setattr(gateway, "_clock", lambda: next(once, now_s + 200.0))
+            gateway._service._hear(ReplicaDied(ReplicaId("p-0")))
+            replies = await asyncio.gather(*calls)
+            assert {reply.status for reply in replies} == {503}
+            assert gateway.metrics.by_status == {503: 3}
 
     play(main())
 
