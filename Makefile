@@ -61,7 +61,8 @@ NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fleet.py hbm.py ladd
   policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
-  $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py intake.py upstream.py)
+  $(addprefix gateway/,agent.py dispatching.py driver.py exchange.py heads.py inference.py intake.py \
+  stream.py upstream.py)
 
 .PHONY: native test-native
 native: setup ## compile the hot path into .native (needs a C compiler); run with PYTHONPATH=.native

@@ -1,13 +1,16 @@
 """Fleet files whose pools share nodes."""
 
+import random
 from pathlib import Path
 
 import pytest
 
-from concertmaster.compose import build_fleet, endpoints
+from concertmaster.compose import build_fleet
 from concertmaster.config import FleetFile, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, Readiness, Replica
+from concertmaster.core.scheduler import Scheduler
+from concertmaster.policies.catalog import policy
 
 NODE = '[[nodes]]\nname = "n"\ngpu = "a100-40g"\ngpus = 1\nhost_gb = 64\n'
 
@@ -115,6 +118,40 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path, text: str, problem: st
     assert refusal(tmp_path, NODE + text) == problem
 
 
-def test_shared_nodes_are_not_served(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="shares nodes, which only the simulator does"):
-        endpoints(loaded(tmp_path, NODE + pool("a")))
+def served(folder: Path, text: str) -> Fleet:
+    return build_fleet(loaded(folder, text), name="fleet", served=True)
+
+
+def test_engines_that_are_served_keep_the_kv_that_they_were_started_with(tmp_path: Path) -> None:
+    lines = 'kv_blocks = 2000\nendpoints = ["http://x:1"]'
+    beside = f'{lines}\nstate = "sleeping"'
+    fleet = served(tmp_path, NODE + pool("a", more=lines) + pool("b", more=beside))
+    scheduler = Scheduler(fleet, policy("fcfs/expected"), random.Random(0))
+
+    for replica in scheduler.replicas.values():
+        footprint = replica.pool.footprint
+        assert footprint is not None
+        assert replica.kv.capacity_blocks == footprint.least_kv_blocks == 2000
+        assert replica.pool.kv_blocks == replica.reach_blocks == 2000
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (
+            "",
+            (
+                "fleet: pools.a.kv_blocks: expected what the engines were started with, as nodes "
+                "are shared; found nothing (add kv_blocks = NUMBER)"
+            ),
+        ),
+        ("kv_blocks = 200000", "fleet: pools.a.nodes: it needs "),
+    ],
+)
+def test_who_serves_shared_nodes_says_what_kv_engines_have(
+    tmp_path: Path, lines: str, problem: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        served(tmp_path, NODE + pool("a", more=lines))
+
+    assert str(refused.value).startswith(problem)

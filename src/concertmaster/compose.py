@@ -45,8 +45,13 @@ HERE = "local"
 """Cluster of a fleet file that names none."""
 
 
-def build_fleet(file: FleetFile, *, name: str) -> Fleet:
+def build_fleet(file: FleetFile, *, name: str, served: bool = False) -> Fleet:
     """Turn a checked fleet file into a fleet: curves, KV room, and a node for each replica.
+
+    Args:
+        file: The fleet file.
+        name: What to call it if the file does not say.
+        served: Whether its engines are real, and keep the KV that they were started with.
 
     Raises:
         InputError: A model or GPU is not known, weights do not fit, or nodes lack GPUs.
@@ -71,7 +76,8 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
     replicas: dict[ReplicaId, tuple[Pool, Node, Readiness]] = {}
     for section in file.pools:
         try:
-            pool = build_pool(section, [yard.nodes[name] for name in section.nodes])
+            nodes = [yard.nodes[name] for name in section.nodes]
+            pool = build_pool(section, nodes, served=served)
         except InputError as error:
             where = f"pools.{section.name}.{error.where}"
             raise InputError("fleet", where, error.problem, error.hint) from None
@@ -129,7 +135,7 @@ def simulate(
     """
     check_models(fleet, workload)
     policy = policy_named(policy_name)
-    _check_residency(fleet, policy)
+    check_residency(fleet, policy)
     scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
     predictor = predictor or predictor_of(models, fleet)
     if policy.clairvoyant:
@@ -147,7 +153,7 @@ def simulate(
     return simulation.run(policy=policy_name, seed=seed)
 
 
-def _check_residency(fleet: Fleet, policy: Policy) -> None:
+def check_residency(fleet: Fleet, policy: Policy) -> None:
     """Make sure that somebody decides whose weights lie where, if nodes are shared.
 
     Raises:
@@ -178,13 +184,10 @@ def endpoints(file: FleetFile, *, where: str = "fleet") -> dict[ReplicaId, str]:
     """Return the address of each replica, for a fleet that is served.
 
     Raises:
-        InputError: A pool names no endpoints, or shares its nodes.
+        InputError: A pool names no endpoints.
     """
     found: dict[ReplicaId, str] = {}
     for i, section in enumerate(file.pools):
-        if section.nodes:
-            problem = f'pool "{section.name}" shares nodes, which only the simulator does'
-            raise InputError(where, f"pools[{i}].nodes", problem, "leave nodes out to serve")
         if not section.endpoints:
             raise InputError(
                 where,
@@ -233,7 +236,12 @@ def build_emulator(file: EngineFile) -> Emulator:
 
 
 def emulator_of(
-    pool: Pool, *, speedup: float, seed: int = 0, faults: Faults | None = None
+    pool: Pool,
+    *,
+    speedup: float,
+    seed: int = 0,
+    faults: Faults | None = None,
+    lies: Readiness = Readiness.RUNNING,
 ) -> Emulator:
     """Build an emulated engine that is one replica of a pool."""
     return Emulator(
@@ -243,6 +251,8 @@ def emulator_of(
         speedup=speedup,
         seed=seed,
         wake_s=pool.ready_s[Readiness.SLEEPING],
+        reload_s=pool.ready_s[Readiness.DISK],
+        lies=lies,
         max_model_tokens=min(pool.model.context_tokens, pool.kv_tokens),
         faults=faults,
     )

@@ -2,15 +2,22 @@
 
 import re
 import tomllib
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
+from concertmaster.checks import (
+    check_known,
+    check_least,
+    check_positive,
+    check_ratio,
+    check_unique,
+)
 from concertmaster.core.errors import InputError, InvalidRequestError, unknown_name
 from concertmaster.core.fleet import Readiness
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS
+from concertmaster.engines.control import ControlKind, control_misfit
 from concertmaster.engines.faults import Faults
 from concertmaster.physics.hardware import GPUS
 from concertmaster.physics.models import MODELS
@@ -42,6 +49,7 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu: str
     served_name: str = ""
     replicas: int | None = None
+    control: ControlKind | None = None
     command: list[str] = msgspec.field(default_factory=list)
     endpoints: list[str] = msgspec.field(default_factory=list)
     nodes: list[str] = msgspec.field(default_factory=list)
@@ -76,9 +84,20 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.least_replicas if self.least_replicas is not None else int(self.runs)
 
     @property
+    def controlled_by(self) -> ControlKind:
+        """How its engines load and unload: as said, else as processes if it has a command."""
+        return self.control or ("process" if self.command else "vllm")
+
+    @property
     def stopped_state(self) -> Readiness:
-        """Where weights lie once stopped: as said, else where they lie at the start, or on disk."""
-        return self.stopped or (Readiness.DISK if self.runs else self.state)
+        """Where weights lie once stopped: as said, else where they lie at the start.
+
+        If they run at the start: in RAM with vLLM that is served, else on disk.
+        """
+        if self.stopped or not self.runs:
+            return self.stopped or self.state
+        sleeps = self.controlled_by == "vllm" and bool(self.endpoints)
+        return Readiness.SLEEPING if sleeps else Readiness.DISK
 
 
 class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +114,7 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_body_mb: float = 20.0
     connect_timeout_s: float = 5.0
     health_interval_s: float = 2.0
+    hold_s: float = 600.0
 
 
 class EmulatorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -155,25 +175,26 @@ def load_fleet(path: Path) -> FleetFile:
     fleet = _load(path, FleetFile)
     if not fleet.pools:
         raise InputError(str(path), "pools", "expected at least one pool, found none")
-    _check_unique(path, "pools", [pool.name for pool in fleet.pools])
-    _check_unique(path, "clusters", [cluster.name for cluster in fleet.clusters])
-    _check_unique(path, "nodes", [node.name for node in fleet.nodes])
+    check_unique(path, "pools", [pool.name for pool in fleet.pools])
+    check_unique(path, "clusters", [cluster.name for cluster in fleet.clusters])
+    check_unique(path, "nodes", [node.name for node in fleet.nodes])
     for i, pool in enumerate(fleet.pools):
         _check_pool(path, f"pools[{i}]", pool)
     for i, node in enumerate(fleet.nodes):
-        _check_known(path, f"nodes[{i}]", "gpu", node.gpu, GPUS)
-        _check_positive(path, f"nodes[{i}].gpus", node.gpus)
-        _check_least(path, f"nodes[{i}].host_gb", node.host_gb, 0)
-        _check_ratio(path, f"nodes[{i}].memory_ratio", node.memory_ratio)
+        check_known(path, f"nodes[{i}]", "gpu", node.gpu, GPUS)
+        check_positive(path, f"nodes[{i}].gpus", node.gpus)
+        check_least(path, f"nodes[{i}].host_gb", node.host_gb, 0)
+        check_ratio(path, f"nodes[{i}].memory_ratio", node.memory_ratio)
     for i, cluster in enumerate(fleet.clusters):
-        _check_least(path, f"clusters[{i}].network_ms", cluster.network_ms, 0)
+        check_least(path, f"clusters[{i}].network_ms", cluster.network_ms, 0)
     _check_clusters(path, fleet)
     _check_shared(path, fleet)
     _check_scaling(path, fleet)
-    _check_positive(path, "emulator.speedup", fleet.emulator.speedup)
-    _check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
+    check_positive(path, "emulator.speedup", fleet.emulator.speedup)
+    check_positive(path, "gateway.hold_s", fleet.gateway.hold_s)
+    check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
     if fleet.gateway.window_s is not None:
-        _check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
+        check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
     return fleet
 
 
@@ -184,9 +205,9 @@ def load_engine(path: Path) -> EngineFile:
         InputError: As for ``load_fleet``.
     """
     engine = _load(path, EngineFile)
-    _check_positive(path, "speedup", engine.speedup)
-    _check_known(path, "", "model", engine.model, MODELS)
-    _check_known(path, "", "gpu", engine.gpu, GPUS)
+    check_positive(path, "speedup", engine.speedup)
+    check_known(path, "", "model", engine.model, MODELS)
+    check_known(path, "", "gpu", engine.gpu, GPUS)
     _check_engine(path, "", engine)
     return engine
 
@@ -202,7 +223,7 @@ def _load(path: Path, kind: type[_File]) -> _File:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(str(path), "", f"not a TOML file: {error}") from None
     for key in raw.get("faults", ()) if kind is EngineFile else ():
-        _check_known(path, "faults", "key", key, Faults.__dataclass_fields__)
+        check_known(path, "faults", "key", key, Faults.__dataclass_fields__)
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -214,6 +235,7 @@ def _load(path: Path, kind: type[_File]) -> _File:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "state": tuple(Readiness),
     "stopped": tuple(Readiness),
+    "control": get_args(ControlKind),
     "scheduling": ("fcfs", "priority"),
 }
 
@@ -275,6 +297,7 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
     if pool.command and pool.count > 1 and not any("{port}" in part for part in pool.command):
         problem = f"expected {{port}} in it, as {pool.count} replicas cannot share one"
         raise InputError(str(path), f"{where}.command", problem)
+    _check_control(path, where, pool)
     for i, endpoint in enumerate(pool.endpoints):
         match = re.fullmatch(r"http://[^/:\s]+(?::(\d+))?/?", endpoint)
         if match is None or not 0 < int(match[1] or 80) < 65_536:
@@ -283,18 +306,27 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
                 f"{where}.endpoints[{i}]",
                 f"expected http://HOST:PORT, found {endpoint!r}",
             )
-    _check_known(path, where, "model", pool.model, MODELS)
-    _check_known(path, where, "gpu", pool.gpu, GPUS)
+    check_known(path, where, "model", pool.model, MODELS)
+    check_known(path, where, "gpu", pool.gpu, GPUS)
     _check_engine(path, f"{where}.", pool)
+
+
+def _check_control(path: Path, where: str, pool: PoolSection) -> None:
+    stopped = pool.stopped if pool.control else None
+    misfit = control_misfit(
+        pool.controlled_by, has_command=bool(pool.command), state=pool.state, stopped=stopped
+    )
+    if misfit is not None:
+        raise InputError(str(path), f"{where}.control", *misfit)
 
 
 def _check_engine(path: Path, where: str, engine: PoolSection | EngineFile) -> None:
     """Check what engine models would refuse; ``where`` ends in a dot unless it is empty."""
     for key in ("tensor_parallel", "block_tokens", "max_batch_tokens", "max_sequences"):
-        _check_positive(path, f"{where}{key}", getattr(engine, key))
+        check_positive(path, f"{where}{key}", getattr(engine, key))
     if engine.kv_blocks is not None:
-        _check_positive(path, f"{where}kv_blocks", engine.kv_blocks)
-    _check_ratio(path, f"{where}memory_ratio", engine.memory_ratio)
+        check_positive(path, f"{where}kv_blocks", engine.kv_blocks)
+    check_ratio(path, f"{where}memory_ratio", engine.memory_ratio)
     if PREFIX_CHUNK_TOKENS % engine.block_tokens:
         problem = f"expected a divisor of {PREFIX_CHUNK_TOKENS}, found {engine.block_tokens}"
         raise InputError(str(path), f"{where}block_tokens", problem)
@@ -325,9 +357,9 @@ def _check_shared(path: Path, fleet: FleetFile) -> None:
         if pool.nodes and pool.count != len(pool.nodes):
             problem = f"expected one replica a node ({len(pool.nodes)}), found {pool.count}"
             raise InputError(str(path), f"{where}.replicas", problem, "leave it out")
-        _check_unique(path, f"{where}.nodes", pool.nodes)
+        check_unique(path, f"{where}.nodes", pool.nodes)
         for name in pool.nodes:
-            _check_known(path, f"{where}.nodes", "node", name, nodes)
+            check_known(path, f"{where}.nodes", "node", name, nodes)
             _check_spans(path, where, pool, nodes[name])
 
 
@@ -346,8 +378,8 @@ def _check_spans(path: Path, where: str, pool: PoolSection, node: NodeSection) -
 def _check_scaling(path: Path, fleet: FleetFile) -> None:
     """Check limits, and that the GPUs hold what runs at the start and one of any other pool."""
     scaling = fleet.scaling
-    _check_least(path, "scaling.most_changes", scaling.most_changes, 1)
-    _check_least(path, "scaling.cooldown_s", scaling.cooldown_s, 0)
+    check_least(path, "scaling.most_changes", scaling.most_changes, 1)
+    check_least(path, "scaling.cooldown_s", scaling.cooldown_s, 0)
     if scaling.gpus is None:
         return
     running = sum(pool.count * pool.tensor_parallel for pool in fleet.pools if pool.runs)
@@ -358,29 +390,3 @@ def _check_scaling(path: Path, fleet: FleetFile) -> None:
         problem = f"expected at least {needed}, found {scaling.gpus}"
         hint = "it must hold what runs at the start, and least_replicas of each pool and one more"
         raise InputError(str(path), "scaling.gpus", problem, hint)
-
-
-def _check_unique(path: Path, where: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(str(path), where, f'the name "{name}" is used twice')
-
-
-def _check_known(path: Path, where: str, kind: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        raise unknown_name(str(path), where, kind, name, known)
-
-
-def _check_least(path: Path, where: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise InputError(str(path), where, f"expected at least {least}, found {value}")
-
-
-def _check_ratio(path: Path, where: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise InputError(str(path), where, f"expected 0 to 1, found {value}")
-
-
-def _check_positive(path: Path, where: str, value: float) -> None:
-    if not value > 0:
-        raise InputError(str(path), where, f"expected a number above 0, found {value}")

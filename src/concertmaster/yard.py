@@ -1,6 +1,7 @@
 """What a fleet stands on: pools with their speed and KV room, and nodes with places on them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 from concertmaster.config import NodeSection, PoolSection
@@ -100,18 +101,23 @@ def check_start(
                 raise InputError("fleet", f"nodes.{node.node_id}", problem, hint)
 
 
-def build_pool(section: PoolSection, nodes: Sequence[Node] = ()) -> Pool:
+def build_pool(section: PoolSection, nodes: Sequence[Node] = (), *, served: bool = False) -> Pool:
     """Look a pool's model and GPU up and compute its rate curve and KV room.
 
     Args:
         section: The pool.
         nodes: Those that it shares, if it shares any.
+        served: Whether its engines are real, and keep the KV that they were started with.
+
+    Raises:
+        InputError: It does not fit its nodes, or nobody says what KV its engines have.
     """
     card, hardware = model_card(section.model), gpu(section.gpu)
     curve = rate_curve(card, hardware, section.tensor_parallel)
     kv_blocks, shares = section.kv_blocks, None
     if nodes:
         shares = footprint(card, section.tensor_parallel, section.block_tokens)
+        shares = _fixed(shares, kv_blocks) if served else shares
         kv_blocks = _shared_blocks(shares, nodes, kv_blocks)
     if kv_blocks is None:
         tokens = kv_capacity_tokens(
@@ -143,6 +149,14 @@ def build_pool(section: PoolSection, nodes: Sequence[Node] = ()) -> Pool:
             for state in Readiness
         },
     )
+
+
+def _fixed(shares: Footprint, kv_blocks: int | None) -> Footprint:
+    """Return what an engine takes whose KV neither grows nor shrinks."""
+    if kv_blocks is None:
+        problem = "expected what the engines were started with, as nodes are shared; found nothing"
+        raise InputError("", "kv_blocks", problem, "add kv_blocks = NUMBER")
+    return replace(shares, least_kv_blocks=kv_blocks)
 
 
 def _shared_blocks(shares: Footprint, nodes: Sequence[Node], told: int | None) -> int:
