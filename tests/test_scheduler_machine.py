@@ -29,7 +29,6 @@ from concertmaster.core.actions import (
     Fail,
     Reject,
     Resize,
-    Stop,
     Wake,
 )
 from concertmaster.core.events import (
@@ -179,7 +178,7 @@ class Driver(RuleBasedStateMachine):
                     assert self.core.replicas[replica_id].readiness is not Readiness.RUNNING
                     self.waking.add(replica_id)
                     self.check_wake(self.core.replicas[replica_id])
-                case Stop(replica_id) | Demote(replica_id, _):
+                case Demote(replica_id):
                     assert replica_id not in self.stopping, "stopped twice"
                     assert all(one.replica_id != replica_id for one in self.running.values())
                     self.stopping.add(replica_id)
@@ -211,7 +210,7 @@ class Driver(RuleBasedStateMachine):
         return data.draw(st.sampled_from(list(self.running)))
 
     def key(self, call: Waiting) -> float:
-        return self.core._key(call)
+        return self.core._dispatcher.key(call)
 
     def check_order(self, request_id: RequestId, replica: Replica) -> None:
         """Nobody who could have had this place and comes before it in the line still waits."""

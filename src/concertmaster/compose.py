@@ -2,8 +2,7 @@
 
 import errno
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -12,7 +11,6 @@ import uvloop
 from concertmaster.config import (
     EngineFile,
     FleetFile,
-    NodeSection,
     PoolSection,
 )
 from concertmaster.core.errors import InputError
@@ -20,27 +18,18 @@ from concertmaster.core.fleet import (
     Cluster,
     ClusterId,
     Fleet,
-    Model,
     Node,
-    NodeId,
     Pool,
-    PoolId,
     Readiness,
     ReplicaId,
     ScalingLimits,
 )
-from concertmaster.core.hbm import Footprint
 from concertmaster.core.policy import Policy
-from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.faults import Faults
 from concertmaster.forecaster import RECENT, predictor_of
 from concertmaster.physics.fast import FastEngine
-from concertmaster.physics.hardware import gpu, ready_s
-from concertmaster.physics.models import model_card
-from concertmaster.physics.sharing import footprint, most_kv_blocks
-from concertmaster.physics.step_time import kv_capacity_tokens, rate_curve
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.predictors.interface import Predictor
 from concertmaster.sim.clairvoyant import Clairvoyant
@@ -48,6 +37,7 @@ from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine
 from concertmaster.sim.incidents import Incident
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
+from concertmaster.yard import Yard, build_node, build_pool, check_start
 
 _T = TypeVar("_T")
 
@@ -69,9 +59,9 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
     } or {HERE: Cluster(cluster_id=ClusterId(HERE))}
     default = next(iter(clusters))
     shared = {name for section in file.pools for name in section.nodes}
-    yard = _Yard(
+    yard = Yard(
         {
-            section.name: _node(
+            section.name: build_node(
                 section, clusters[section.cluster or default], shared=section.name in shared
             )
             for section in file.nodes
@@ -89,7 +79,7 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
         for i in range(section.count):
             node = yard.place(section, clusters[section.cluster or default], i)
             replicas[ReplicaId(f"{section.name}-{i}")] = (pool, node, section.state)
-    _check_start(yard.nodes.values(), replicas)
+    check_start(yard.nodes.values(), replicas)
     return Fleet(
         name=file.name or name,
         clusters=tuple(clusters.values()),
@@ -102,133 +92,6 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
             cooldown_s=file.scaling.cooldown_s,
         ),
     )
-
-
-def _node(section: NodeSection, cluster: Cluster, *, shared: bool) -> Node:
-    hbm_bytes = int(section.gpus * gpu(section.gpu).hbm_bytes * section.memory_ratio)
-    return Node(
-        node_id=NodeId(section.name),
-        cluster=cluster,
-        gpu=section.gpu,
-        gpus=section.gpus,
-        hbm_bytes=hbm_bytes if shared else 0,
-        host_bytes=int(section.host_gb * 1e9),
-    )
-
-
-def _check_start(
-    nodes: Iterable[Node], replicas: Mapping[ReplicaId, tuple[Pool, Node, Readiness]]
-) -> None:
-    """Make sure that shared nodes hold what lies on them at the start.
-
-    Raises:
-        InputError: One does not.
-    """
-    for node in filter(attrgetter("shared"), nodes):
-        parts = [
-            pool.footprint.at(state, pool.footprint.least_kv_blocks)
-            for pool, where, state in replicas.values()
-            if where is node and pool.footprint
-        ]
-        for kind, needed, there in (
-            ("GPU memory", sum(part.hbm_bytes for part in parts), node.hbm_bytes),
-            ("RAM (host_gb)", sum(part.host_bytes for part in parts), node.host_bytes),
-        ):
-            if needed > there:
-                problem = f"expected at least {needed / 1e9:.1f} GB of {kind} for what lies there"
-                problem += f" at the start, found {there / 1e9:.1f} GB"
-                hint = 'set state = "disk" for some of its pools'
-                raise InputError("fleet", f"nodes.{node.node_id}", problem, hint)
-
-
-def build_pool(section: PoolSection, nodes: Sequence[Node] = ()) -> Pool:
-    """Look a pool's model and GPU up and compute its rate curve and KV room.
-
-    Args:
-        section: The pool.
-        nodes: Those that it shares, if it shares any.
-    """
-    card, hardware = model_card(section.model), gpu(section.gpu)
-    curve = rate_curve(card, hardware, section.tensor_parallel)
-    kv_blocks, shares = section.kv_blocks, None
-    if nodes:
-        shares = footprint(card, section.tensor_parallel, section.block_tokens)
-        kv_blocks = _shared_blocks(shares, nodes, kv_blocks)
-    if kv_blocks is None:
-        tokens = kv_capacity_tokens(
-            card, hardware, section.tensor_parallel, memory_ratio=section.memory_ratio
-        )
-        kv_blocks = tokens // section.block_tokens
-    return Pool(
-        pool_id=PoolId(section.name),
-        model=Model(
-            name=ModelName(section.served_name or section.model),
-            context_tokens=card.context_tokens,
-            weights_bytes=card.weights_bytes,
-            kv_bytes_per_token=card.kv_bytes_per_token,
-        ),
-        gpu=section.gpu,
-        tensor_parallel=section.tensor_parallel,
-        curve=curve,
-        kv_blocks=kv_blocks,
-        block_tokens=section.block_tokens,
-        max_sequences=section.max_sequences,
-        max_batch_tokens=section.max_batch_tokens,
-        priority_scheduling=section.scheduling == "priority",
-        prefix_caching=section.prefix_caching,
-        least_replicas=section.least,
-        stopped=section.stopped_state,
-        footprint=shares,
-        ready_s={
-            state: ready_s(state.value, card.weights_bytes / section.tensor_parallel, hardware)
-            for state in Readiness
-        },
-    )
-
-
-def _shared_blocks(shares: Footprint, nodes: Sequence[Node], told: int | None) -> int:
-    """KV blocks that a replica could have if it were alone on the smallest of its nodes."""
-    least = min(nodes, key=attrgetter("hbm_bytes"))
-    blocks = most_kv_blocks(shares, least.hbm_bytes)
-    if blocks < shares.least_kv_blocks:
-        needed = shares.at("running", shares.least_kv_blocks).hbm_bytes
-        problem = f"it needs {needed / 1e9:.1f} GB, {least.node_id} has {least.hbm_bytes / 1e9:.1f}"
-        raise InputError("", "nodes", problem, "name a node with more GPUs")
-    return blocks if told is None else max(shares.least_kv_blocks, min(told, blocks))
-
-
-class _Yard:
-    """Places replicas on nodes, first fit; without named nodes each gets a node of its own."""
-
-    def __init__(self, named: dict[str, Node]) -> None:
-        self.nodes: dict[str, Node] = named
-        self._named = bool(named)
-        self._free = {name: node.gpus for name, node in named.items()}
-
-    def place(self, section: PoolSection, cluster: Cluster, number: int) -> Node:
-        if section.nodes:
-            return self.nodes[section.nodes[number]]
-        needs = section.tensor_parallel if section.state is Readiness.RUNNING else 0
-        if not self._named:
-            node = Node(
-                node_id=NodeId(f"{section.name}-{number}"),
-                cluster=cluster,
-                gpu=section.gpu,
-                gpus=section.tensor_parallel,
-            )
-            self.nodes[node.node_id] = node
-            return node
-        for name, node in self.nodes.items():
-            fits = node.gpu == section.gpu and self._free[name] >= needs and not node.shared
-            if fits and (section.cluster is None or node.cluster is cluster):
-                self._free[name] -= needs
-                return node
-        raise InputError(
-            "fleet",
-            f"pools.{section.name}",
-            f"no node has {needs} free {section.gpu} for replica {number}",
-            "add a [[nodes]] entry or fewer replicas",
-        )
 
 
 def simulate(

@@ -71,20 +71,11 @@ class Wake:
 
 
 @fact(frozen=True, slots=True)
-class Stop:
-    """Move this idle replica's weights away; report ``ReplicaDemoted``, or ``ReplicaReady``.
-
-    The latter says that it could not be stopped and serves on.
-    """
-
-    replica_id: ReplicaId
-
-
-@fact(frozen=True, slots=True)
 class Demote:
     """Move this idle replica's weights there; report ``ReplicaDemoted``, or ``ReplicaReady``.
 
-    Asked for on shared nodes only; a replica that does not run may be moved further away.
+    The latter says that it could not be stopped and serves on. On shared nodes one that does
+    not run may be moved further away.
     """
 
     replica_id: ReplicaId
@@ -102,4 +93,4 @@ class Resize:
     kv_blocks: int
 
 
-Action: TypeAlias = Dispatch | Reject | Fail | Cancel | Wake | Stop | Demote | Resize
+Action: TypeAlias = Dispatch | Reject | Fail | Cancel | Wake | Demote | Resize

@@ -95,12 +95,9 @@ class Promises:
     def enter(self, call: Waiting, replica: Replica) -> None:
         """Note what a call just dispatched will hold at its end."""
         if self._rule.kind == "forecast":
-            mean, variance = call.output_moments(replica.pool.model.name)
-            replica.kv.expect(
-                call.request.request_id,
-                call.request.prompt_tokens + math.ceil(mean),
-                math.ceil(variance),
-            )
+            work = call.work(replica.pool.model.name)
+            end_tokens = work.prompt_tokens + work.output_tokens
+            replica.kv.expect(call.request.request_id, end_tokens, work.variance)
 
     def learn(self, pool: Pool, call: InFlight) -> None:
         """Take in how far a finished answer passed what it was first promised."""
@@ -152,13 +149,13 @@ class Promises:
         tenants = [replica] if replica.memory is None else self._tenants[id(replica.memory)]
         if not any(one.in_flight for one in tenants):
             return 0.0
-        mean, variance = call.output_moments(replica.pool.model.name)
+        work = call.work(replica.pool.model.name)
         hashes = replica.pool.cacheable(call.request)
         held = replica.kv.shared_blocks(hashes) if hashes else 0
-        mean += call.request.prompt_tokens - held * replica.pool.block_tokens
+        mean = work.output_tokens + work.prompt_tokens - held * replica.pool.block_tokens
         room_bytes, needed, spread = self._capacity(replica, tenants), 0.0, 0.0
         for one in tenants:
-            extra = (mean, variance) if one is replica else (0.0, 0.0)
+            extra = (mean, work.variance) if one is replica else (0.0, 0.0)
             tokens, square = self._peak(one, extra)
             token_bytes = self._block_bytes(one) / one.pool.block_tokens
             needed += tokens * token_bytes

@@ -8,6 +8,7 @@ from concertmaster.core.fleet import Readiness, Replica
 from concertmaster.core.promise import spare_blocks
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ServiceClass
 from concertmaster.core.tenancy import Residency, Step, Want
+from concertmaster.core.waking import rest_of
 
 
 class Plan(NamedTuple):
@@ -65,16 +66,12 @@ def _kv_steps(replica: Replica, want: Want) -> list[Step]:
 
 
 def _demotion(replica: Replica, want: Want, now_s: float, since_s: float, replicas: int) -> Step:
-    memory = replica.memory
-    assert memory is not None
-    sleeps = memory.fits(replica.replica_id, replica.holding(to=Readiness.SLEEPING))
-    to = Readiness.SLEEPING if sleeps else Readiness.DISK
     busy_s = max((c.decode_tokens for c in replica.in_flight.values()), default=0)
     return _moved(
         "drain" if replica.in_flight else "demote",
         replica,
         want,
-        to,
+        rest_of(replica),
         unused_s=now_s - max(since_s, replica.last_used_s),
         resident_s=now_s - since_s,
         replicas=replicas,

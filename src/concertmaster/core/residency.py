@@ -66,7 +66,6 @@ class Residents:
         self._line = line
         self._promises = promises
         self._wants = wants
-        self._since_s: dict[ReplicaId, float] = {}
         self._short: dict[ReplicaId, Replica] = {}
         self._looked_s = -math.inf
         self._sites: dict[int, _Site] = {}
@@ -81,26 +80,6 @@ class Residents:
                 self._pools.setdefault(replicas[0].pool.model.name, []).append(pool_id)
 
     # What happens
-
-    def settle(self, now_s: float, replica: Replica) -> list[Action]:
-        """Enter where a replica's weights lie by now; if they do not fit there, they must go.
-
-        That happens only to a replica that was moved by somebody else.
-        """
-        footprint, memory = replica.pool.footprint, replica.memory
-        if footprint is None or memory is None:
-            return []
-        self._short.pop(replica.replica_id, None)
-        self._since_s[replica.replica_id] = now_s
-        if replica.readiness is Readiness.RUNNING and not replica.in_flight:
-            replica.grant(footprint.least_kv_blocks)
-        if not memory.fits(replica.replica_id, replica.holding()):
-            replica.readiness = Readiness.DISK
-            return [self._waking.put_away(replica, Readiness.DISK)]
-        replica.account()
-        if replica.readiness is not Readiness.RUNNING or not replica.alive:
-            return []
-        return [Resize(replica.replica_id, replica.kv.capacity_blocks)]
 
     def note_growth(self, replica: Replica) -> None:
         """Take in that calls have outgrown their promises, if they have."""
@@ -266,7 +245,7 @@ class Residents:
                 one,
                 self._wants.soon(now_s, one.pool.model.name),
                 now_s,
-                self._since_s.get(one.replica_id, 0.0),
+                self._waking.since_s.get(one.replica_id, 0.0),
                 self._running_of(one.pool.model.name),
             )
         ]

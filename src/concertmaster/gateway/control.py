@@ -1,4 +1,4 @@
-"""Bringing replicas into service and taking them out, as the core asks with ``Wake`` and ``Stop``.
+"""Bringing replicas into service and taking them out: the core's ``Wake`` and ``Demote``.
 
 Engines that run all the time are put to sleep and woken over HTTP; those that have a command
 are processes of this machine, started and ended with it.

@@ -13,7 +13,6 @@ from concertmaster.core.actions import (
     Fail,
     Reject,
     Resize,
-    Stop,
     Wake,
 )
 from concertmaster.core.errors import CallerError
@@ -290,9 +289,9 @@ class Gateway:
                 pass  # the exchange dropped its engine connection when its caller went
             case Wake(replica_id):
                 self._control.start(replica_id)
-            case Stop(replica_id):
+            case Demote(replica_id):
                 self._control.stop(replica_id)
-            case Demote() | Resize():
+            case Resize():
                 raise AssertionError("shared nodes are not served")
             case _:
                 assert_never(action)

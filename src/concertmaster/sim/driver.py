@@ -18,7 +18,6 @@ from concertmaster.core.actions import (
     Fail,
     Reject,
     Resize,
-    Stop,
     Wake,
 )
 from concertmaster.core.events import (
@@ -182,10 +181,8 @@ class Simulation:
                 self._poll_later(now_s, replica_id)
             case Wake(replica_id):
                 self._wake(now_s, replica_id)
-            case Stop(replica_id):
-                self._stop(now_s, replica_id, self._scheduler.replicas[replica_id].pool.stopped)
             case Demote(replica_id, readiness):
-                self._stop(now_s, replica_id, readiness)
+                self._demote(now_s, replica_id, readiness)
             case Resize(replica_id, kv_blocks):
                 self._engines[replica_id].resize(now_s, kv_blocks)
                 self._poll_later(now_s, replica_id)
@@ -358,7 +355,7 @@ class Simulation:
         ready_s = replica.pool.ready_s.get(replica.readiness, 0.0)
         self._at(now_s + ready_s, self._strike, ReplicaReady(replica_id))
 
-    def _stop(self, now_s: float, replica_id: ReplicaId, readiness: Readiness) -> None:
+    def _demote(self, now_s: float, replica_id: ReplicaId, readiness: Readiness) -> None:
         """Move an idle replica's weights away, which takes no time."""
         if self._scheduler.replicas[replica_id].readiness is Readiness.RUNNING:
             self._gauges.note_stop()
