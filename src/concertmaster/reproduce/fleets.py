@@ -59,7 +59,9 @@ def _on_machines(file: FleetFile, clusters: Sequence[str]) -> FleetFile:
         for node in file.nodes
     ]
     pools = [
-        msgspec.structs.replace(pool, nodes=[f"{one}.{at}" for at, _ in machines for one in pool.nodes])
+        msgspec.structs.replace(
+            pool, nodes=[f"{one}.{at}" for at, _ in machines for one in pool.nodes]
+        )
         for pool in file.pools
     ]
     return msgspec.structs.replace(file, nodes=nodes, pools=pools)

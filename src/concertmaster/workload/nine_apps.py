@@ -126,7 +126,7 @@ APPS = (
 SETTINGS: Mapping[str, Reader] = {
     "stages": word,
     "workflows": whole(1),
-    "part": choice(all=None, test=True, train=False),
+    "part": choice(all="all", test="test", train="train"),
     "zipf": number(0),
     "calls": whole(1),
     "prompt_tokens": whole(1),
@@ -159,7 +159,7 @@ def draw(
     rng: random.Random,
     stages: str = STAGES,
     workflows: int = 300,
-    part: bool | None = None,
+    part: str = "all",
     zipf: float = 1.0,
     calls: int = 24,
     prompt_tokens: int = 16_000,
@@ -174,7 +174,7 @@ def draw(
         rng: Fixes them.
         stages: Workflow file with the applications.
         workflows: How many.
-        part: Whether to draw held-out tasks only, or the others only.
+        part: ``test`` draws held-out tasks only, ``train`` the others, ``all`` both.
         zipf: Exponent: the application of rank r is asked for in proportion to r to its minus.
         calls: Most calls of a workflow; later ones are left out.
         prompt_tokens: A workflow ends before its first longer prompt.
@@ -220,7 +220,7 @@ def _tables(stages: str) -> Mapping[str, Table]:
 
 
 def _picked(
-    app: App, stages: str, part: bool | None, count: int, rng: random.Random
+    app: App, stages: str, part: str, count: int, rng: random.Random
 ) -> list[WorkflowPlan]:
     """Pick workflows of an application, and read only those."""
     table = _tables(stages)[app.app]
@@ -229,7 +229,7 @@ def _picked(
     kept = [
         name
         for name, places in rows.items()
-        if part is None or held_out(groups[places[0]] or name) is part
+        if part == "all" or held_out(groups[places[0]] or name) == (part == "test")
     ]
     chosen = rng.choices(kept, k=count) if count else []
     needed = [row for name in dict.fromkeys(chosen) for row in rows[name]]

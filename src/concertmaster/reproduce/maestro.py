@@ -1,0 +1,93 @@
+"""Memory: KV by forecast, weights of many models on few GPUs, people before programs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from concertmaster.reproduce import maestro_world as world
+from concertmaster.reproduce.data import data_folder
+from concertmaster.reproduce.maestro_arms import (
+    ALONE,
+    ALONE_FCFS,
+    FCFS,
+    OURS,
+    PAGED,
+    RIVALS,
+    WITHOUT,
+    WORST,
+)
+from concertmaster.reproduce.maestro_measures import measures
+from concertmaster.reproduce.maestro_summary import summary
+from concertmaster.reproduce.maestro_world import (
+    CONTENTION,
+    EIGHT,
+    SIXTEEN,
+    THREE,
+    TIGHT,
+    TWENTY_FOUR,
+    TWO,
+)
+from concertmaster.reproduce.study import Cell, Figures, Results, Summary
+
+LOW, MEDIUM, HIGH = CONTENTION.values()
+LARGER = ("32 GPUs", "64 GPUs")
+
+
+@dataclass(frozen=True, slots=True)
+class Maestro:
+    """The recipe against its rivals, and without each of its parts."""
+
+    name: str = "maestro"
+    title: str = "Memory by price: KV reserved, promises kept, weights in service"
+    modules: tuple[str, ...] = (
+        "data",
+        "maestro",
+        "maestro_arms",
+        "maestro_measures",
+        "maestro_world",
+    )
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """How long runs are, and from which data."""
+        stages = data_folder() / world.STAGES
+        size = stages.stat().st_size if stages.is_file() else 0
+        return {
+            "workflows": [world.WORKFLOWS_A_MACHINE, world.WARM_UP, world.TEMPLATES],
+            "data": [str(stages), size],
+        }
+
+    def cells(self, *, seeds: int, full: bool) -> Sequence[Cell]:
+        """Rivals at each contention, the rest where claims need it; the full grid has all."""
+        grid = dict.fromkeys([*_default(), *(_more() if full else ())])
+        return [
+            Cell(setting=setting, arm=arm, load=load, seed=seed)
+            for seed, (setting, load, arm) in product(range(seeds), grid)
+        ]
+
+    def run(self, cell: Cell) -> Figures:
+        """Play one arm on a budget of GPUs."""
+        run = world.play(cell.setting, cell.arm, load=cell.load, seed=cell.seed)
+        return measures(world.fleet_of(cell.setting), run)
+
+    def summarise(self, results: Results) -> Summary:
+        """State the claims."""
+        return summary(results)
+
+
+def _default() -> Iterator[tuple[str, float, str]]:
+    yield from product([SIXTEEN], CONTENTION.values(), RIVALS)
+    yield from product([SIXTEEN], [HIGH], [*WITHOUT, ALONE, ALONE_FCFS])
+    yield from product([SIXTEEN, TIGHT], [MEDIUM], [OURS, WORST, PAGED])
+    yield from product([TWO], [MEDIUM, HIGH], [OURS])
+    yield TWO, HIGH, FCFS
+    yield from product([EIGHT], [LOW], [OURS, ALONE])
+
+
+def _more() -> Iterator[tuple[str, float, str]]:
+    yield from product([SIXTEEN], CONTENTION.values(), [*WITHOUT, ALONE, ALONE_FCFS])
+    yield from product([EIGHT, *LARGER], CONTENTION.values(), RIVALS)
+    yield from product([TWO, THREE, TWENTY_FOUR], CONTENTION.values(), [OURS, FCFS])
+
+
+STUDY = Maestro()
