@@ -219,9 +219,7 @@ def _tables(stages: str) -> Mapping[str, Table]:
     return {app.app: table.select("app", app.app) for app in APPS}
 
 
-def _picked(
-    app: App, stages: str, part: str, count: int, rng: random.Random
-) -> list[WorkflowPlan]:
+def _picked(app: App, stages: str, part: str, count: int, rng: random.Random) -> list[WorkflowPlan]:
     """Pick workflows of an application, and read only those."""
     table = _tables(stages)[app.app]
     rows = _rows_of(stages, app.app)
