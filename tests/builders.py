@@ -200,7 +200,11 @@ class StubView:
     live: dict[str, Owed] = field(default_factory=dict)
     open: dict[str, Sequence[Waiting]] = field(default_factory=dict)
     waits_s: dict[str, Sequence[float]] = field(default_factory=dict)
+    pools: Sequence[Pool] = ()
     now_s: float = 0.0
+
+    def pools_of(self, model: ModelName) -> list[Pool]:
+        return [pool for pool in self.pools if pool.model.name == model]
 
     def in_service(self, pool: Pool) -> list[Replica]:
         count = self.replicas.get(pool.pool_id, 1)

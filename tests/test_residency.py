@@ -125,12 +125,44 @@ def test_a_busy_model_ends_its_calls_before_it_goes() -> None:
     ]
 
 
-def test_without_colocation_nothing_makes_way() -> None:
+def test_without_colocation_a_model_gives_way_to_a_hotter_one_only() -> None:
     scheduler = CheckedScheduler(three_on_one(states={A: RUNS}), "fcfs/no-colocation")
+    changes: list[Action] = []
 
-    for step in range(40):
-        actions = ask(scheduler, f"r{step}", "b", 10.0 * step)
-        assert kinds(actions, Wake, Demote) == []
+    def call(model: str, count: int, since_s: float) -> list[Action]:
+        found: list[Action] = []
+        for i in range(count):
+            now_s = since_s + i
+            found += ask(scheduler, f"{model}{now_s}", model, now_s, forecast=a_forecast(5))
+            if model in "ab":
+                scheduler.at(now_s, RequestFinished(RequestId(f"{model}{now_s}"), 1, 5))
+        return kinds(found, Wake, Demote)
+
+    call("a", 10, 0.0)
+    assert call("c", 10, 100.0) == [], "as hot, and it came later"
+    assert call("c", 8, 200.0) == [], "hotter, but by chance perhaps"
+    changes += call("c", 10, 300.0)
+    assert changes == [Demote(A, SLEEPS)]
+    changes += kinds(scheduler.at(320.0, ReplicaDemoted(A, SLEEPS)), Wake)
+    assert changes[1:] == [Wake(C)]
+
+
+def test_without_colocation_the_hottest_models_are_served() -> None:
+    """Five models, of which one is asked for as often as all others together, over two nodes."""
+    pools = [a_sharing_pool(name) for name in "abcde"]
+    fleet = a_shared_fleet(*pools, nodes=2, hbm_bytes=TWO_FIT)
+    order = "edcba" + 30 * "ababacabad"
+    plans = [
+        a_plan(f"w{i:03d}", a_call(models=(ModelName(name),)), arrival_s=1.0 * i)
+        for i, name in enumerate(order)
+    ]
+
+    run = simulate(fleet, a_workload(*plans), "fcfs/no-colocation", seed=1)
+
+    late = [call for call in run.calls if call.arrival_s > 100.0 and call.outcome == "served"]
+    assert {call.model for call in late} == {"a", "b"}
+    assert run.gauges
+    assert run.gauges.replica_starts <= 6, "the choice settles"
 
 
 def test_without_colocation_a_node_with_sleepers_takes_one_model() -> None:

@@ -143,6 +143,29 @@ def cheapest(
     return _pruned(list(chosen.values()), freed_bytes - lacking_bytes)
 
 
+def clearing(
+    steps: Iterable[Step],
+    others: Sequence[Replica],
+    lacking_bytes: int,
+    residency: Residency,
+    want: Want,
+) -> Plan | None:
+    """Choose the steps that end all these replicas, and whatever else is lacking then.
+
+    Returns:
+        ``None`` if one of them may not be ended.
+    """
+    steps = list(steps)
+    ends = [one for one in steps if one.replica in others and one.kind in ("demote", "drain")]
+    prices_s = [s for one in ends if (s := residency.price_s(one, want)) is not None]
+    freed_bytes = sum(step.hbm_bytes for step in ends)
+    kept = [one for one in steps if one.replica not in others]
+    rest = cheapest(kept, lacking_bytes - freed_bytes, residency, want)
+    if len(prices_s) < len(others) or rest is None:
+        return None
+    return Plan((*ends, *rest.steps), sum(prices_s) + rest.price_s)
+
+
 def _pruned(chosen: Sequence[tuple[float, Step]], spare_bytes: int) -> Plan:
     """Leave out what is not needed, the dearest first."""
     kept = []

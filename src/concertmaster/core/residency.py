@@ -14,7 +14,7 @@ from concertmaster.core.fleet import PoolId, Readiness, Replica, ReplicaId
 from concertmaster.core.hbm import NodeMemory
 from concertmaster.core.promise import Promises, ahead_tokens
 from concertmaster.core.queue import WaitingLine
-from concertmaster.core.reclaim import Plan, cheapest, steps_of
+from concertmaster.core.reclaim import Plan, cheapest, clearing, steps_of
 from concertmaster.core.request import ModelName
 from concertmaster.core.tenancy import Residency, Step, Want
 from concertmaster.core.waking import Waking
@@ -173,7 +173,7 @@ class Residents:
         options = []
         for replica in (r for one in pools for r in self._by_pool[one]):
             site = self._sites.get(id(replica.memory))
-            if site is None or not self._may_rise(replica, site):
+            if site is None or not self._may_rise(replica):
                 continue
             if site.claim is not None:
                 if site.claim.pool.pool_id in pools:
@@ -218,14 +218,20 @@ class Residents:
             if plan is not None and self._residency.worth(want, 0.0, plan.price_s):
                 actions += self._take(now_s, plan.steps)
 
-    def _may_rise(self, replica: Replica, site: _Site) -> bool:
-        others = (one for one in site.tenants if one is not replica)
-        alone = self._residency.colocates or not any(
-            one.readiness is Readiness.RUNNING or one.replica_id in self._waking.starting
-            for one in others
-            if one.alive
-        )
-        return alone and replica.alive and not replica.draining and not self._waking.counts(replica)
+    def _may_rise(self, replica: Replica) -> bool:
+        return replica.alive and not replica.draining and not self._waking.counts(replica)
+
+    def _in_the_way(self, site: _Site, replica: Replica) -> list[Replica]:
+        """Others on the node that run or start, if it shall run one model only."""
+        if self._residency.colocates:
+            return []
+        starting = self._waking.starting
+        return [
+            one
+            for one in site.tenants
+            if one is not replica and one.alive
+            if one.readiness is Readiness.RUNNING or one.replica_id in starting
+        ]
 
     def _plan(self, now_s: float, replica: Replica, site: _Site, want: Want) -> Plan | None:
         lacking_hbm, lacking_host = site.memory.lacks(
@@ -233,7 +239,10 @@ class Residents:
         )
         if lacking_host:
             return None
-        return cheapest(self._steps(now_s, site, replica), lacking_hbm, self._residency, want)
+        steps, others = self._steps(now_s, site, replica), self._in_the_way(site, replica)
+        if others:
+            return clearing(steps, others, lacking_hbm, self._residency, want)
+        return cheapest(steps, lacking_hbm, self._residency, want)
 
     def _steps(self, now_s: float, site: _Site, beneficiary: Replica) -> list[Step]:
         starting = self._waking.starting
@@ -258,9 +267,10 @@ class Residents:
 
     def _pursue(self, now_s: float, site: _Site, replica: Replica, actions: list[Action]) -> None:
         """Load a replica once its memory is free; give the claim up if it will not be."""
-        if not self._may_rise(replica, site):
+        fits = site.memory.fits(replica.replica_id, replica.holding(rising=True))
+        if not self._may_rise(replica):
             site.claim = None
-        elif site.memory.fits(replica.replica_id, replica.holding(rising=True)):
+        elif fits and not self._in_the_way(site, replica):
             site.claim = None
             actions.append(self._waking.start(replica))
         elif not any(self._waking.leaves(one) for one in site.tenants):

@@ -39,10 +39,10 @@ from concertmaster.core.fleet import (
 )
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.outlook import Outlook
-from concertmaster.core.policy import Filter, Policy
+from concertmaster.core.policy import Filter, Policy, Refusal
 from concertmaster.core.promise import Promises
 from concertmaster.core.queue import Waiting, WaitingLine
-from concertmaster.core.request import Request, RequestId
+from concertmaster.core.request import ModelName, Request, RequestId
 from concertmaster.core.residency import Residents
 from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
@@ -235,25 +235,18 @@ class Scheduler:
         request_id = request.request_id
         assert request_id not in self.line, f"{request_id} waits already"
         assert request_id not in self._running, f"{request_id} runs already"
-        policy = self.policy
         able = self._routing.able(request)
         if isinstance(able, str):
             return [self._reject(now_s, request, able)]
-        refusal = policy.admission.refuses(request, len(self.line))
+        refusal = self.policy.admission.refuses(request, len(self.line))
         if refusal is not None:
             return [self._reject(now_s, request, refusal)]
-        self._serial += 1
-        call = Waiting(
-            request=request,
-            forecast=forecast,
-            workflow=self.workflows.arrive(now_s, request),
-            pools=(),
-            serial=self._serial,
-            attempt=1,
-            expires_s=policy.admission.expires_s(request),
-            kv_level=policy.kv_level,
-            by_mean=policy.by_mean,
-        )
+        call = self._called(now_s, request, forecast)
+        verdict = self._judge(call, able)
+        if isinstance(verdict, Refusal):
+            return [Reject(request_id, verdict.reason, verdict.retry_after_s)]
+        call.workflow = self.workflows.arrive(now_s, request)
+        call.workflow.kept_to = verdict
         self._routing.assign(call, able)
         if self._residents is not None:
             self._wants.note_arrival(now_s, call, self.pools[call.pools[0]])
@@ -262,6 +255,28 @@ class Scheduler:
             return self._dispatcher.place(now_s, call, replicas)
         self._wait(call)
         return [*self._waking.wake(now_s, call.pools)]
+
+    def _called(self, now_s: float, request: Request, forecast: Forecast) -> Waiting:
+        """Return a call that has not arrived yet."""
+        self._serial += 1
+        return Waiting(
+            request=request,
+            forecast=forecast,
+            workflow=self.workflows.known(now_s, request),
+            pools=(),
+            serial=self._serial,
+            attempt=1,
+            expires_s=self.policy.admission.expires_s(request),
+            kv_level=self.policy.kv_level,
+            by_mean=self.policy.by_mean,
+        )
+
+    def _judge(self, call: Waiting, able: list[Pool]) -> ModelName | Refusal:
+        """Say what model a workflow is kept to, if any; its first call may be refused."""
+        gate, workflow = self.policy.gate, call.workflow
+        if gate is None or workflow.calls:
+            return workflow.kept_to
+        return gate.judge(call, able, self._outlook)
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
         if request_id in self.line:

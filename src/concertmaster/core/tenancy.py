@@ -22,6 +22,8 @@ class Want:
         oldest_s: Longest wait of one call.
         first_due_s: Earliest deadline among them; infinite if none has one.
         owing_workflows: Live workflows that will need it, by forecast.
+        owing_people: Those of them that a person waits for.
+        calls: Calls that have ever arrived for it.
         calls_per_s: Calls that arrived for it lately.
         interactive_ratio: Share of these that a person waited for.
     """
@@ -34,6 +36,8 @@ class Want:
     oldest_s: float = 0.0
     first_due_s: float = math.inf
     owing_workflows: int = 0
+    owing_people: int = 0
+    calls: int = 0
     calls_per_s: float = 0.0
     interactive_ratio: float = 0.0
 

@@ -20,8 +20,9 @@ CALL_TOKENS = 16
 
 @dataclass(slots=True)
 class _Rate:
-    """Arrivals of one model, fading."""
+    """Arrivals of one model: all that ever were, and the same fading."""
 
+    ever: int = 0
     calls: float = 0.0
     interactive: float = 0.0
     at_s: float = 0.0
@@ -57,6 +58,7 @@ class Wants:
         """Count a call that arrived for a model."""
         rate = self._rates.setdefault(pool.model.name, _Rate(at_s=now_s))
         rate.fade(now_s)
+        rate.ever += 1
         rate.calls += 1
         rate.interactive += call.request.service_class is ServiceClass.INTERACTIVE
 
@@ -64,12 +66,15 @@ class Wants:
         """Return what will be asked of a model."""
         rate, owed = self._rates.get(model), self._workflows.owed(model)
         owing = min(owed.workflows, owed.tokens // CALL_TOKENS)
+        people = min(owed.people, owing)
         if rate is None:
-            return Want(model=model, owing_workflows=owing)
+            return Want(model=model, owing_workflows=owing, owing_people=people)
         rate.fade(now_s)
         return Want(
             model=model,
             owing_workflows=owing,
+            owing_people=people,
+            calls=rate.ever,
             calls_per_s=rate.calls / MEMORY_S,
             interactive_ratio=rate.interactive / rate.calls if rate.calls else 0.0,
         )
@@ -91,6 +96,8 @@ class Wants:
                 (one.deadline_s for one in calls if one.deadline_s is not None), default=math.inf
             ),
             owing_workflows=soon.owing_workflows,
+            owing_people=soon.owing_people,
+            calls=soon.calls,
             calls_per_s=soon.calls_per_s,
             interactive_ratio=soon.interactive_ratio,
         )

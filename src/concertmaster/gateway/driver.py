@@ -1,7 +1,6 @@
 """Driver two: real time. The same core as the simulator's, between two sets of sockets."""
 
 import asyncio
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
@@ -30,19 +29,17 @@ from concertmaster.core.events import (
     WorkflowClosed,
 )
 from concertmaster.core.fleet import Readiness, ReplicaId
-from concertmaster.core.request import Request, RequestId, WorkflowId
+from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.control import EngineProcesses, FleetController, SleepingEngines
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.health import HealthWatch
-from concertmaster.gateway.identity import Normalizer, with_hints
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
-from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.metrics import GatewayMetrics
-from concertmaster.gateway.prompts import read_prompt
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.predictors.interface import Completion, Predictor
 from concertmaster.predictors.rates import PaceWatch
@@ -99,8 +96,7 @@ class Gateway:
         self._speedup = speedup
         self._side_door = side_door
         self._observe = observe
-        self._normalizer = Normalizer()
-        self._inference = WorkflowInference()
+        self._intake = Intake()
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
         self._links = {
@@ -116,7 +112,6 @@ class Gateway:
         )
         self._exchanges: dict[RequestId, Exchange] = {}
         self._agents: dict[AgentConnection, None] = {}
-        self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
@@ -184,7 +179,14 @@ class Gateway:
             return
         now_s = self._clock()
         try:
-            exchange = self._open(now_s, agent, message, chat=chat)
+            exchange, identity = self._intake.open(
+                now_s,
+                agent,
+                message,
+                chat=chat,
+                taken=self._exchanges,
+                reads_prompts=self._forecaster.reads_prompts,
+            )
         except CallerError as error:
             status, body = openai_api.caller_error(error)
             self.metrics.answered(status, 0.0)
@@ -192,52 +194,9 @@ class Gateway:
             return
         agent.exchange = exchange
         self._exchanges[exchange.request.request_id] = exchange
+        self._idle.begin(now_s, exchange.request.workflow_id, is_final=identity.is_final)
         forecast = self._forecaster.predict(exchange)
         self._feed(now_s, RequestArrived(exchange.request, forecast))
-
-    def _open(
-        self, now_s: float, agent: AgentConnection, message: Message, *, chat: bool
-    ) -> Exchange:
-        headers = message.headers
-        call = openai_api.parse_call(message.body, chat=chat)
-        text = call.text()
-        hashes = openai_api.prefix_hashes(text)
-        identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
-        identity = with_hints(headers, call, identity)
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        while not request_id or request_id in self._exchanges:
-            request_id = f"cm-{next(self._numbers)}"
-        models = call.models()
-        request = Request(
-            request_id=RequestId(request_id),
-            workflow_id=identity.workflow_id,
-            arrival_s=now_s,
-            prompt_tokens=openai_api.prompt_tokens(text),
-            max_output_tokens=call.max_output_tokens(),
-            models=models,
-            role=identity.role,
-            app=identity.app,
-            template=identity.template,
-            step=identity.step,
-            stage=identity.stage,
-            parents=identity.parents,
-            service_class=identity.service_class,
-            prefix_hashes=hashes,
-            deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
-        )
-        exchange = Exchange(
-            request,
-            agent,
-            heads.engine_head(message, request_id),
-            message.body,
-            model_named=models[0] if len(models) == 1 else "",
-            streams=bool(call.stream),
-        )
-        exchange.response_headers = heads.identity_headers(request_id, identity)
-        if self._forecaster.reads_prompts:
-            exchange.prompt = read_prompt(call)
-        self._idle.begin(now_s, request.workflow_id, is_final=identity.is_final)
-        return exchange
 
     # The core
 
@@ -361,7 +320,7 @@ class Gateway:
         self.metrics.finished(now_s, exchange, output_tokens)
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
         if exchange.tool_call_ids:
-            self._inference.note_tool_calls(
+            self._intake.note_tool_calls(
                 exchange.tool_call_ids, request.workflow_id, request.stage or 0
             )
         if exchange.status == 200:

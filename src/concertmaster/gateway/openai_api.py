@@ -196,6 +196,12 @@ _REJECTIONS: Mapping[RejectReason | FailReason, tuple[int, str, str, str]] = {
         "no replica had room within the longest allowed wait",
     ),
     "no_replica": (503, "overloaded_error", "no_replica", "no replica of this model is alive"),
+    "too_late": (
+        503,
+        "overloaded_error",
+        "too_late",
+        "the workflow would not be done by its deadline",
+    ),
     "replica_died": (502, "server_error", "replica_died", "the replica died while it answered"),
     "engine_error": (502, "server_error", "engine_error", "the engine failed to answer"),
 }

@@ -3,9 +3,9 @@
 ``PLACEMENT+ORDERING`` joins any two parts (``round-robin+las``); a placement alone is
 first come, first served, and an ordering alone places by tokens. ``PLACEMENT@arrival`` chooses
 the replica when a call arrives rather than when there is room. A recipe takes settings
-after a colon (``chimera:tau=0.3,rule=paper``). Any of them may end in a scaling
-(``round-robin/reactive``), or for shared nodes in a residency (``edf/lru-swap``), which take
-settings in the same way.
+after a colon (``chimera:tau=0.3,rule=paper``). Any of them may be followed by a scaling
+(``round-robin/reactive``) and, for shared nodes, a residency (``edf/lru-swap``), each after a
+slash, in any order, with settings in the same way.
 """
 
 from collections.abc import Callable, Mapping
@@ -122,7 +122,17 @@ RECIPES: dict[str, Recipe] = {
     "point": Recipe(partial(swarmx, law="mean"), {k: SWARMX[k] for k in POINT}),
     "murakkab": Recipe(murakkab, {"prompt": number(1), "output": number(1)}),
     "maestro": Recipe(
-        maestro, {"people_s": number(0, 1800), "aging": number(1e-6), **KV, **EXPECTED}
+        maestro,
+        {
+            "people_s": number(0, 1800),
+            "aging": number(1e-6),
+            "admits": choice(yes=True, no=False),
+            "person_s": number(0.1),
+            "program_s": number(0.1),
+            "doubt": number(0),
+            **KV,
+            **EXPECTED,
+        },
     ),
     "ltr": Recipe(lambda name: baseline(name, "vllm", ShortestJob(), aging=0.1)),
     "quality-only": Recipe(
@@ -212,23 +222,40 @@ def policy(name: str) -> Policy:
     Raises:
         InputError: If a part of the name is not known; it suggests the nearest.
     """
-    whole, slash, tail = name.partition("/")
+    whole, *tails = name.split("/")
     built = _unscaled(whole)
-    return replace(_with_tail(built, tail), name=name) if slash else built
+    kinds = [_kind_of(tail) for tail in tails]
+    if len({*kinds}) < len(kinds):
+        problem = f"expected one scaling and one residency at the most, found {', '.join(tails)}"
+        raise InputError("", f"policy {name}", problem, "leave one out")
+    for tail in tails:
+        built = _with_tail(built, tail)
+    return replace(built, name=name) if tails else built
+
+
+def _kind_of(tail: str) -> str:
+    base = tail.partition(":")[0]
+    if base in SCALINGS:
+        return "scaling"
+    if base in RESIDENCIES:
+        return "residency"
+    raise unknown_name("", "policy", "scaling or residency", base, SCALINGS | RESIDENCIES)
 
 
 def _with_tail(built: Policy, name: str) -> Policy:
     base, _, text = name.partition(":")
-    tails = SCALINGS | RESIDENCIES
-    if base not in tails:
-        raise unknown_name("", "policy", "scaling", base, tails)
-    own = tails[base].settings
+    tail = (SCALINGS | RESIDENCIES)[base]
     promises = base == "static" or base in RESIDENCIES
-    told = read_settings(base, text, {**own, **(KV if promises else {})})
-    rule = {key: told.pop(key) for key in KV if key in told and key not in own}
-    part: Any = tails[base].build(**told)
+    told = read_settings(base, text, {**tail.settings, **(KV if promises else {})})
+    rule = {key: told.pop(key) for key in KV if key in told and key not in tail.settings}
+    part: Any = tail.build(**told)
     if base in SCALINGS:
         return replace(built, scaling=part, **_promising(built, rule) if rule else {})
+    if built.binds == "early":
+        problem = f"calls bound on arrival cannot wait for the models that {base} moves"
+        raise InputError("", f"policy {built.name}/{name}", problem, f"leave out {AT}")
+    if not rule and built.kv is not None:
+        return replace(built, residency=part)
     rule.setdefault("kv", "forecast" if base == "expected" else "paged")
     return replace(built, residency=part, **_promising(built, rule))
 

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from concertmaster.core.tenancy import Step, Want
 
+SILENT_CALLS = 3.0
+"""Calls that did not come, at the rate of late, after which no more are taken to come: with
+Poisson arrivals a model that is still used is silent for so long one time in twenty."""
+
 
 def weight(interactive_ratio: float, interactive: float) -> float:
     """Return what a second of a model's callers counts for, if some of them are people.
@@ -61,8 +65,9 @@ class Expected:
         if step.resident_s < self.residence * step.back_s and soon > 0:
             return True
         mine = step.want
-        used = mine.owing_workflows + mine.calls_per_s * self.hold_s >= 1
-        people = step.busy_interactive or (mine.interactive_ratio > 0 and used)
+        silent = step.unused_s * mine.calls_per_s > SILENT_CALLS
+        coming = 0.0 if silent else mine.interactive_ratio * mine.calls_per_s * self.hold_s
+        people = step.busy_interactive or mine.owing_people + coming >= 1
         return people and not want.interactive_calls and want.oldest_s < self.hold_s
 
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
@@ -140,17 +145,26 @@ class Qlm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoColocation:
-    """One model a node, the first that is asked for, for good."""
+    """One model a node, the hottest first: those with the most calls so far.
+
+    A model that runs gives way to one that does not only if that was asked for more often by
+    two standard deviations of the difference, so the choice settles; a second replica gives
+    way to any model that has none. It is learnt as calls come, since no file says it.
+    """
 
     colocates: bool = False
 
     def price_s(self, step: Step, want: Want) -> float | None:
-        """Give nothing up but engines that sleep: they would sleep for good."""
-        return 0.0 if step.kind == "unload" else None
+        """Give up engines that sleep for good, second replicas, and models that are colder."""
+        if step.kind == "unload":
+            return 0.0
+        lead = want.calls - step.want.calls
+        hotter = lead > 2 * math.sqrt(want.calls + step.want.calls)
+        return 1.0 if step.replicas > 1 or hotter else None
 
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Take a node that is free."""
-        return price_s == 0.0
+        """Agree: what may not be given up has no price."""
+        return True
 
     def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Take memory that is free, once waits are as long as the load."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from concertmaster.core.policy import Policy
 from concertmaster.core.promise import KvKind, KvRule
+from concertmaster.policies.admission import InTime
 from concertmaster.policies.ordering import PeopleFirst
 from concertmaster.policies.recipes.baselines import baseline
 from concertmaster.policies.residency import Expected
@@ -31,6 +32,10 @@ def maestro(
     aging: float = 0.1,
     interactive: float = 4.0,
     kv: KvKind = "forecast",
+    person_s: float | None = None,
+    program_s: float | None = None,
+    doubt: float = 0.0,
+    admits: bool = True,
     **settings: Any,  # noqa: ANN401  # those of KvRule and of Expected
 ) -> Policy:
     """Put the recipe together.
@@ -41,6 +46,10 @@ def maestro(
         aging: Of the line.
         interactive: What a second of a person's wait counts for.
         kv: How KV is promised.
+        person_s: Time granted to a workflow of people that names no deadline, as of ``InTime``.
+        program_s: The same for one of programs.
+        doubt: Of ``InTime``.
+        admits: Whether workflows are refused that would miss their deadline.
         settings: Of ``KvRule`` and of ``Expected``.
     """
     rule = {key: settings.pop(key) for key in _KV if key in settings}
@@ -55,6 +64,7 @@ def maestro(
             InFlightTokens(),
             Distance(interactive),
         ),
+        gate=InTime(person_s=person_s, program_s=program_s, doubt=doubt) if admits else None,
         kv=KvRule(kind=kv, **rule),
         residency=Expected(interactive=interactive, **settings),
     )
