@@ -10,6 +10,7 @@ from concertmaster.reproduce.maestro_arms import (
     ALONE,
     ALONE_FCFS,
     FCFS,
+    MORE_RIVALS,
     OURS,
     PAGED,
     RIVALS,
@@ -19,6 +20,7 @@ from concertmaster.reproduce.maestro_arms import (
 from concertmaster.reproduce.maestro_measures import measures
 from concertmaster.reproduce.maestro_summary import summary
 from concertmaster.reproduce.maestro_world import (
+    BRIEF,
     CONTENTION,
     EIGHT,
     SIXTEEN,
@@ -53,7 +55,7 @@ class Maestro:
         stages = data_folder() / world.STAGES
         size = stages.stat().st_size if stages.is_file() else 0
         return {
-            "workflows": [world.WORKFLOWS_A_MACHINE, world.WARM_UP, world.TEMPLATES],
+            "workflows": [world.HORIZON_S, world.WARM_UP, world.TEMPLATES],
             "data": [str(stages), size],
         }
 
@@ -76,18 +78,20 @@ class Maestro:
 
 
 def _default() -> Iterator[tuple[str, float, str]]:
-    yield from product([SIXTEEN], CONTENTION.values(), RIVALS)
-    yield from product([SIXTEEN], [HIGH], [*WITHOUT, ALONE, ALONE_FCFS])
-    yield from product([SIXTEEN, TIGHT], [MEDIUM], [OURS, WORST, PAGED])
-    yield from product([TWO], [MEDIUM, HIGH], [OURS])
-    yield TWO, HIGH, FCFS
-    yield from product([EIGHT], [LOW], [OURS, ALONE])
+    yield from product([EIGHT], CONTENTION.values(), RIVALS)
+    yield from product([EIGHT], [HIGH], [*MORE_RIVALS, *WITHOUT])
+    yield from product([EIGHT, TIGHT], [MEDIUM], [OURS, WORST, PAGED])
+    yield from product([SIXTEEN, TWO], [MEDIUM], [OURS])
+    yield SIXTEEN, MEDIUM, ALONE
+    yield from product([BRIEF], [LOW], [OURS, ALONE])
 
 
 def _more() -> Iterator[tuple[str, float, str]]:
-    yield from product([SIXTEEN], CONTENTION.values(), [*WITHOUT, ALONE, ALONE_FCFS])
-    yield from product([EIGHT, *LARGER], CONTENTION.values(), RIVALS)
-    yield from product([TWO, THREE, TWENTY_FOUR], CONTENTION.values(), [OURS, FCFS])
+    arms = [*RIVALS, *MORE_RIVALS]
+    yield from product([EIGHT, *LARGER], CONTENTION.values(), [*arms, *WITHOUT])
+    yield from product([SIXTEEN, TWO], CONTENTION.values(), [*arms, ALONE, ALONE_FCFS])
+    yield from product([THREE, TWENTY_FOUR], CONTENTION.values(), [FCFS, OURS])
+    yield BRIEF, LOW, ALONE_FCFS
 
 
 STUDY = Maestro()

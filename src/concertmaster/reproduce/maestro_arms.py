@@ -12,7 +12,8 @@ class Arm(NamedTuple):
     Attributes:
         policy: As in the catalog.
         forecasts: ``recent``: lengths seen lately by role. ``default``: the shipped heads, which
-            read prompts. Both are warmed up on tasks that are not held out.
+            read prompts and tell what remains of a workflow. Both are warmed up on tasks that
+            are not held out.
     """
 
     policy: str
@@ -31,14 +32,15 @@ EDF_EXPECTED = "edf/expected"
 ORACLE = "oracle-stjf/expected"
 """Knows lengths and what remains of each workflow: shortest first, on the recipe's memory."""
 
-OURS = "maestro"
+OURS, TRAINED = "maestro", "maestro, trained"
+"""The recipe with lengths by role, which are cheap to run, and with trained forecasts."""
+
 ALONE, ALONE_FCFS = "maestro/no-colocation:kv=forecast", "fcfs/no-colocation"
 """One model a node: with the recipe's order and KV, and as published."""
 
 WORST, PAGED = "maestro:kv=worst-case", "maestro:kv=paged"
 NO_FETCH = "maestro:hysteresis=1000000"
 PLACED, PLAIN = "prefix-affinity/expected", "fcfs/expected"
-ROLES = "maestro, by role"
 
 WITHOUT: Mapping[str, str] = {
     WORST: "node: KV by forecast; the cap is promised",
@@ -48,18 +50,17 @@ WITHOUT: Mapping[str, str] = {
     NO_FETCH: "node: fetching ahead, and second replicas that end others",
     PLACED: "global: order; first come, first served, placed by what would end first",
     PLAIN: "global and cluster: order and placement; the replica with fewest tokens",
-    ROLES: "words of prompts: lengths by role",
 }
 """The recipe without a part, and which part."""
 
+RIVALS = (FCFS, EDF, EDF_EXPECTED, ORACLE, OURS)
+"""Compared at every contention."""
+
+MORE_RIVALS = (EDF_GROUPS, TRAINED)
+"""Compared where contention is high; in the full grid everywhere."""
+
 ARMS: Mapping[str, Arm] = {
-    **{name: Arm(name) for name in (FCFS, EDF, EDF_GROUPS, EDF_EXPECTED, ORACLE, ALONE_FCFS)},
-    **{name: Arm(name, SHIPPED) for name in (OURS, ALONE, *WITHOUT)},
-    PLACED: Arm(PLACED),
-    PLAIN: Arm(PLAIN),
-    ROLES: Arm("maestro"),
+    **{name: Arm(name) for name in (*RIVALS, EDF_GROUPS, *WITHOUT, ALONE, ALONE_FCFS)},
+    TRAINED: Arm(OURS, SHIPPED),
 }
 """Every arm of the study."""
-
-RIVALS = (FCFS, EDF, EDF_GROUPS, EDF_EXPECTED, ORACLE, OURS)
-"""Compared at every contention."""

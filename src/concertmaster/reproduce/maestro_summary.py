@@ -20,6 +20,7 @@ from concertmaster.reproduce.maestro_arms import (
     WORST,
 )
 from concertmaster.reproduce.maestro_world import (
+    BRIEF,
     CONTENTION,
     EIGHT,
     SIXTEEN,
@@ -94,7 +95,7 @@ def summary(results: Results) -> Summary:
 
 
 def _values(
-    results: Results, figure: str, arm: str, *, setting: str = SIXTEEN, load: float = HIGH
+    results: Results, figure: str, arm: str, *, setting: str = EIGHT, load: float = HIGH
 ) -> list[float]:
     return results.values(figure, setting=setting, arm=arm, load=load)
 
@@ -105,14 +106,14 @@ def _ratio(
     mine: str,
     theirs: str,
     *,
-    setting: str = SIXTEEN,
+    setting: str = EIGHT,
     load: float = HIGH,
 ) -> list[float]:
     return results.ratios(figure, mine, theirs, settings=[setting], loads=[load])
 
 
 def _less(results: Results, figure: str, mine: str, theirs: str) -> list[float]:
-    return results.differences(figure, mine, theirs, settings=[SIXTEEN], loads=[HIGH])
+    return results.differences(figure, mine, theirs, settings=[EIGHT], loads=[HIGH])
 
 
 # Claims.
@@ -131,7 +132,7 @@ def _kv(results: Results) -> tuple[Claim, ...]:
                 note=_shares(results, setting),
             )
             for name, what, setting in (
-                ("kv-reserved", "caps of 4,096 tokens", SIXTEEN),
+                ("kv-reserved", "caps of 4,096 tokens", EIGHT),
                 ("kv-reserved-tight", "caps as tight as recorded answers allow", TIGHT),
             )
         ),
@@ -215,7 +216,7 @@ def _weights(results: Results) -> tuple[Claim, ...]:
         Claim.over_seeds(
             "models-served",
             f"models served on 8 GPUs, {OURS} less {ALONE}",
-            results.differences("served_models", OURS, ALONE, settings=[EIGHT], loads=[LOW]),
+            results.differences("served_models", OURS, ALONE, settings=[BRIEF], loads=[LOW]),
             "at least",
             1.0,
         ),
@@ -228,8 +229,8 @@ def _weights(results: Results) -> tuple[Claim, ...]:
                 1.0,
             )
             for name, what, setting, load in (
-                ("shared-p95-8", " on 8 GPUs, low contention", EIGHT, LOW),
-                ("shared-p95-16", " on 16 GPUs, high contention", SIXTEEN, HIGH),
+                ("shared-p95-8", " on 8 GPUs, low contention", BRIEF, LOW),
+                ("shared-p95-16", " on 16 GPUs, medium contention", SIXTEEN, MEDIUM),
             )
         ),
         Claim.over_seeds(
@@ -244,13 +245,15 @@ def _weights(results: Results) -> tuple[Claim, ...]:
 
 def _clusters(results: Results) -> tuple[Claim, ...]:
     """Half of the GPUs 80 ms away, and in the full grid a third 20 and a third 80 ms."""
-    pairs = [("clusters", TWO, SIXTEEN, MEDIUM, "medium"), ("clusters", TWO, SIXTEEN, HIGH, "high")]
-    if results.has(setting=THREE, arm=OURS, load=MEDIUM):
-        pairs += [("clusters-three", THREE, TWENTY_FOUR, MEDIUM, "medium")]
-        pairs += [("clusters-three", THREE, TWENTY_FOUR, HIGH, "high")]
+    pairs = [
+        (f"{name}-{said}", far, near, load, said)
+        for name, far, near in (("clusters", TWO, SIXTEEN), ("clusters-three", THREE, TWENTY_FOUR))
+        for said, load in CONTENTION.items()
+        if results.has(setting=far, arm=OURS, load=load)
+    ]
     return tuple(
         Claim.over_seeds(
-            f"{name}-{said}",
+            name,
             f"attainment of people, {said} contention, {far} less {near}",
             [
                 there - here
@@ -301,7 +304,7 @@ def _table(
 def _plots(results: Results) -> Mapping[str, Plot]:
     return {
         "maestro-attainment": LinePlot(
-            title="Workflows in time, 16 GPUs",
+            title="Workflows in time, 8 GPUs",
             x_label="workflows/s for each machine of eight GPUs",
             y_label="share in time",
             panels={
@@ -311,7 +314,7 @@ def _plots(results: Results) -> Mapping[str, Plot]:
             },
         ),
         "maestro-memory": TimelinePlot(
-            title="KV promised and used under high contention, 16 GPUs, first seed",
+            title="KV promised and used under high contention, 8 GPUs, first seed",
             bands={
                 f"{arm}, GB": [_timeline(results, arm, what) for what in ("reserved", "used")]
                 for arm in (OURS, WORST, PAGED)
@@ -336,7 +339,7 @@ def _line(results: Results, arm: str, figure: str) -> Line:
 
 
 def _series(results: Results, figure: str, arm: str) -> Sequence[float]:
-    return results.series(figure, setting=SIXTEEN, arm=arm, load=HIGH)[0]
+    return results.series(figure, setting=EIGHT, arm=arm, load=HIGH)[0]
 
 
 def _timeline(results: Results, arm: str, what: str) -> Line:
@@ -346,7 +349,7 @@ def _timeline(results: Results, arm: str, what: str) -> Line:
 
 def _weights_map(results: Results, arm: str) -> StatePlot:
     """Which model served where: a row for each model on each node on which it ever did."""
-    replicas = [*world.fleet_of(SIXTEEN).replicas.values()]
+    replicas = [*world.fleet_of(EIGHT).replicas.values()]
     rows: dict[str, list[Span]] = {}
     columns = (
         _series(results, name, arm) for name in ("served_replica", "served_from_s", "served_to_s")
@@ -356,7 +359,7 @@ def _weights_map(results: Results, arm: str) -> StatePlot:
         span = Span(start_s=begin_s, end_s=end_s, state=pool.pool_id)
         rows.setdefault(f"{node.node_id} {pool.pool_id}", []).append(span)
     return StatePlot(
-        title=f"Weights in service, {arm}, 16 GPUs, high contention, first seed",
+        title=f"Weights in service, {arm}, 8 GPUs, high contention, first seed",
         rows=dict(sorted(rows.items())),
-        states=[pool.pool_id for pool in world.fleet_of(SIXTEEN).pools],
+        states=[pool.pool_id for pool in world.fleet_of(EIGHT).pools],
     )

@@ -14,19 +14,19 @@ from concertmaster.predictors.interface import Predictor
 from concertmaster.reproduce.data import data_folder
 from concertmaster.reproduce.draw import draw
 from concertmaster.reproduce.fleets import clustered_fleet
-from concertmaster.reproduce.maestro_arms import ARMS, FCFS
+from concertmaster.reproduce.maestro_arms import ARMS, OURS
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import WorkflowPlan
 from concertmaster.workload.records import RunRecords
 
 FLEET = "shared-a100-40g"
-GPUS_A_MACHINE = 8
 STAGES = "workflow_stages.parquet"
 TEMPLATES, TEMPLATE_SEED = 1500, 0
-WARM_UP, WARM_UP_SEED, WARM_UP_RPS = 300, 4242, 0.3
-WORKFLOWS_A_MACHINE = 150
+WARM_UP, WARM_UP_SEED, WARM_UP_RPS = 300, 4242, 1.0
+HORIZON_S = 220.0
+"""How long workflows arrive."""
 
-CONTENTION: Mapping[str, float] = {"low": 0.2, "medium": 0.4, "high": 0.6}
+CONTENTION: Mapping[str, float] = {"low": 0.75, "medium": 1.5, "high": 3.0}
 """Workflows a second for each machine of eight GPUs."""
 
 
@@ -36,25 +36,26 @@ class World(NamedTuple):
     Attributes:
         network_ms: Round trip to each machine of eight GPUs; equal ones are one cluster.
         caps: Whether callers cap their answers tightly.
+        horizon_s: How long workflows arrive.
     """
 
     network_ms: tuple[float, ...]
     caps: str = "guessed"
+    horizon_s: float = HORIZON_S
 
 
-SIXTEEN = "16 GPUs"
-TIGHT = "16 GPUs, tight caps"
-EIGHT = "8 GPUs"
-TWO = "2 clusters of 8 GPUs, 1 and 80 ms"
-THREE, TWENTY_FOUR = "3 clusters of 8 GPUs, 1, 20 and 80 ms", "24 GPUs"
+EIGHT, TIGHT, BRIEF = "8 GPUs", "8 GPUs, tight caps", "8 GPUs, a minute"
+SIXTEEN, TWO = "16 GPUs", "2 clusters of 8 GPUs, 1 and 80 ms"
+TWENTY_FOUR, THREE = "24 GPUs", "3 clusters of 8 GPUs, 1, 20 and 80 ms"
 
 WORLDS: Mapping[str, World] = {
-    SIXTEEN: World((1, 1)),
-    TIGHT: World((1, 1), "tight"),
     EIGHT: World((1,)),
+    TIGHT: World((1,), "tight"),
+    BRIEF: World((1,), horizon_s=60.0),
+    SIXTEEN: World((1, 1)),
     TWO: World((1, 80)),
-    THREE: World((1, 20, 80)),
     TWENTY_FOUR: World((1, 1, 1)),
+    THREE: World((1, 20, 80)),
     "32 GPUs": World((1,) * 4),
     "64 GPUs": World((1,) * 8),
 }
@@ -82,28 +83,24 @@ def templates_of(world: str) -> Sequence[WorkflowPlan]:
 
 @cache
 def _warm(forecasts: str, caps: str) -> Predictor:
-    """Let forecasts see traffic on the larger fleet of one cluster, whatever is measured."""
-    fleet = fleet_of(SIXTEEN)
+    """Let forecasts see traffic on the fleet of one cluster, whatever is measured."""
+    fleet = fleet_of(EIGHT)
     predictor = forecaster.predictor_of(forecasts, fleet)
     shown = plans(WARM_UP, WARM_UP_SEED, part="train", caps=caps)
     workload = draw(shown, workflows=WARM_UP, rate_rps=WARM_UP_RPS, seed=WARM_UP_SEED)
-    compose.simulate(fleet, workload, FCFS, seed=WARM_UP_SEED, predictor=predictor)
+    compose.simulate(fleet, workload, OURS, seed=WARM_UP_SEED, predictor=predictor)
     return predictor
 
 
 def play(world: str, arm: str, *, load: float, seed: int) -> RunRecords:
     """Run one arm on Poisson arrivals of so many workflows a second for each machine."""
-    machines = len(WORLDS[world].network_ms)
-    how = ARMS[arm]
+    place, how = WORLDS[world], ARMS[arm]
+    rate_rps = load * len(place.network_ms)
+    workflows = round(rate_rps * place.horizon_s)
     return compose.simulate(
         fleet_of(world),
-        draw(
-            templates_of(world),
-            workflows=machines * WORKFLOWS_A_MACHINE,
-            rate_rps=machines * load,
-            seed=seed,
-        ),
+        draw(templates_of(world), workflows=workflows, rate_rps=rate_rps, seed=seed),
         how.policy,
         seed=seed,
-        predictor=copy.deepcopy(_warm(how.forecasts, WORLDS[world].caps)),
+        predictor=copy.deepcopy(_warm(how.forecasts, place.caps)),
     )
