@@ -1,5 +1,7 @@
 """Models that share nodes: who comes up, who makes way, and what that costs."""
 
+from dataclasses import replace
+
 import pytest
 
 from builders import (
@@ -181,41 +183,51 @@ def test_without_ram_weights_go_back_to_disk() -> None:
     assert kinds(ask(scheduler, "r1", "c", 1.0), Demote) == [Demote(A, DISK)]
 
 
+def people_of(scheduler: CheckedScheduler, models: str, at_s: range) -> list[Action]:
+    """Let people use these models once a second; return what that sets in motion."""
+    found: list[Action] = []
+    for second in at_s:
+        for model in models:
+            name = f"{model}{second}"
+            found += ask(scheduler, name, model, float(second), forecast=a_forecast(5))
+            found += scheduler.at(float(second), RequestFinished(RequestId(name), 1, 5))
+    return kinds(found, Demote, Wake)
+
+
 def test_programs_do_not_end_a_model_that_people_use() -> None:
     of = a_policy("fcfs/expected", residency=Expected(hold_s=100.0))
     scheduler = CheckedScheduler(three_on_one(), of)
-    now_s = 0.0
-    for i in range(60):
-        now_s = float(i)
-        for model in "ab":
-            ask(scheduler, f"{model}{i}", model, now_s, forecast=a_forecast(5))
-            scheduler.at(now_s, RequestFinished(RequestId(f"{model}{i}"), 1, 5))
-    ask(scheduler, "batch", "c", now_s, service_class=BATCH)
+    people_of(scheduler, "ab", range(60))
+    ask(scheduler, "batch", "c", 60.0, service_class=BATCH)
 
-    for _ in range(900):
-        now_s += 0.1
-        assert kinds(scheduler.at(now_s, TimerFired()), Demote) == []
+    assert people_of(scheduler, "ab", range(61, 159)) == []
 
-    assert kinds(scheduler.at(now_s + 11.0, TimerFired()), Demote), "but not for ever"
+    assert people_of(scheduler, "ab", range(159, 163)), "but not for ever"
 
 
-def test_a_model_that_has_just_come_up_stays_a_while() -> None:
+def test_a_model_that_people_have_left_is_free_to_go() -> None:
     scheduler = CheckedScheduler(three_on_one(), "fcfs/expected")
-    short = a_forecast(5)
-    for i in range(30):
-        ask(scheduler, f"a{i}", "a", float(i), forecast=short)
-        scheduler.at(float(i), RequestFinished(RequestId(f"a{i}"), 1, 5))
-    ask(scheduler, "c", "c", 30.0, forecast=short)
-    scheduler.at(30.2, TimerFired())
-    scheduler.at(30.2, ReplicaDemoted(B, SLEEPS))
-    scheduler.at(32.2, ReplicaReady(C))
-    scheduler.at(32.5, RequestFinished(RequestId("c"), 1, 5))
-    ask(scheduler, "b", "b", 33.0, forecast=short)
-    gone = []
-    for step in range(1, 50):
-        gone += kinds(scheduler.at(33.0 + step / 10, TimerFired()), Demote)
+    people_of(scheduler, "ab", range(60))
+    people_of(scheduler, "a", range(60, 70))
+    ask(scheduler, "batch", "c", 70.0, service_class=BATCH)
+    people_of(scheduler, "a", range(71, 80))
 
-    assert gone == [Demote(A, SLEEPS)], "though more calls are expected for it"
+    assert scheduler.replica("b-0").readiness is RUNS
+    assert scheduler.replica("b-0").draining, "silent for twenty seconds at a call a second"
+
+
+def test_what_waits_for_a_model_that_is_down_asks_for_no_other_meanwhile() -> None:
+    """B is owed a stage only by the workflow that waits for C; it would keep A from going."""
+    scheduler = CheckedScheduler(three_on_one(), "fcfs/expected")
+    plan = Forecast(
+        output_tokens=Quantiles.exactly(5.0),
+        remaining_by={ModelName("c"): 5.0, ModelName("b"): 90.0},
+    )
+    ask(scheduler, "r", "c", 200.0, forecast=plan)
+
+    want = scheduler.core._wants.soon(200.0, ModelName("b"))
+    assert (want.owing_workflows, want.held_workflows, want.owing_people) == (1, 1, 0)
+    assert scheduler.replica("b-0").draining or scheduler.replica("a-0").draining
 
 
 def test_memory_that_is_freed_for_one_is_not_taken_by_another() -> None:
@@ -275,6 +287,25 @@ NEED = Want(model=ModelName("q"), waiting_calls=1, oldest_s=1.0)
 )
 def test_a_step_costs_what_calls_to_come_will_wait(step: Step, price_s: float) -> None:
     assert Expected().price_s(step, NEED) == pytest.approx(price_s)
+
+
+@pytest.mark.parametrize(("resident_s", "may"), [(59.0, False), (60.0, True)])
+def test_a_busy_model_that_has_just_come_up_stays_a_while(*, resident_s: float, may: bool) -> None:
+    step = a_step("drain", busy_s=7.0, resident_s=resident_s)
+
+    assert (Expected(residence=3.0).price_s(step, NEED) is not None) == may
+    assert Expected(residence=3.0).price_s(a_step(resident_s=resident_s), NEED) == 40.0
+
+
+def test_one_more_replica_comes_up_for_waits_since_the_last_one_did() -> None:
+    want = Want(model=ModelName("q"), waiting_calls=10, waited_s=900.0, oldest_s=90.0)
+
+    spreads = [
+        Expected().spreads(replace(want, served_s=served_s), 5.0, 20.0)
+        for served_s in (0.0, 4.9, 5.1, 60.0)
+    ]
+
+    assert spreads == [False, False, True, True]
 
 
 def test_what_turns_out_superfluous_is_left_out() -> None:

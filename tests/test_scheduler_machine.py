@@ -146,6 +146,7 @@ class Driver(RuleBasedStateMachine):
         self.waking: set[ReplicaId] = set()
         self.stopping: set[ReplicaId] = set()
         self.outcomes: dict[RequestId, str] = {}
+        self.workflow_of: dict[RequestId, WorkflowId] = {}
 
     def fleet(self) -> Fleet:
         return a_small_fleet()
@@ -167,7 +168,9 @@ class Driver(RuleBasedStateMachine):
                     del self.waiting[request_id]
                     self.settle(request_id, reason)
                     hopeless = reason in ("too_long", "model_not_found")
-                    assert hopeless == (action.retry_after_s is None)
+                    never = action.retry_after_s is None
+                    assert hopeless == never or (reason == "too_late" and never)
+                    assert reason != "too_late" or self.is_first(request_id)
                     assert 1.0 <= (action.retry_after_s or 1.0) <= 120.0
                 case Fail(request_id, reason):
                     self.settle(request_id, reason)
@@ -184,6 +187,11 @@ class Driver(RuleBasedStateMachine):
                     self.stopping.add(replica_id)
                 case Resize():
                     pass
+
+    def is_first(self, request_id: RequestId) -> bool:
+        """Whether no call of the workflow has been let in that is remembered."""
+        workflow = self.workflow_of[request_id]
+        return workflow not in self.core.workflows._by_id
 
     def check_wake(self, woken: Replica) -> None:
         """It keeps to the GPUs, and none that was about to leave could serve instead."""
@@ -244,6 +252,7 @@ class Driver(RuleBasedStateMachine):
         name = f"r{self.arrived}"
         self.arrived += 1
         self.waiting[RequestId(name)] = None
+        self.workflow_of[RequestId(name)] = WorkflowId(f"w{workflow}")
         self.perform(
             self.scheduler.arrive(
                 name,

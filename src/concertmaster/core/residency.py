@@ -7,7 +7,7 @@ model at a time on each node, so that what is freed for it is not taken by anoth
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from concertmaster.core.actions import Action, Resize
 from concertmaster.core.fleet import PoolId, Readiness, Replica, ReplicaId
@@ -146,6 +146,7 @@ class Residents:
     def _look(self, now_s: float, actions: list[Action]) -> None:
         """Bring up what calls wait for, the longest waits first; then what will be asked for."""
         lanes = list(self._unserved())
+        self._wants.note_held(lanes)
         wants = {pools: self._wants.of_lane(now_s, pools) for pools in lanes}
         for pools in sorted(lanes, key=lambda one: _rank(wants[one])):
             self._bring_up(now_s, pools, wants[pools], actions, self._residency.worth)
@@ -197,7 +198,9 @@ class Residents:
         replicas = [r for one in pools for r in self._by_pool[one]]
         starting = any(r.replica_id in self._waking.starting for r in replicas)
         if not starting and any(r.memory is not None for r in replicas):
-            want = self._wants.of_lane(now_s, pools)
+            serving = [r.replica_id for r in replicas if r.alive and self._waking.counts(r)]
+            came_s = max((self._waking.since_s.get(one, 0.0) for one in serving), default=now_s)
+            want = replace(self._wants.of_lane(now_s, pools), served_s=now_s - came_s)
             self._bring_up(now_s, pools, want, actions, self._residency.spreads)
 
     def _make_room(self, now_s: float, pools: tuple[PoolId, ...], actions: list[Action]) -> None:

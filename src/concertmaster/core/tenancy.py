@@ -20,9 +20,11 @@ class Want:
         interactive_calls: Those of them that a person waits for.
         interactive_waited_s: Seconds that those have waited, in sum.
         oldest_s: Longest wait of one call.
+        served_s: Since the latest replica that serves it came up; 0 if one starts or none does.
         first_due_s: Earliest deadline among them; infinite if none has one.
         owing_workflows: Live workflows that will need it, by forecast.
-        owing_people: Those of them that a person waits for.
+        held_workflows: Those of them whose calls wait for models that nobody serves yet.
+        owing_people: Those of the others that a person waits for.
         calls: Calls that have ever arrived for it.
         calls_per_s: Calls that arrived for it lately.
         interactive_ratio: Share of these that a person waited for.
@@ -34,8 +36,10 @@ class Want:
     interactive_calls: int = 0
     interactive_waited_s: float = 0.0
     oldest_s: float = 0.0
+    served_s: float = 0.0
     first_due_s: float = math.inf
     owing_workflows: int = 0
+    held_workflows: int = 0
     owing_people: int = 0
     calls: int = 0
     calls_per_s: float = 0.0

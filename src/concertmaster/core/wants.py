@@ -1,8 +1,8 @@
 """What models are asked for, now and soon: from the line, live workflows and arrivals."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.queue import Waiting, WaitingLine
@@ -15,7 +15,8 @@ MEMORY_S = 120.0
 
 
 CALL_TOKENS = 16
-"""Output tokens that make a call: what a workflow owes beside its whole calls is rounding."""
+"""Output tokens that make a call: what a workflow owes beside its whole calls is rounding, and
+one token each is what they owe until they ask again."""
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Wants:
         self._line = line
         self._workflows = workflows
         self._rates: dict[ModelName, _Rate] = {}
+        self._held: dict[ModelName, list[int]] = {}
 
     def note_arrival(self, now_s: float, call: Waiting, pool: Pool) -> None:
         """Count a call that arrived for a model."""
@@ -62,18 +64,39 @@ class Wants:
         rate.calls += 1
         rate.interactive += call.request.service_class is ServiceClass.INTERACTIVE
 
+    def note_held(self, lanes: Iterable[tuple[PoolId, ...]]) -> None:
+        """Take in which lanes nobody serves: their workflows ask for nothing else meanwhile."""
+        self._held = {}
+        for pools in lanes:
+            model = self._by_pool[pools[0]][0].pool.model.name
+            for workflow in {
+                call.workflow.workflow_id: call.workflow for call in self._line.lanes[pools]
+            }.values():
+                for other in workflow.owed:
+                    if other != model:
+                        held = self._held.setdefault(other, [0, 0])
+                        held[0] += 1
+                        held[1] += workflow.interactive
+
     def soon(self, now_s: float, model: ModelName) -> Want:
         """Return what will be asked of a model."""
         rate, owed = self._rates.get(model), self._workflows.owed(model)
-        owing = min(owed.workflows, owed.tokens // CALL_TOKENS)
-        people = min(owed.people, owing)
+        held, held_people = self._held.get(model, (0, 0))
+        owing = min(owed.workflows, (owed.tokens - owed.workflows) // CALL_TOKENS)
+        people = max(0, min(owed.people - held_people, owing))
         if rate is None:
-            return Want(model=model, owing_workflows=owing, owing_people=people)
+            return Want(
+                model=model,
+                owing_workflows=owing,
+                owing_people=people,
+                held_workflows=min(held, owing),
+            )
         rate.fade(now_s)
         return Want(
             model=model,
             owing_workflows=owing,
             owing_people=people,
+            held_workflows=min(held, owing),
             calls=rate.ever,
             calls_per_s=rate.calls / MEMORY_S,
             interactive_ratio=rate.interactive / rate.calls if rate.calls else 0.0,
@@ -85,8 +108,8 @@ class Wants:
         calls = [call.request for call in self._line.lanes[pools]]
         waits_s = [(now_s - request.arrival_s, request) for request in calls]
         persons = [s for s, one in waits_s if one.service_class is ServiceClass.INTERACTIVE]
-        return Want(
-            model=soon.model,
+        return replace(
+            soon,
             waiting_calls=len(calls),
             waited_s=sum(waited_s for waited_s, _ in waits_s),
             interactive_calls=len(persons),
@@ -95,9 +118,4 @@ class Wants:
             first_due_s=min(
                 (one.deadline_s for one in calls if one.deadline_s is not None), default=math.inf
             ),
-            owing_workflows=soon.owing_workflows,
-            owing_people=soon.owing_people,
-            calls=soon.calls,
-            calls_per_s=soon.calls_per_s,
-            interactive_ratio=soon.interactive_ratio,
         )

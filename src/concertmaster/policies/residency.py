@@ -44,7 +44,9 @@ class Expected:
     def price_s(self, step: Step, want: Want) -> float | None:
         """Multiply the seconds that its model then takes longer by the calls that will come."""
         mine = step.want
-        soon = mine.owing_workflows + mine.calls_per_s * step.back_s
+        silent = step.unused_s * mine.calls_per_s > SILENT_CALLS
+        rate = 0.0 if silent else mine.calls_per_s
+        soon = mine.owing_workflows - mine.held_workflows + rate * step.back_s
         if step.kind == "shrink":
             return 0.0
         if step.kind == "drop":
@@ -54,7 +56,7 @@ class Expected:
         callers = weight(mine.interactive_ratio, self.interactive)
         if step.kind == "drain":
             out_s = step.busy_s + (1 + self.residence) * step.back_s
-            soon = mine.owing_workflows + mine.calls_per_s * out_s
+            soon = mine.owing_workflows + rate * out_s
             return callers * soon * out_s / step.replicas
         return callers * soon * step.back_s / step.replicas
 
@@ -62,7 +64,7 @@ class Expected:
         """Whether it has hardly come up, or people use it and no person asks for its place."""
         if step.kind == "unload":
             return False
-        if step.resident_s < self.residence * step.back_s and soon > 0:
+        if step.kind == "drain" and step.resident_s < self.residence * step.back_s and soon > 0:
             return True
         mine = step.want
         silent = step.unused_s * mine.calls_per_s > SILENT_CALLS
@@ -77,8 +79,11 @@ class Expected:
 
     def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Compare what waiting has cost with the price and the load, once waits are as long."""
-        waited_s = want.waited_s + (self.interactive - 1) * want.interactive_waited_s
-        return want.oldest_s >= ready_s and waited_s >= self.hysteresis * (price_s + ready_s)
+        people_s = min(want.interactive_waited_s, want.interactive_calls * want.served_s)
+        waited_s = min(want.waited_s, want.waiting_calls * want.served_s)
+        waited_s += (self.interactive - 1) * people_s
+        dear_s = self.hysteresis * (price_s + ready_s)
+        return min(want.oldest_s, want.served_s) >= ready_s and waited_s >= dear_s
 
     def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
         """Compare the seconds that workflows on their way would wait with the price."""
