@@ -18,7 +18,11 @@ from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import Gauges, RunRecords
 
 CLASSES = tuple(ServiceClass)
-BIG, SMALL = "qwen2.5-32b-instruct", "qwen3-30b-a3b-instruct-2507"
+LARGE, MIDDLE, MIXED = (
+    "qwen2.5-32b-instruct",
+    "qwen2.5-14b-instruct",
+    "qwen3-30b-a3b-instruct-2507",
+)
 
 
 @cache
@@ -27,9 +31,12 @@ def fleet() -> Fleet:
 
 
 def workload(*, only: ServiceClass | None = None) -> Workload:
-    """Return research on two models that do not fit one pair of GPUs together."""
-    spec = f"research:workflows=12,big={BIG},small={SMALL}"
-    drawn = load_workloads([spec], seed=3, arrivals=POISSON, rate_rps=0.5)
+    """Return research on three models, of which two pairs of GPUs hold two."""
+    specs = [
+        f"research:workflows=8,big={big},small={small}"
+        for big, small in ((LARGE, MIXED), (MIDDLE, LARGE))
+    ]
+    drawn = load_workloads(specs, seed=3, arrivals=POISSON, rate_rps=0.5)
     plans = tuple(
         replace(plan, service_class=only or CLASSES[at % 2]) for at, plan in enumerate(drawn)
     )
@@ -88,8 +95,8 @@ def test_each_start_begins_one_span_of_service_and_spans_do_not_overlap(*, kills
     for name, begin_s, end_s in sorted(found.served_spans):
         by_replica.setdefault(name, []).append((begin_s, end_s))
 
-    assert found.replica_starts > 4
-    assert found.replica_stops > 2
+    assert found.replica_starts >= 3
+    assert found.replica_stops >= 1
     if not kills:
         assert len(found.served_spans) == found.replica_starts
     for spans in by_replica.values():

@@ -24,6 +24,7 @@ from concertmaster.reproduce.maestro_arms import (
     OURS,
     PAGED,
     RIVALS,
+    TRAINED,
     WITHOUT,
     WORST,
 )
@@ -235,7 +236,7 @@ def test_tables_show_every_arm_where_it_ran_and_plots_are_drawn() -> None:
     found = summary(results())
     table = next(one for one in found.tables if one.title == "Memory, 8 GPUs, high contention")
 
-    assert {row[0] for row in table.rows} == {*RIVALS, *MORE_RIVALS, *WITHOUT}
+    assert {row[0] for row in table.rows} == {*RIVALS, TRAINED, *WITHOUT}
     assert FCFS in [row[0] for row in table.rows]
     assert found.plots is not None
     assert {*found.plots} == {

@@ -14,6 +14,7 @@ from concertmaster.reproduce.maestro_arms import (
     OURS,
     PAGED,
     RIVALS,
+    TRAINED,
     WITHOUT,
     WORST,
 )
@@ -79,7 +80,7 @@ class Maestro:
 
 def _default() -> Iterator[tuple[str, float, str]]:
     yield from product([EIGHT], CONTENTION.values(), RIVALS)
-    yield from product([EIGHT], [HIGH], [*MORE_RIVALS, *WITHOUT])
+    yield from product([EIGHT], [HIGH], [TRAINED, *WITHOUT])
     yield from product([EIGHT, TIGHT], [MEDIUM], [OURS, WORST, PAGED])
     yield from product([SIXTEEN, TWO], [MEDIUM], [OURS])
     yield SIXTEEN, MEDIUM, ALONE

@@ -9,7 +9,6 @@ from concertmaster.reproduce.maestro_arms import (
     ALONE,
     EDF,
     EDF_EXPECTED,
-    EDF_GROUPS,
     FCFS,
     NO_FETCH,
     ORACLE,
@@ -177,7 +176,7 @@ def _promises(results: Results) -> tuple[Claim, ...]:
     def attained(arm: str) -> float:
         return mean(_values(results, MET, arm))
 
-    best = max((EDF, EDF_GROUPS, EDF_EXPECTED), key=attained)
+    best = max((EDF, EDF_EXPECTED), key=attained)
     return (
         *(
             Claim.over_seeds(

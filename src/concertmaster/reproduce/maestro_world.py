@@ -23,10 +23,10 @@ FLEET = "shared-a100-40g"
 STAGES = "workflow_stages.parquet"
 TEMPLATES, TEMPLATE_SEED = 1500, 0
 WARM_UP, WARM_UP_SEED, WARM_UP_RPS = 300, 4242, 1.0
-HORIZON_S = 220.0
+HORIZON_S = 150.0
 """How long workflows arrive."""
 
-CONTENTION: Mapping[str, float] = {"low": 0.75, "medium": 1.5, "high": 3.0}
+CONTENTION: Mapping[str, float] = {"low": 1.0, "medium": 2.5, "high": 5.0}
 """Workflows a second for each machine of eight GPUs."""
 
 
@@ -44,14 +44,14 @@ class World(NamedTuple):
     horizon_s: float = HORIZON_S
 
 
-EIGHT, TIGHT, BRIEF = "8 GPUs", "8 GPUs, tight caps", "8 GPUs, a minute"
+EIGHT, TIGHT, BRIEF = "8 GPUs", "8 GPUs, tight caps", "8 GPUs, briefly"
 SIXTEEN, TWO = "16 GPUs", "2 clusters of 8 GPUs, 1 and 80 ms"
 TWENTY_FOUR, THREE = "24 GPUs", "3 clusters of 8 GPUs, 1, 20 and 80 ms"
 
 WORLDS: Mapping[str, World] = {
     EIGHT: World((1,)),
     TIGHT: World((1,), "tight"),
-    BRIEF: World((1,), horizon_s=60.0),
+    BRIEF: World((1,), horizon_s=40.0),
     SIXTEEN: World((1, 1)),
     TWO: World((1, 80)),
     TWENTY_FOUR: World((1, 1, 1)),
