@@ -46,7 +46,6 @@ WITHOUT: Mapping[str, str] = {
     WORST: "node: KV by forecast; the cap is promised",
     PAGED: "node: KV by forecast; the prompt is promised, engines preempt",
     "maestro/lru-swap:kv=forecast": "node: weights by expected need; least recently used goes",
-    "maestro/qlm:kv=forecast": "node: weights by expected need; groups of one model",
     NO_FETCH: "node: fetching ahead, and second replicas that end others",
     PLACED: "global: order; first come, first served, placed by what would end first",
     PLAIN: "global and cluster: order and placement; the replica with fewest tokens",
@@ -56,11 +55,12 @@ WITHOUT: Mapping[str, str] = {
 RIVALS = (FCFS, EDF, EDF_EXPECTED, ORACLE, OURS)
 """Compared at every contention."""
 
-MORE_RIVALS = (EDF_GROUPS, TRAINED)
-"""Compared in the full grid; the latter, which takes three times as long, at high by default."""
+GROUPS = "maestro/qlm:kv=forecast"
+MORE_RIVALS = (EDF_GROUPS, GROUPS, TRAINED)
+"""Compared in the full grid; trained forecasts under high contention by default too."""
 
 ARMS: Mapping[str, Arm] = {
-    **{name: Arm(name) for name in (*RIVALS, EDF_GROUPS, *WITHOUT, ALONE, ALONE_FCFS)},
+    **{name: Arm(name) for name in (*RIVALS, EDF_GROUPS, GROUPS, *WITHOUT, ALONE, ALONE_FCFS)},
     TRAINED: Arm(OURS, SHIPPED),
 }
 """Every arm of the study."""

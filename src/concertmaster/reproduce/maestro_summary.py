@@ -28,7 +28,7 @@ from concertmaster.reproduce.maestro_world import (
     TWENTY_FOUR,
     TWO,
 )
-from concertmaster.reproduce.study import Claim, Estimate, Results, Summary, Table
+from concertmaster.reproduce.study import Cell, Claim, Estimate, Results, Summary, Table
 
 LOW, MEDIUM, HIGH = CONTENTION.values()
 RESERVED, USED, PREEMPTIONS = "kv.reserved_gb_s", "kv.used_gb_s", "kv.preemptions"
@@ -211,26 +211,33 @@ def _promises(results: Results) -> tuple[Claim, ...]:
 
 def _weights(results: Results) -> tuple[Claim, ...]:
     """Sharing against one model a node; fetching ahead."""
+
+    def briefly(figure: str, arm: str) -> float:
+        return results.value(figure, Cell(setting=BRIEF, arm=arm, load=LOW, seed=0))
+
     return (
         Claim.over_seeds(
             "models-served",
             f"models served on 8 GPUs, {OURS} less {ALONE}",
-            results.differences("served_models", OURS, ALONE, settings=[BRIEF], loads=[LOW]),
+            [briefly("served_models", OURS) - briefly("served_models", ALONE)],
             "at least",
             1.0,
+            note="of 11 that are asked for; of one seed",
         ),
-        *(
-            Claim.over_seeds(
-                name,
-                f"P95 makespan{what}, {OURS} / {ALONE}",
-                _ratio(results, P95_ALL, OURS, ALONE, setting=setting, load=load),
-                "at most",
-                1.0,
-            )
-            for name, what, setting, load in (
-                ("shared-p95-8", " on 8 GPUs, low contention", BRIEF, LOW),
-                ("shared-p95-16", " on 16 GPUs, medium contention", SIXTEEN, MEDIUM),
-            )
+        Claim.over_seeds(
+            "shared-p95-8",
+            f"P95 makespan on 8 GPUs, low contention, {OURS} / {ALONE}",
+            [briefly(P95_ALL, OURS) / briefly(P95_ALL, ALONE)],
+            "at most",
+            1.0,
+            note="what is not served counts as an hour; of one seed",
+        ),
+        Claim.over_seeds(
+            "shared-p95-16",
+            f"P95 makespan on 16 GPUs, medium contention, {OURS} / {ALONE}",
+            _ratio(results, P95_ALL, OURS, ALONE, setting=SIXTEEN, load=MEDIUM),
+            "at most",
+            1.0,
         ),
         Claim.over_seeds(
             "prefetch",
