@@ -97,14 +97,16 @@ class Outlook:
         ]
         model = pool.model.name
         ahead = Ahead.of((share, lane.ahead(call, key, model, fifo=fifo)) for share, lane in lanes)
-        parts = self._wait_parts(crew, ahead)
+        parts, factor = self._wait_parts(crew, ahead), 1.0
         if not fifo:
             lead_s = key - self._policy.aging * self.now_s
             tokens_per_s = self._crews.model_tokens_per_s(self.now_s, model)
             factor = self.traffic.stretch(self.now_s, lead_s, tokens_per_s)
             parts = [affine(part, factor) for part in parts]
         others = sum(share * (len(lane) - (call in lane)) for share, lane in lanes)
-        return Wait(parts, max(0.0, others - ahead.calls))
+        since_s = self._line.since_s
+        seen_s = 0.0 if since_s is None else max(0.0, self.now_s - since_s)
+        return Wait(parts, max(0.0, others - ahead.calls), factor, seen_s)
 
     def _wait_parts(self, crew: Crew, ahead: Ahead) -> Sequence[Sketch]:
         if math.isinf(crew.clear_s):

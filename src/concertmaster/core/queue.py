@@ -245,9 +245,15 @@ class Lane:
 
 
 class WaitingLine:
-    """All lanes, when their calls expire, and how fast calls get through."""
+    """All lanes, when their calls expire, and how fast calls get through.
+
+    Attributes:
+        since_s: Arrival of the call that first had to wait since nobody did; ``None`` if
+            nobody ever has.
+    """
 
     def __init__(self) -> None:
+        self.since_s: float | None = None
         self.lanes: dict[tuple[PoolId, ...], Lane] = {}
         self._by_id: dict[RequestId, Waiting] = {}
         self._expiry: list[tuple[float, int, Waiting]] = []
@@ -265,6 +271,8 @@ class WaitingLine:
 
     def push(self, call: Waiting) -> None:
         """Let a call wait."""
+        if not self._by_id:
+            self.since_s = call.request.arrival_s
         self.enter(call)
         self._by_id[call.request.request_id] = call
         heapq.heappush(self._expiry, (call.expires_s, call.serial, call))

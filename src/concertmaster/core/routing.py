@@ -69,7 +69,7 @@ class Routing:
         call.workflow.note_role(call.request.role)
         pool = self._pools[call.pools[0]]
         self.commit(call, pool.model.name)
-        if self._policy.reroute_s is not None:
+        if self._policy.reroute_s is not None or self._policy.gate is not None:
             arrival_s = call.request.arrival_s
             urgency_s = key_of(self._policy, call, pool) - self._policy.aging * arrival_s
             tokens = call.expected_tokens(pool.model.name)

@@ -15,7 +15,7 @@ from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.ladder import Work
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import RequestId
-from concertmaster.core.sketch import Sketch, first_of, left_over, of_moments
+from concertmaster.core.sketch import Sketch, first_of, left_over, moments, of_moments
 
 SAMPLED_REPLICAS, SAMPLED_CALLS = 8, 24
 """Of a large pool, this many replicas and running calls stand for all, evenly spaced."""
@@ -29,10 +29,25 @@ class Wait(NamedTuple):
     Attributes:
         parts: Independent quantities whose sum it is, in seconds.
         behind: Calls in the line to the pool that this one would go before.
+        stretch: Factor in it for calls that will come and go first, if they keep coming.
+        seen_s: For how long somebody has been waiting by now.
     """
 
     parts: Sequence[Sketch]
     behind: float
+    stretch: float = 1.0
+    seen_s: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """Mean, if calls keep coming for as long again as somebody has been waiting by now.
+
+        >>> Wait([(30.0,)], 0.0, stretch=3.0, seen_s=9.0).mean_s
+        16.0
+        """
+        for_ever_s = sum(moments(part)[0] for part in self.parts)
+        share = 1 - 1 / self.stretch
+        return min(for_ever_s, for_ever_s / self.stretch + share * self.seen_s)
 
     @property
     def least_s(self) -> float:

@@ -8,7 +8,6 @@ from concertmaster.core.fleet import Pool
 from concertmaster.core.policy import Refusal, View
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request, ServiceClass
-from concertmaster.core.sketch import moments
 
 LEFT_OPEN = ModelName("")
 
@@ -41,23 +40,24 @@ class BoundedLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InTime:
-    """Let a workflow begin only if its forecast meets its deadline, if need be on a quicker model.
+    """Let a workflow begin unless it is a lost cause, if need be on a quicker model.
 
     What it will need is judged once, at its first call: waits in the order of the line, loads,
     the tokens of all its calls, and its tools. Where that call allows several models, the
-    workflow is kept to the surest that is quick enough; without a forecast of success the one
-    with the heaviest weights counts as the surest.
+    workflow is kept to the surest that is quick enough, or to the quickest if none is; without
+    a forecast of success the one with the heaviest weights counts as the surest.
 
     Attributes:
         person_s: Seconds granted to a workflow of people that names no deadline; ``None`` for
             as long as it takes.
         program_s: The same for one of programs.
-        doubt: Share of the time granted by which a forecast may pass it: forecasts are means.
+        doubt: Share of the time granted by which the forecast must pass it before a workflow
+            is refused: one refused in error is lost for certain.
     """
 
     person_s: float | None = None
     program_s: float | None = None
-    doubt: float = 0.0
+    doubt: float = 1.0
 
     def judge(self, call: Waiting, pools: Sequence[Pool], view: View) -> ModelName | Refusal:
         """Compare the time granted with the forecast on each model."""
@@ -65,15 +65,16 @@ class InTime:
         if granted_s is None:
             return LEFT_OPEN
         limit_s = granted_s * (1 + self.doubt)
-        models = _surest_first(call, pools)
-        needs_s = [needed_s(call, model, view) for model in models]
-        for model, (busy_s, _) in zip(models, needs_s, strict=True):
-            if busy_s <= limit_s:
-                return model if len(models) > 1 else LEFT_OPEN
-        idle_s = min(idle for _, idle in needs_s)
-        over_s = min(busy for busy, _ in needs_s) - limit_s
-        retry_s = min(max(LEAST_RETRY_S, over_s), MOST_RETRY_S)
-        return Refusal("too_late", retry_s if idle_s <= limit_s else None)
+        needs_s = {one: needed_s(call, one, view) for one in _surest_first(call, pools)}
+        quickest = min(needs_s, key=lambda model: needs_s[model])
+        busy_s = needs_s[quickest][0]
+        if busy_s > limit_s:
+            hopeless = min(idle_s for _, idle_s in needs_s.values()) > limit_s
+            retry_s = min(max(LEAST_RETRY_S, busy_s - granted_s), MOST_RETRY_S)
+            return Refusal("too_late", None if hopeless else retry_s)
+        if len(needs_s) == 1:
+            return LEFT_OPEN
+        return next((one for one in needs_s if needs_s[one][0] <= granted_s), quickest)
 
     def _granted_s(self, request: Request, now_s: float) -> float | None:
         if request.deadline_s is not None:
@@ -117,6 +118,5 @@ def _busy_s(call: Waiting, pool: Pool, view: View, calls: float, tokens: int) ->
         wait_s, step_s = view.ready_s(pool) + queued_s, pool.decode_token_s
     else:
         step_s = crew.step_s
-        parts = () if view.has_room(call, pool) else view.wait(call, crew).parts
-        wait_s = calls * sum(moments(part)[0] for part in parts)
+        wait_s = 0.0 if view.has_room(call, pool) else calls * view.wait(call, crew).mean_s
     return wait_s + call.request.prompt_tokens * pool.prefill_token_s + tokens * step_s
