@@ -38,6 +38,7 @@ OURS, TRAINED = "maestro", "maestro, trained"
 ALONE, ALONE_FCFS = "maestro/no-colocation:kv=forecast", "fcfs/no-colocation"
 """One model a node: with the recipe's order and KV, and as published."""
 
+ALL_ADMITTED = "maestro:admits=no"
 WORST, PAGED = "maestro:kv=worst-case", "maestro:kv=paged"
 NO_FETCH = "maestro:hysteresis=1000000"
 PLACED, PLAIN = "prefix-affinity/expected", "fcfs/expected"
@@ -47,6 +48,7 @@ WITHOUT: Mapping[str, str] = {
     PAGED: "node: KV by forecast; the prompt is promised, engines preempt",
     "maestro/lru-swap:kv=forecast": "node: weights by expected need; least recently used goes",
     NO_FETCH: "node: fetching ahead, and second replicas that end others",
+    ALL_ADMITTED: "global: admission; no workflow is refused at its first call",
     PLACED: "global: order; first come, first served, placed by what would end first",
     PLAIN: "global and cluster: order and placement; the replica with fewest tokens",
 }
