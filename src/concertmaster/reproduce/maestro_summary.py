@@ -210,7 +210,7 @@ def _promises(results: Results) -> tuple[Claim, ...]:
 
 
 def _weights(results: Results) -> tuple[Claim, ...]:
-    """Sharing against one model a node; fetching ahead."""
+    """Sharing against one model a node; swaps; fetching ahead."""
 
     def briefly(figure: str, arm: str) -> float:
         return results.value(figure, Cell(setting=BRIEF, arm=arm, load=LOW, seed=0))
@@ -238,6 +238,13 @@ def _weights(results: Results) -> tuple[Claim, ...]:
             _ratio(results, P95_ALL, OURS, ALONE, setting=SIXTEEN, load=MEDIUM),
             "at most",
             1.0,
+        ),
+        Claim.over_seeds(
+            "put-away",
+            f"models put away under high contention, {OURS} / {FCFS}",
+            _ratio(results, STOPS, OURS, FCFS),
+            "at most",
+            1 / 3,
         ),
         Claim.over_seeds(
             "prefetch",
