@@ -1,5 +1,6 @@
 """Nine applications on eleven models: their shares, their models, their promises."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -164,6 +165,22 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         generate(f"nine-apps:stages={tmp_path / 'none.parquet'}", seed=0)
 
     assert "none.parquet: expected a workload file, found nothing there" in str(caught.value)
+
+
+def test_a_part_without_tasks_is_refused(tmp_path: Path) -> None:
+    facts = {"stage_index": 0, "parents": [], "prompt_tokens": 9, "output_tokens": 3}
+    rows = [facts | {"workflow_id": app.app, "app": app.app, "task_group": "a"} for app in APPS]
+    path = tmp_path / "w.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    assert len(generate(f"nine-apps:stages={path},part=train", seed=0).plans) == 300
+    with pytest.raises(InputError) as caught:
+        generate(f"nine-apps:stages={path},part=test", seed=0)
+
+    assert str(caught.value) == (
+        f'{path}: intercode_sql: expected a task of part "test", found none among 1 workflows '
+        "(part=all takes what there is)"
+    )
 
 
 def test_the_docs_name_every_application_and_model() -> None:

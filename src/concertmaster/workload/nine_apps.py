@@ -14,6 +14,7 @@ from hashlib import sha1
 from pathlib import Path
 from typing import NamedTuple
 
+from concertmaster.core.errors import InputError
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName, ServiceClass, WorkflowId
 from concertmaster.core.settings import Reader, choice, number, whole, word
 from concertmaster.workload import columns
@@ -220,7 +221,11 @@ def _tables(stages: str) -> Mapping[str, Table]:
 
 
 def _picked(app: App, stages: str, part: str, count: int, rng: random.Random) -> list[WorkflowPlan]:
-    """Pick workflows of an application, and read only those."""
+    """Pick workflows of an application, and read only those.
+
+    Raises:
+        InputError: Its part is empty.
+    """
     table = _tables(stages)[app.app]
     rows = _rows_of(stages, app.app)
     groups = table.texts("task_group")
@@ -229,9 +234,14 @@ def _picked(app: App, stages: str, part: str, count: int, rng: random.Random) ->
         for name, places in rows.items()
         if part == "all" or held_out(groups[places[0]] or name) == (part == "test")
     ]
-    chosen = rng.choices(kept, k=count) if count else []
+    if not count:
+        return []
+    if not kept:
+        problem = f'expected a task of part "{part}", found none among {len(rows)} workflows'
+        raise InputError(stages, app.app, problem, "part=all takes what there is")
+    chosen = rng.choices(kept, k=count)
     needed = [row for name in dict.fromkeys(chosen) for row in rows[name]]
-    plans = read_staged(table.keep(needed), app.app).plans if needed else []
+    plans = read_staged(table.keep(needed), app.app).plans
     by_name = {str(plan.workflow_id): plan for plan in plans}
     return [by_name[name] for name in chosen]
 
