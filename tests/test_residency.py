@@ -34,6 +34,7 @@ from concertmaster.core.request import ModelName, RequestId, ServiceClass
 from concertmaster.core.tenancy import Step, StepKind, Want
 from concertmaster.policies.catalog import policy
 from concertmaster.policies.residency import Expected
+from concertmaster.policies.scaling import Foreseen
 from concertmaster.workload.records import RunRecords
 
 RUNS, SLEEPS, DISK = Readiness.RUNNING, Readiness.SLEEPING, Readiness.DISK
@@ -447,6 +448,39 @@ def test_more_models_are_served_than_without_colocation(of: str) -> None:
 def test_shared_nodes_need_somebody_who_decides() -> None:
     with pytest.raises(InputError, match="write fcfs/expected, or another residency"):
         cycle("fcfs", calls=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["las/foreseen:level=0.95/expected:hold_s=9", "las/expected:hold_s=9/foreseen:level=0.95"],
+)
+def test_a_scaling_and_a_residency_stand_side_by_side(name: str) -> None:
+    both = policy(name)
+
+    assert both.name == name
+    assert both.scaling == Foreseen(level=0.95)
+    assert both.residency == Expected(hold_s=9.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("fcfs/expected/qlm", "expected one scaling and one residency at the most"),
+        ("fcfs/static/reactive", "found static, reactive"),
+        ("fcfs/expcted", 'unknown scaling or residency "expcted" .did you mean "expected"'),
+        ("fcfs/foreseen/", 'unknown scaling or residency ""'),
+        ("round-robin@arrival/expected", "bound on arrival cannot wait"),
+    ],
+)
+def test_what_follows_a_slash_is_checked(name: str, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        policy(name)
+
+
+def test_a_residency_leaves_the_rule_of_kv_as_it_is_unless_told() -> None:
+    assert policy("maestro/lru-swap").kv == policy("maestro").kv
+    assert policy("maestro:kv=worst-case/qlm").kv == policy("maestro:kv=worst-case").kv
+    assert policy("maestro/lru-swap:kv=paged").kv == policy("fcfs/lru-swap").kv
 
 
 def test_kv_is_a_setting_of_every_residency_and_of_static() -> None:
