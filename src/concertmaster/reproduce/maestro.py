@@ -86,7 +86,8 @@ class Maestro:
 def _default() -> Iterator[tuple[str, float, str]]:
     yield from product([EIGHT], CONTENTION.values(), RIVALS)
     yield from product([EIGHT], [HIGH], [TRAINED, *WITHOUT])
-    yield from product([EIGHT, TIGHT], [MEDIUM], [OURS, WORST, PAGED])
+    yield from product([EIGHT, TIGHT], [MEDIUM], [OURS, WORST])
+    yield EIGHT, MEDIUM, PAGED
     yield from product([SIXTEEN, TWO], [MEDIUM], [OURS])
     yield SIXTEEN, MEDIUM, ALONE
 
