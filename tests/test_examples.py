@@ -27,7 +27,8 @@ def sample() -> Workload:
 
 def test_the_fleets_that_the_docs_promise_are_here() -> None:
     promised = (
-        "one-model small-big three-sizes mixed-gpus tight-memory two-clusters local contended"
+        "one-model small-big three-sizes mixed-gpus tight-memory two-clusters local contended "
+        "shared-gpus"
     )
 
     assert set(FLEETS) == set(promised.split())
@@ -36,7 +37,9 @@ def test_the_fleets_that_the_docs_promise_are_here() -> None:
 @every_fleet
 @pytest.mark.parametrize("policy", ["round-robin", "least-tokens+las", "prefix-affinity+edf"])
 def test_the_sample_completes_on_it(name: str, policy: str, sample: Workload) -> None:
-    report = build_report(simulate(fleet(name), sample, policy, seed=0))
+    of = fleet(name)
+    shared = any(node.shared for node in of.nodes)
+    report = build_report(simulate(of, sample, f"{policy}/expected" if shared else policy, seed=0))
 
     assert report["workflows"] == {"total": 12, "completed": 12, "rejected": 0, "failed": 0}
 

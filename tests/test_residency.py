@@ -283,6 +283,10 @@ NEED = Want(model=ModelName("q"), waiting_calls=1, oldest_s=1.0)
         (a_step("unload"), 40.0),
         (a_step(), 40.0),
         (a_step(replicas=4), 10.0),
+        (a_step(unused_s=29.0), 40.0),
+        (a_step(unused_s=31.0), 0.0),
+        (a_step(want=Want(model=ModelName("p"), owing_workflows=5)), 100.0),
+        (a_step(want=Want(model=ModelName("p"), owing_workflows=5, held_workflows=3)), 40.0),
         (a_step("drain", busy_s=7.0), 8.7 * 87.0),
     ],
 )
@@ -302,11 +306,12 @@ def test_one_more_replica_comes_up_for_waits_since_the_last_one_did() -> None:
     want = Want(model=ModelName("q"), waiting_calls=10, waited_s=900.0, oldest_s=90.0)
 
     spreads = [
-        Expected().spreads(replace(want, served_s=served_s), 5.0, 20.0)
-        for served_s in (0.0, 4.9, 5.1, 60.0)
+        Expected().spreads(replace(want, served_s=served_s), 1.0, 20.0)
+        for served_s in (0.0, 0.9, 4.1, 4.3, 60.0)
     ]
 
-    assert spreads == [False, False, True, True]
+    assert spreads == [False, False, False, True, True], "42 s for ten calls since it came up"
+    assert not Expected().spreads(replace(want, served_s=4.9), 5.0, 0.0), "a load takes longer"
 
 
 def test_what_turns_out_superfluous_is_left_out() -> None:

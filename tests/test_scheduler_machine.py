@@ -47,7 +47,7 @@ from concertmaster.core.events import (
 from concertmaster.core.fleet import Fleet, PoolId, Readiness, Replica, ReplicaId, ScalingLimits
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.queue import Waiting
-from concertmaster.core.request import ModelName, RequestId, WorkflowId
+from concertmaster.core.request import ModelName, RequestId, ServiceClass, WorkflowId
 from concertmaster.core.standing import FleetStanding, Scaling
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.scaling import Foreseen, Reactive
@@ -237,6 +237,7 @@ class Driver(RuleBasedStateMachine):
         workflow=st.integers(0, 3),
         prefix=st.sampled_from(((), (1,), (1, 2), (7,))),
         slack_s=st.none() | st.sampled_from((-5.0, 1.0, 900.0)),
+        service_class=st.sampled_from(ServiceClass),
     )
     def arrive(
         self,
@@ -248,6 +249,7 @@ class Driver(RuleBasedStateMachine):
         workflow: int,
         prefix: tuple[int, ...],
         slack_s: float | None,
+        service_class: ServiceClass,
     ) -> None:
         name = f"r{self.arrived}"
         self.arrived += 1
@@ -263,6 +265,7 @@ class Driver(RuleBasedStateMachine):
                 models=models,
                 workflow_id=WorkflowId(f"w{workflow}"),
                 prefix_hashes=prefix,
+                service_class=service_class,
                 deadline_s=None if slack_s is None else self.now_s + slack_s,
             )
         )

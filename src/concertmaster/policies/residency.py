@@ -19,6 +19,12 @@ def weight(interactive_ratio: float, interactive: float) -> float:
     return 1.0 + (interactive - 1.0) * interactive_ratio
 
 
+def coming_per_s(step: Step) -> float:
+    """Return the calls a second still to be expected for a model; none once it is silent."""
+    silent = step.unused_s * step.want.calls_per_s > SILENT_CALLS
+    return 0.0 if silent else step.want.calls_per_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
     """Give up what will be missed least; swap once waiting has cost as much as swapping.
@@ -44,8 +50,7 @@ class Expected:
     def price_s(self, step: Step, want: Want) -> float | None:
         """Multiply the seconds that its model then takes longer by the calls that will come."""
         mine = step.want
-        silent = step.unused_s * mine.calls_per_s > SILENT_CALLS
-        rate = 0.0 if silent else mine.calls_per_s
+        rate = coming_per_s(step)
         soon = mine.owing_workflows - mine.held_workflows + rate * step.back_s
         if step.kind == "shrink":
             return 0.0
@@ -67,8 +72,7 @@ class Expected:
         if step.kind == "drain" and step.resident_s < self.residence * step.back_s and soon > 0:
             return True
         mine = step.want
-        silent = step.unused_s * mine.calls_per_s > SILENT_CALLS
-        coming = 0.0 if silent else mine.interactive_ratio * mine.calls_per_s * self.hold_s
+        coming = mine.interactive_ratio * coming_per_s(step) * self.hold_s
         people = step.busy_interactive or mine.owing_people + coming >= 1
         return people and not want.interactive_calls and want.oldest_s < self.hold_s
 
