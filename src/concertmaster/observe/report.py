@@ -58,6 +58,7 @@ def build_report(run: RunRecords) -> Report:
                 [call for call in calls if call.service_class is service_class],
                 [one for one in workflows if one.service_class is service_class],
             )
+            | {"kv_reserved_gb_s": _reserved_gb_s(run.gauges, service_class)}
             for service_class in ServiceClass
         },
         "queue_wait_s": summary(_durations(calls, lambda call: call.dispatched_s)),
@@ -137,6 +138,10 @@ def _gauges(gauges: Gauges | None, calls: Sequence[CallRecord]) -> Report:
     }
     report["kv"]["refused"] = sum(call.reason in _DOES_NOT_FIT for call in calls)
     return report
+
+
+def _reserved_gb_s(gauges: Gauges | None, service_class: ServiceClass) -> float | None:
+    return None if gauges is None else gauges.kv_reserved_gb_s_by.get(service_class, 0.0)
 
 
 def _decisions(decision_s: Sequence[float]) -> Report:

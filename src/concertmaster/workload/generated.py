@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from concertmaster.core.settings import Reader, read_settings
-from concertmaster.workload import coding, research, video
+from concertmaster.workload import coding, nine_apps, research, video
 from concertmaster.workload.plan import WorkflowPlan
 from concertmaster.workload.sources import Source
 
@@ -29,6 +29,7 @@ GENERATORS: Mapping[str, Generator] = {
     "research": Generator(research.draw, research.SETTINGS),
     "video": Generator(video.draw, video.SETTINGS),
     "coding": Generator(coding.draw, coding.SETTINGS),
+    "nine-apps": Generator(nine_apps.draw, nine_apps.SETTINGS),
 }
 """Every generator by name."""
 

@@ -37,7 +37,7 @@ def load_workloads(
 
     Args:
         specs: ``FILE``, ``FILE#NAME``, ``FOLDER#SOURCE:TEMPLATE``, ``sample``,
-            ``sample#APP``, ``research``, ``video`` or ``coding``; see ``docs/workloads.md``.
+            ``sample#APP`` or a generator as in ``research:told=0.5``; see ``docs/workloads.md``.
         seed: Fixes drawn arrivals and lengths; equal seeds give equal workloads.
         arrivals: ``None`` replays the recorded arrivals.
         rate_rps: Mean workflows a second, all parts together.

@@ -1,6 +1,6 @@
 """What came of every call and workflow of a run: the rows that a report is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
@@ -69,7 +69,13 @@ class WorkflowRecord:
 
 @dataclass(slots=True, kw_only=True)
 class Gauges:
-    """Integrals and counts of a driver that sees into its fleet."""
+    """Integrals and counts of a driver that sees into its fleet.
+
+    Attributes:
+        kv_reserved_gb_s_by: The integral of promised KV, by class of the calls.
+        kv_samples: Instant, promised GB and used GB, in the order of time.
+        served_spans: Replica, and from when to when it was in service.
+    """
 
     kv_reserved_gb_s: float = 0.0
     kv_used_gb_s: float = 0.0
@@ -81,6 +87,9 @@ class Gauges:
     gpu_s: float = 0.0
     replica_starts: int = 0
     replica_stops: int = 0
+    kv_reserved_gb_s_by: dict[ServiceClass, float] = field(default_factory=dict)
+    kv_samples: list[tuple[float, float, float]] = field(default_factory=list)
+    served_spans: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -69,6 +69,10 @@ class Table:
         rows = [row for row, value in enumerate(values) if value == name]
         if not rows:
             raise unknown_name(self.file, f"#{name}", column, name, set(values))
+        return self.keep(rows)
+
+    def keep(self, rows: Sequence[int]) -> "Table":
+        """Keep some rows, in this order."""
         columns = {key: [cells[row] for row in rows] for key, cells in self.columns.items()}
         return replace(self, columns=columns, numbers=[self.numbers[row] for row in rows])
 
