@@ -55,12 +55,14 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/engine_model.py
 	$(BIN)/python benchmarks/parity.py
 
-NATIVE := $(addprefix core/,cost.py crews.py fleet.py ladder.py memory.py outlook.py queue.py routing.py scheduler.py \
-  service.py sketch.py traffic.py wait.py waking.py window.py workflow.py) \
+NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fleet.py hbm.py ladder.py memory.py outlook.py promise.py queue.py \
+  reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py window.py \
+  workflow.py) \
   policies/*.py policies/recipes/*.py predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
-  $(addprefix gateway/,agent.py driver.py exchange.py heads.py inference.py upstream.py)
+  $(addprefix gateway/,agent.py dispatching.py driver.py exchange.py heads.py inference.py intake.py \
+  stream.py upstream.py)
 
 .PHONY: native test-native
 native: setup ## compile the hot path into .native (needs a C compiler); run with PYTHONPATH=.native

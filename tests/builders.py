@@ -22,6 +22,7 @@ from concertmaster.core.fleet import (
     ScalingLimits,
 )
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
+from concertmaster.core.hbm import Footprint
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
@@ -99,6 +100,58 @@ def a_fleet(
     )
 
 
+FOOTPRINT = Footprint(
+    weights_bytes=16_000_000_000,
+    runtime_bytes=1_000_000_000,
+    asleep_bytes=500_000_000,
+    kv_block_bytes=16 * 131_072,
+    least_kv_blocks=64,
+)
+"""Of a pool that shares nodes."""
+
+
+def a_shared_fleet(
+    *pools: Pool,
+    nodes: int = 1,
+    hbm_bytes: int = 40_000_000_000,
+    host_bytes: int = 64_000_000_000,
+    states: Mapping[str, Readiness] | None = None,
+    network_s: Sequence[float] = (),
+) -> Fleet:
+    """Every pool has a replica on each node, ``p-0`` on the first; on disk unless told."""
+    placed: dict[ReplicaId, tuple[Pool, Node, Readiness]] = {}
+    machines = []
+    for i in range(nodes):
+        away_s = network_s[i] if network_s else 0.0
+        cluster = Cluster(cluster_id=ClusterId(f"site-{i}"), network_s=away_s)
+        machines.append(
+            Node(
+                node_id=NodeId(f"n{i}"),
+                cluster=cluster,
+                gpu="a100-80g",
+                gpus=1,
+                hbm_bytes=hbm_bytes,
+                host_bytes=host_bytes,
+            )
+        )
+        for pool in pools:
+            state = (states or {}).get(f"{pool.pool_id}-{i}", Readiness.DISK)
+            placed[ReplicaId(f"{pool.pool_id}-{i}")] = (pool, machines[i], state)
+    return Fleet(
+        name="shared",
+        clusters=tuple(node.cluster for node in machines),
+        nodes=tuple(machines),
+        pools=pools,
+        replicas=placed,
+    )
+
+
+def a_sharing_pool(name: str = "p", *, model: str = "", **changes: object) -> Pool:
+    """One of its own model; up to 9,000 blocks, about half of a node's memory."""
+    facts: dict[str, object] = {"footprint": FOOTPRINT, "kv_blocks": 9000, **changes}
+    return a_pool(name, model=model or name, **facts)  # type: ignore[arg-type]
+
+
 def a_replica(name: str = "p-0", pool: Pool | None = None) -> Replica:
     cluster = Cluster(cluster_id=ClusterId("local"))
     node = Node(node_id=NodeId(name), cluster=cluster, gpu="a100-80g", gpus=1)
@@ -147,7 +200,11 @@ class StubView:
     live: dict[str, Owed] = field(default_factory=dict)
     open: dict[str, Sequence[Waiting]] = field(default_factory=dict)
     waits_s: dict[str, Sequence[float]] = field(default_factory=dict)
+    pools: Sequence[Pool] = ()
     now_s: float = 0.0
+
+    def pools_of(self, model: ModelName) -> list[Pool]:
+        return [pool for pool in self.pools if pool.model.name == model]
 
     def in_service(self, pool: Pool) -> list[Replica]:
         count = self.replicas.get(pool.pool_id, 1)

@@ -20,6 +20,7 @@ from concertmaster.core.events import Event
 from concertmaster.core.fleet import Fleet, ReplicaId
 from concertmaster.core.policy import Policy
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.engines.control import ControlKind
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.emulator_api import EmulatorServer, serve
 from concertmaster.gateway.driver import Gateway
@@ -355,6 +356,7 @@ async def a_rig(
     drain_s: float = 0.0,
     may_log: bool = False,
     commands: Mapping[ReplicaId, Sequence[str]] | None = None,
+    controls: Mapping[ReplicaId, ControlKind] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[Rig]:
     """Start a gateway; whatever goes wrong unseen in its event loop fails the test."""
@@ -384,6 +386,7 @@ async def a_rig(
                 observe=observe,
                 drain_s=drain_s,
                 commands=commands,
+                controls=controls,
             ) as (gateway, port),
             aiohttp.ClientSession(
                 f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=10)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from builders import a_call, a_fleet, a_plan, a_pool, a_workload
 from concertmaster.compose import simulate
-from concertmaster.core.actions import Action, Stop, Wake
+from concertmaster.core.actions import Action, Demote, Wake
 from concertmaster.core.events import Event, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ScalingLimits
 from concertmaster.core.standing import Demand
@@ -66,7 +66,7 @@ class Comings:
         woken = [action.replica_id for action in actions if isinstance(action, Wake)]
         self.woken += [(now_s, replica_id) for replica_id in woken]
         self.starts_s += [now_s] * len(woken)
-        self.stops_s += [now_s for action in actions if isinstance(action, Stop)]
+        self.stops_s += [now_s for action in actions if isinstance(action, Demote)]
         self.ready_s += [now_s] if isinstance(event, ReplicaReady) else []
 
     def serving_from(self, count: int, *, after_s: float, first: int = 1) -> float:

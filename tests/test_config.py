@@ -10,6 +10,7 @@ from concertmaster.config import EngineFile, FleetFile, load_engine, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
 from concertmaster.core.request import ModelName
+from concertmaster.gateway.server import controls_of
 from concertmaster.physics.hardware import gpu, ready_s
 from concertmaster.physics.models import model_card
 
@@ -20,11 +21,12 @@ model = "llama-3.1-8b-instruct"
 gpu = "a100-80g"
 """
 POOL_KEYS = (
-    "block_tokens, cluster, command, endpoints, gpu, kv_blocks, least_replicas, max_batch_tokens, "
-    "max_sequences, memory_ratio, model, name, prefix_caching, replicas, scheduling, "
-    "served_name, state, stopped, tensor_parallel"
+    "block_tokens, cluster, command, control, endpoints, gpu, kv_blocks, least_replicas, "
+    "max_batch_tokens, max_sequences, memory_ratio, model, name, nodes, prefix_caching, "
+    "replicas, scheduling, served_name, state, stopped, tensor_parallel"
 )
 CLUSTER_KEYS = "known: name, network_ms"
+NODE_KEYS = "known: cluster, gpu, gpus, host_gb, memory_ratio, name"
 FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools, scaling"
 STATES = "known: disk, host, remote, running, sleeping"
 MOST = "max_sequences (256)"
@@ -34,8 +36,8 @@ GPUS_HINT = "it must hold what runs at the start, and least_replicas of each poo
 SCALING_KEYS = "known: cooldown_s, gpus, most_changes"
 COUNT_HINT = "leave replicas out to count endpoints"
 GATEWAY_KEYS = (
-    "connect_timeout_s, feedback, forecast_budget_ms, health_interval_s, host, max_body_mb, "
-    "models, policy, port, seed, window_s"
+    "connect_timeout_s, feedback, forecast_budget_ms, health_interval_s, hold_s, host, "
+    "max_body_mb, models, policy, port, seed, window_s"
 )
 FAULTS = ("[faults]\nstall = 1", "[faults]\nerror_ratio = 2.0")
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "fleets").glob("*.toml"))
@@ -140,6 +142,31 @@ def test_scaling_keeps_one_of_what_runs_and_stops_to_where_the_rest_lies(tmp_pat
     assert built(tmp_path, POOL).limits == ScalingLimits()
 
 
+@pytest.mark.parametrize(
+    ("lines", "kind", "stopped"),
+    [
+        ("", "vllm", Readiness.DISK),
+        ('endpoints = ["http://x:1"]', "vllm", Readiness.SLEEPING),
+        ('endpoints = ["http://x:1"]\nstopped = "disk"', "vllm", Readiness.DISK),
+        ('endpoints = ["http://x:1"]\nstate = "host"', "vllm", Readiness.HOST),
+        ('endpoints = ["http://x:1"]\ncontrol = "ollama"', "ollama", Readiness.DISK),
+        ('endpoints = ["http://x:1"]\ncommand = ["serve"]', "process", Readiness.DISK),
+        (
+            'endpoints = ["http://x:1"]\ncommand = ["serve"]\ncontrol = "vllm"',
+            "vllm",
+            Readiness.SLEEPING,
+        ),
+    ],
+)
+def test_control_follows_from_the_rest_and_says_where_weights_go(
+    tmp_path: Path, lines: str, kind: str, stopped: Readiness
+) -> None:
+    file = loaded(tmp_path, POOL + lines)
+
+    assert controls_of(file) == {ReplicaId("a-0"): kind}
+    assert build_fleet(file, name="fleet").pools[0].stopped is stopped
+
+
 def test_endpoints_count_replicas_and_keep_their_order(tmp_path: Path) -> None:
     file = loaded(tmp_path, POOL + 'endpoints = ["http://x:1", "http://y:2/"]')
 
@@ -225,7 +252,7 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
         ),
         (
             '[[nodes]]\nname = "n"\ngpu = "h100"\ngpu_count = 2',
-            'nodes[0]: unknown key "gpu_count" (known: cluster, gpu, gpus, name)',
+            f'nodes[0]: unknown key "gpu_count" ({NODE_KEYS})',
         ),
         (
             '[[clusters]]\nname = "c"\nnetwork = 2',
@@ -257,6 +284,39 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
             'endpoints = ["http://x:1", "http://x:2"]\ncommand = ["serve"]',
             "pools[0].command: expected {port} in it, as 2 replicas cannot share one",
         ),
+        (
+            'control = "lama.cpp"',
+            (
+                'pools[0].control: unknown control "lama.cpp" (did you mean "llama.cpp"? '
+                "known: llama.cpp, none, ollama, process, vllm)"
+            ),
+        ),
+        (
+            'control = "process"',
+            'pools[0].control: a process needs a command (add command = ["PROGRAM", ...])',
+        ),
+        (
+            'control = "ollama"\ncommand = ["ollama", "serve"]',
+            (
+                'pools[0].control: expected "process", or "vllm" if it can sleep too, '
+                'found "ollama" (the gateway starts and ends a command itself)'
+            ),
+        ),
+        (
+            'control = "none"\nstate = "disk"',
+            (
+                'pools[0].control: nothing wakes replicas whose state is "disk" '
+                '(set state = "running")'
+            ),
+        ),
+        (
+            'control = "ollama"\nstopped = "sleeping"',
+            (
+                'pools[0].control: "ollama" keeps no weights in RAM once stopped '
+                '(set stopped = "disk")'
+            ),
+        ),
+        ("[gateway]\nhold_s = 0", "gateway.hold_s: expected a number above 0, found 0.0"),
         (
             'stopped = "running"',
             f"pools[0].stopped: a stopped replica does not run ({STOPPED_HINT})",

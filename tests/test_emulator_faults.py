@@ -197,7 +197,7 @@ def test_faults_can_be_set_and_read_while_it_runs() -> None:
             assert status == 400
             assert body["error"]["message"] == (
                 'faults: unknown key "eror_ratio" (did you mean "error_ratio"? known: '
-                "death_ratio, drip_s, error_ratio, rename_metrics, stall_ratio, stall_s)"
+                "death_ratio, drip_s, error_ratio, rename_metrics, stall_ratio, stall_s, wakes)"
             )
             status, body = await b.post("/emulator/faults", {"error_ratio": "x"})
             assert status == 400

@@ -40,16 +40,19 @@ class History:
         self.sights.append((engine.prefix_query_tokens, engine.prefix_hit_tokens))
 
 
-Event = tuple[float, EngineCall | RequestId | float]
+Event = tuple[float, EngineCall | RequestId | float | int]
 
 
 def replay(engine: BatchingEngine, events: list[Event]) -> History:
-    """Submit calls, cancel ids, set slow-downs (a float), and look after each."""
+    """Submit calls, cancel ids, set slow-downs (a float) or KV blocks, and look after each."""
     history = History()
     for now_s, what in events:
         history.milestones += drain(engine, now_s)
         if isinstance(what, EngineCall):
             engine.submit(now_s, what)
+        elif isinstance(what, int):
+            history.milestones += engine.advance(now_s)
+            engine.resize(now_s, what)
         elif isinstance(what, float):
             history.milestones += engine.advance(now_s)
             engine.slowdown = what
@@ -127,6 +130,26 @@ def test_jumps_and_single_steps_agree(
 ) -> None:
     fast = replay(FastEngine(curve, engine_settings), events)
     reference = replay(ReferenceEngine(curve, engine_settings), events)
+    assert kinds(fast.milestones) == kinds(reference.milestones)
+    times_s = [m.time_s for m in reference.milestones]
+    assert [m.time_s for m in fast.milestones] == pytest.approx(times_s, rel=1e-9)
+    assert fast.sights == reference.sights
+
+
+@settings(derandomize=True, deadline=None, max_examples=250)
+@given(curves(), engine_settings(), event_lists(), st.data())
+def test_they_agree_while_kv_is_taken_and_given_back(
+    curve: RateCurve, engine_settings: EngineSettings, events: list[Event], data: st.DataObject
+) -> None:
+    most = engine_settings.kv_blocks
+    sizes = st.tuples(st.integers(0, len(events) - 1), st.integers(1, most))
+    for place, blocks in data.draw(st.lists(sizes, max_size=6)):
+        events.append((events[place][0] + 0.00000131 * (1 + len(events)), blocks))
+    events = [*sorted(events, key=lambda event: event[0]), (FOR_EVER_S / 2, most)]
+
+    fast = replay(FastEngine(curve, engine_settings), events)
+    reference = replay(ReferenceEngine(curve, engine_settings), events)
+
     assert kinds(fast.milestones) == kinds(reference.milestones)
     times_s = [m.time_s for m in reference.milestones]
     assert [m.time_s for m in fast.milestones] == pytest.approx(times_s, rel=1e-9)

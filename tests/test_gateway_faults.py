@@ -8,8 +8,9 @@ import pytest
 from builders import READY_S, a_fleet, a_policy, a_pool
 from concertmaster.core.events import ReplicaDied, ReplicaReady, RequestFailed
 from concertmaster.core.fleet import Readiness
+from concertmaster.engines import control
 from concertmaster.engines.faults import Faults
-from concertmaster.gateway import control, health
+from concertmaster.gateway import health
 from concertmaster.policies.admission import BoundedLine
 from gateway_rig import (
     CHAT,
@@ -181,7 +182,7 @@ def test_an_engine_too_busy_for_a_health_check_or_two_is_not_dead(
 ) -> None:
     async def main() -> None:
         async with over_upstreams(health_interval_s=0.001) as (rig, upstream):
-            watch = rig.gateway._health
+            watch = rig.gateway._service.health
             upstream.healthy = None
             await until(lambda: watch._silent_probes[rig.replica().replica_id] == 2)
             assert rig.replica().alive
@@ -490,7 +491,7 @@ def test_an_engine_that_is_just_falling_asleep_is_woken_as_soon_as_it_can(
             assert engine.residency == "falling_asleep"
             assert (await rig.call({**exactly(2)})).status == 200
 
-    monkeypatch.setattr(control, "WAKE_RETRY_S", 0.01)
+    monkeypatch.setattr(control, "RETRY_S", 0.01)
     play(main())
 
 
@@ -548,12 +549,31 @@ def test_a_gateway_that_shuts_down_lets_open_calls_end_and_takes_no_others() -> 
     play(main())
 
 
-def test_a_gateway_that_shuts_down_cuts_what_does_not_end_in_time() -> None:
+def test_a_gateway_that_shuts_down_answers_what_has_not_begun_in_time() -> None:
     async def main() -> None:
         async with over_upstreams(hangs, drain_s=0.05) as (rig, upstream):
             wire = await rig.wire()
             wire.send(a_call())
             await until(lambda: upstream.heard)
+            await rig.gateway.stop(drain_s=0.05)
+            status, body = await wire.answer()
+            assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down")
+            await until(lambda: upstream.lost == 1)
+            await rig.idle()
+
+    play(main())
+
+
+def test_a_gateway_that_shuts_down_cuts_a_stream_that_does_not_end_in_time() -> None:
+    async def script(_: Heard, out: asyncio.StreamWriter) -> None:
+        out.write(STREAM_HEAD + a_chunk(FRAME))
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        async with over_upstreams(script) as (rig, upstream):
+            wire = await rig.wire()
+            wire.send(a_call(stream=True))
+            await wire.reader.readuntil(a_chunk(FRAME))
             await rig.gateway.stop(drain_s=0.05)
             with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
                 await wire.reader.readexactly(1)

@@ -14,7 +14,7 @@ import pytest
 from builders import a_fleet, a_pool
 from concertmaster.core.events import ReplicaDemoted, ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
-from concertmaster.gateway import control
+from concertmaster.gateway import control, processes
 from concertmaster.policies.catalog import policy
 from engine_process import SEATS
 from gateway_rig import (
@@ -76,8 +76,8 @@ async def over_processes(
         yield rig
 
 
-def processes(rig: Rig) -> list[asyncio.subprocess.Process]:
-    return list(rig.gateway._control._processes.values())  # type: ignore[attr-defined]
+def running(rig: Rig) -> list[asyncio.subprocess.Process]:
+    return list(rig.gateway._service.control._processes.values())  # type: ignore[attr-defined]
 
 
 async def burst(rig: Rig, calls: int, tokens: int) -> None:
@@ -96,18 +96,18 @@ async def burst(rig: Rig, calls: int, tokens: int) -> None:
 def test_processes_start_for_a_burst_and_end_after_it_to_zero_and_back(name: str) -> None:
     async def main() -> None:
         async with over_processes(1, policy=policy(f"least-tokens/{name}"), drain_s=1.0) as rig:
-            assert len(processes(rig)) == 1
+            assert len(running(rig)) == 1
             await burst(rig, 6 * SEATS, 1500)
             assert ReplicaReady(ReplicaId("p-1")) in rig.history
-            await until(lambda: not processes(rig), "all processes ended", seconds=10.0)
-            await until(lambda: not rig.gateway._control._errands._tasks, "stopped")  # type: ignore[attr-defined]
+            await until(lambda: not running(rig), "all processes ended", seconds=10.0)
+            await until(lambda: not rig.gateway._service.control._errands._tasks, "stopped")  # type: ignore[attr-defined]
             assert all(one.alive for one in rig.gateway.scheduler.replicas.values())
             ups = sum(isinstance(event, ReplicaReady) for event in rig.history)
             await burst(rig, 1, 20)
             await rig.idle()
             assert sum(isinstance(event, ReplicaReady) for event in rig.history) > ups
             assert not [event for event in rig.history if isinstance(event, ReplicaDied)]
-            left = processes(rig)
+            left = running(rig)
         assert all(one.returncode is not None for one in left), "a process outlived the gateway"
 
     play(main())
@@ -116,13 +116,13 @@ def test_processes_start_for_a_burst_and_end_after_it_to_zero_and_back(name: str
 def test_a_process_that_ends_unasked_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with over_processes(serving=1) as rig:
-            (process,) = processes(rig)
+            (process,) = running(rig)
             process.kill()
             await until(lambda: not rig.replica().alive)
             await until(lambda: rig.replica().alive, "started again", seconds=10.0)
             await burst(rig, 1, 20)
 
-    monkeypatch.setattr(control, "RESTART_S", 0.01)
+    monkeypatch.setattr(processes, "RESTART_S", 0.01)
     play(main())
 
 
@@ -135,7 +135,7 @@ def test_a_process_that_does_not_come_up_is_dead(command: Sequence[str]) -> None
             await until(lambda: all(event in rig.history for event in both))
             assert (await rig.call(exactly(2))).status == 503
             assert [rig.history.count(event) for event in both] == [1, 1]
-            assert not processes(rig)
+            assert not running(rig)
             first.cancel()
 
     play(main())
@@ -160,21 +160,22 @@ def test_a_process_that_ignores_the_signal_is_killed(monkeypatch: pytest.MonkeyP
         name = ReplicaId("p-0")
         urls = {name: f"http://127.0.0.1:{port}"}
         commands = {name: (sys.executable, "-c", script.replace("{port}", str(port)))}
-        others = control.SleepingEngines(urls, told.append, lambda _: True)
-        ours = control.EngineProcesses(commands, urls, told.append, others)
+        engines = {name: control.Engine(urls[name], "m", "process")}
+        serving = control.Standing(alive=True, readiness=Readiness.RUNNING, ready_s=0.0)
+        ours = processes.controller(engines, commands, told.append, lambda _: serving)
         await ours.open([name])
-        (process,) = ours._processes.values()
-        ours.stop(name)
+        (process,) = ours._processes.values()  # type: ignore[attr-defined]
+        ours.stop(name, Readiness.DISK)
         ours.start(name)
         await until(lambda: ReplicaReady(name) in told, seconds=10.0)
         assert told == [ReplicaDemoted(name, Readiness.DISK), ReplicaReady(name)]
         assert process.returncode == -9
         await ours.close()
-        assert not ours._processes
+        assert not ours._processes  # type: ignore[attr-defined]
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
 
-    monkeypatch.setattr(control, "TERM_S", 0.05)
+    monkeypatch.setattr(processes, "TERM_S", 0.05)
     play(main())
 
 

@@ -249,6 +249,7 @@ REASONS: dict[str, tuple[int, str, str]] = {
     "queue_full": (429, "rate_limit_error", "rate_limit_exceeded"),
     "waited_too_long": (503, "overloaded_error", "waited_too_long"),
     "no_replica": (503, "overloaded_error", "no_replica"),
+    "too_late": (503, "overloaded_error", "too_late"),
     "replica_died": (502, "server_error", "replica_died"),
     "engine_error": (502, "server_error", "engine_error"),
 }

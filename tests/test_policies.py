@@ -202,8 +202,8 @@ KNOWN_PLACEMENTS = (
 )
 KNOWN_POLICIES = (
     "known: cascade, chimera, edf, fcfs, las, least-requests, least-tokens, llm-d-latency, ltr, "
-    "mlfq, murakkab, oldest, oracle-model, oracle-stjf, point, power-of-two, prefix-affinity, "
-    "quality-only, random, random-model, round-robin, sjf, stjf, swarmx, vllm"
+    "maestro, mlfq, murakkab, oldest, oracle-model, oracle-stjf, point, power-of-two, "
+    "prefix-affinity, quality-only, random, random-model, round-robin, sjf, stjf, swarmx, vllm"
 )
 KNOWN_ORDERINGS = "known: edf, fcfs, las, mlfq, oldest, sjf, stjf"
 

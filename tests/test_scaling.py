@@ -16,7 +16,7 @@ from builders import (
     a_pool,
     a_workload,
 )
-from concertmaster.core.actions import Action, Dispatch, Stop, Wake
+from concertmaster.core.actions import Action, Demote, Dispatch, Wake
 from concertmaster.core.demand import Demands, Flow
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import (
@@ -95,7 +95,7 @@ def test_replicas_are_started_and_idle_ones_stopped() -> None:
     assert tick(scheduler, 10.0) == [Wake(P1)]
     scheduler.at(15.0, ReplicaReady(P1))
     scaling.wanted[P] = 1
-    assert tick(scheduler, 20.0) == [Stop(P1)]
+    assert tick(scheduler, 20.0) == [Demote(P1, Readiness.DISK)]
 
 
 def test_one_with_calls_ends_them_first_and_takes_no_others() -> None:
@@ -103,9 +103,12 @@ def test_one_with_calls_ends_them_first_and_takes_no_others() -> None:
     scheduler.arrive("a", 1.0)
     scaling.wanted[P] = 0
 
-    assert tick(scheduler, 10.0) == [Stop(ReplicaId("p-2")), Stop(P1)]
+    assert tick(scheduler, 10.0) == [
+        Demote(ReplicaId("p-2"), Readiness.DISK),
+        Demote(P1, Readiness.DISK),
+    ]
     assert scheduler.replica().draining
-    assert scheduler.at(11.0, RequestFinished(RequestId("a"), 1, 5)) == [Stop(P0)]
+    assert scheduler.at(11.0, RequestFinished(RequestId("a"), 1, 5)) == [Demote(P0, Readiness.DISK)]
 
 
 def test_one_that_leaves_is_taken_back_before_another_is_woken() -> None:
@@ -131,7 +134,7 @@ def test_a_call_takes_back_the_one_that_leaves() -> None:
 
 def test_a_pool_goes_to_zero_and_back_without_losing_a_call() -> None:
     scheduler, _ = told(0, stopped("p-0"))
-    assert tick(scheduler, 10.0) == [Stop(P0)]
+    assert tick(scheduler, 10.0) == [Demote(P0, Readiness.DISK)]
     assert scheduler.arrive("a", 11.0) == [Wake(P1)]  # what stops cannot be called back
     assert scheduler.at(12.0, ReplicaDemoted(P0, Readiness.DISK)) == []
     (sent,) = scheduler.at(31.0, ReplicaReady(P1))
@@ -164,7 +167,7 @@ def test_one_that_has_just_come_up_stays_for_the_cooldown() -> None:
     scaling.wanted[P] = 1
 
     assert tick(scheduler, 20.0) == []
-    assert tick(scheduler, 30.0) == [Stop(P1)]
+    assert tick(scheduler, 30.0) == [Demote(P1, Readiness.DISK)]
 
 
 def test_gpus_are_kept_for_the_pool_that_lacks_a_replica() -> None:
@@ -175,7 +178,7 @@ def test_gpus_are_kept_for_the_pool_that_lacks_a_replica() -> None:
     scheduler.arrive("b", 2.0, models=("x",))
 
     assert tick(scheduler, 10.0) == []
-    assert scheduler.at(11.0, RequestFinished(RequestId("a"), 1, 5)) == [Stop(P0)]
+    assert scheduler.at(11.0, RequestFinished(RequestId("a"), 1, 5)) == [Demote(P0, Readiness.DISK)]
     scheduler.arrive("c", 12.0, models=("m",))
     assert scheduler.at(13.0, ReplicaDemoted(P0, Readiness.DISK)) == [Wake(ReplicaId("q-0"))]
 
@@ -241,7 +244,7 @@ def test_a_full_batch_keeps_within_steps_sequences_and_memory() -> None:
 def test_a_scaling_is_named_after_a_slash() -> None:
     assert policy("chimera:tau=0.3/foreseen:level=0.95").scaling == Foreseen(level=0.95)
     assert policy("las/static").scaling is policy("las").scaling is None
-    with pytest.raises(InputError, match='unknown scaling "reactiv"'):
+    with pytest.raises(InputError, match='unknown scaling or residency "reactiv"'):
         policy("las/reactiv")
 
 

@@ -21,7 +21,16 @@ from hypothesis.stateful import (
 )
 
 from builders import CheckedScheduler, a_fleet, a_forecast, a_policy, a_pool
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
+from concertmaster.core.actions import (
+    Action,
+    Cancel,
+    Demote,
+    Dispatch,
+    Fail,
+    Reject,
+    Resize,
+    Wake,
+)
 from concertmaster.core.events import (
     Event,
     ReplicaDemoted,
@@ -59,6 +68,8 @@ POLICIES = (
     "round-robin@arrival",
     "cascade",
     "oracle-stjf",
+    "maestro",
+    "fcfs/static:kv=worst-case",
 )
 REPLICAS = ("p-0", "p-1", "q-0", "q-1", "s-0", "s-1")
 MODEL_CHOICES = ((), ("m",), ("x",), ("m", "x"), ("asleep",), ("m", "asleep"), ("nobody",))
@@ -125,7 +136,7 @@ class Driver(RuleBasedStateMachine):
         super().__init__()
         admission = BoundedLine(max_waiting=6, max_wait_s=200.0)
         policy = a_policy(self.policy, admission=admission, scaling=self.scaling)
-        self.scheduler = CheckedScheduler(replace(a_small_fleet(), limits=self.limits), policy)
+        self.scheduler = CheckedScheduler(replace(self.fleet(), limits=self.limits), policy)
         self.core = self.scheduler.core
         self.now_s = 0.0
         self.arrived = 0
@@ -135,6 +146,10 @@ class Driver(RuleBasedStateMachine):
         self.waking: set[ReplicaId] = set()
         self.stopping: set[ReplicaId] = set()
         self.outcomes: dict[RequestId, str] = {}
+        self.workflow_of: dict[RequestId, WorkflowId] = {}
+
+    def fleet(self) -> Fleet:
+        return a_small_fleet()
 
     # The driver.
 
@@ -153,7 +168,9 @@ class Driver(RuleBasedStateMachine):
                     del self.waiting[request_id]
                     self.settle(request_id, reason)
                     hopeless = reason in ("too_long", "model_not_found")
-                    assert hopeless == (action.retry_after_s is None)
+                    never = action.retry_after_s is None
+                    assert hopeless == never or (reason == "too_late" and never)
+                    assert reason != "too_late" or self.is_first(request_id)
                     assert 1.0 <= (action.retry_after_s or 1.0) <= 120.0
                 case Fail(request_id, reason):
                     self.settle(request_id, reason)
@@ -164,10 +181,17 @@ class Driver(RuleBasedStateMachine):
                     assert self.core.replicas[replica_id].readiness is not Readiness.RUNNING
                     self.waking.add(replica_id)
                     self.check_wake(self.core.replicas[replica_id])
-                case Stop(replica_id):
+                case Demote(replica_id):
                     assert replica_id not in self.stopping, "stopped twice"
                     assert all(one.replica_id != replica_id for one in self.running.values())
                     self.stopping.add(replica_id)
+                case Resize():
+                    pass
+
+    def is_first(self, request_id: RequestId) -> bool:
+        """Whether no call of the workflow has been let in that is remembered."""
+        workflow = self.workflow_of[request_id]
+        return workflow not in self.core.workflows._by_id
 
     def check_wake(self, woken: Replica) -> None:
         """It keeps to the GPUs, and none that was about to leave could serve instead."""
@@ -194,7 +218,7 @@ class Driver(RuleBasedStateMachine):
         return data.draw(st.sampled_from(list(self.running)))
 
     def key(self, call: Waiting) -> float:
-        return self.core._key(call)
+        return self.core._dispatcher.key(call)
 
     def check_order(self, request_id: RequestId, replica: Replica) -> None:
         """Nobody who could have had this place and comes before it in the line still waits."""
@@ -228,6 +252,7 @@ class Driver(RuleBasedStateMachine):
         name = f"r{self.arrived}"
         self.arrived += 1
         self.waiting[RequestId(name)] = None
+        self.workflow_of[RequestId(name)] = WorkflowId(f"w{workflow}")
         self.perform(
             self.scheduler.arrive(
                 name,

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from builders import a_forecast, a_request
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
+from concertmaster.core.actions import Action, Cancel, Demote, Dispatch, Fail, Reject, Resize, Wake
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import (
     Event,
@@ -75,7 +75,8 @@ ACTIONS: list[Action] = [
     Fail(R1, "replica_died"),
     Cancel(R1, P0),
     Wake(P0),
-    Stop(P0),
+    Demote(P0, Readiness.DISK),
+    Resize(P0, 512),
 ]
 
 

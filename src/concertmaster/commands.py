@@ -24,7 +24,7 @@ from concertmaster.core.fleet import Fleet
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
 from concertmaster.gateway.replay import Replay
-from concertmaster.gateway.server import running_gateway
+from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
 from concertmaster.observe import plots
 from concertmaster.observe.compare import compare_reports
@@ -89,7 +89,7 @@ def serve(
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     _check_port(settings.port)
     _check_servable(settings.policy)
-    fleet = compose.build_fleet(file, name=config.stem)
+    fleet = compose.build_fleet(file, name=config.stem, served=True)
     urls = compose.endpoints(file, where=str(config))
     with ExitStack() as stack:
         writer = None
@@ -99,6 +99,7 @@ def serve(
         policy_used = policy_named(settings.policy)
         if settings.window_s is not None:
             policy_used = dataclasses.replace(policy_used, window_s=settings.window_s)
+        compose.check_residency(fleet, policy_used)
         scheduler = Scheduler(
             fleet,
             policy_used,
@@ -117,6 +118,7 @@ def serve(
                 speedup=file.emulator.speedup,
                 observe=writer,
                 commands=compose.commands(file),
+                controls=controls_of(file),
             )
             where = f"{settings.host}:{settings.port}"
             _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)

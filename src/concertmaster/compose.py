@@ -11,7 +11,6 @@ import uvloop
 from concertmaster.config import (
     EngineFile,
     FleetFile,
-    NodeSection,
     PoolSection,
 )
 from concertmaster.core.errors import InputError
@@ -19,24 +18,18 @@ from concertmaster.core.fleet import (
     Cluster,
     ClusterId,
     Fleet,
-    Model,
     Node,
-    NodeId,
     Pool,
-    PoolId,
     Readiness,
     ReplicaId,
     ScalingLimits,
 )
-from concertmaster.core.request import ModelName
+from concertmaster.core.policy import Policy
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.faults import Faults
 from concertmaster.forecaster import RECENT, predictor_of
 from concertmaster.physics.fast import FastEngine
-from concertmaster.physics.hardware import gpu, ready_s
-from concertmaster.physics.models import model_card
-from concertmaster.physics.step_time import kv_capacity_tokens, rate_curve
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.predictors.interface import Predictor
 from concertmaster.sim.clairvoyant import Clairvoyant
@@ -44,6 +37,7 @@ from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine
 from concertmaster.sim.incidents import Incident
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
+from concertmaster.yard import Yard, build_node, build_pool, check_start
 
 _T = TypeVar("_T")
 
@@ -51,8 +45,13 @@ HERE = "local"
 """Cluster of a fleet file that names none."""
 
 
-def build_fleet(file: FleetFile, *, name: str) -> Fleet:
+def build_fleet(file: FleetFile, *, name: str, served: bool = False) -> Fleet:
     """Turn a checked fleet file into a fleet: curves, KV room, and a node for each replica.
+
+    Args:
+        file: The fleet file.
+        name: What to call it if the file does not say.
+        served: Whether its engines are real, and keep the KV that they were started with.
 
     Raises:
         InputError: A model or GPU is not known, weights do not fit, or nodes lack GPUs.
@@ -64,22 +63,21 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
         for section in file.clusters
     } or {HERE: Cluster(cluster_id=ClusterId(HERE))}
     default = next(iter(clusters))
-    yard = _Yard(
+    shared = {name for section in file.pools for name in section.nodes}
+    yard = Yard(
         {
-            section.name: Node(
-                node_id=NodeId(section.name),
-                cluster=clusters[section.cluster or default],
-                gpu=section.gpu,
-                gpus=section.gpus,
+            section.name: build_node(
+                section, clusters[section.cluster or default], shared=section.name in shared
             )
-            for section in map(_checked_node, file.nodes)
+            for section in file.nodes
         }
     )
     pools = []
     replicas: dict[ReplicaId, tuple[Pool, Node, Readiness]] = {}
     for section in file.pools:
         try:
-            pool = build_pool(section)
+            nodes = [yard.nodes[name] for name in section.nodes]
+            pool = build_pool(section, nodes, served=served)
         except InputError as error:
             where = f"pools.{section.name}.{error.where}"
             raise InputError("fleet", where, error.problem, error.hint) from None
@@ -87,6 +85,7 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
         for i in range(section.count):
             node = yard.place(section, clusters[section.cluster or default], i)
             replicas[ReplicaId(f"{section.name}-{i}")] = (pool, node, section.state)
+    check_start(yard.nodes.values(), replicas)
     return Fleet(
         name=file.name or name,
         clusters=tuple(clusters.values()),
@@ -99,79 +98,6 @@ def build_fleet(file: FleetFile, *, name: str) -> Fleet:
             cooldown_s=file.scaling.cooldown_s,
         ),
     )
-
-
-def _checked_node(section: NodeSection) -> NodeSection:
-    gpu(section.gpu)
-    return section
-
-
-def build_pool(section: PoolSection) -> Pool:
-    """Look a pool's model and GPU up and compute its rate curve and KV room."""
-    card, hardware = model_card(section.model), gpu(section.gpu)
-    curve = rate_curve(card, hardware, section.tensor_parallel)
-    kv_blocks = section.kv_blocks
-    if kv_blocks is None:
-        tokens = kv_capacity_tokens(
-            card, hardware, section.tensor_parallel, memory_ratio=section.memory_ratio
-        )
-        kv_blocks = tokens // section.block_tokens
-    return Pool(
-        pool_id=PoolId(section.name),
-        model=Model(
-            name=ModelName(section.served_name or section.model),
-            context_tokens=card.context_tokens,
-            weights_bytes=card.weights_bytes,
-            kv_bytes_per_token=card.kv_bytes_per_token,
-        ),
-        gpu=section.gpu,
-        tensor_parallel=section.tensor_parallel,
-        curve=curve,
-        kv_blocks=kv_blocks,
-        block_tokens=section.block_tokens,
-        max_sequences=section.max_sequences,
-        max_batch_tokens=section.max_batch_tokens,
-        priority_scheduling=section.scheduling == "priority",
-        prefix_caching=section.prefix_caching,
-        least_replicas=section.least,
-        stopped=section.stopped_state,
-        ready_s={
-            state: ready_s(state.value, card.weights_bytes / section.tensor_parallel, hardware)
-            for state in Readiness
-        },
-    )
-
-
-class _Yard:
-    """Places replicas on nodes, first fit; without named nodes each gets a node of its own."""
-
-    def __init__(self, named: dict[str, Node]) -> None:
-        self.nodes: dict[str, Node] = named
-        self._named = bool(named)
-        self._free = {name: node.gpus for name, node in named.items()}
-
-    def place(self, section: PoolSection, cluster: Cluster, number: int) -> Node:
-        needs = section.tensor_parallel if section.state is Readiness.RUNNING else 0
-        if not self._named:
-            node = Node(
-                node_id=NodeId(f"{section.name}-{number}"),
-                cluster=cluster,
-                gpu=section.gpu,
-                gpus=section.tensor_parallel,
-            )
-            self.nodes[node.node_id] = node
-            return node
-        for name, node in self.nodes.items():
-            fits = node.gpu == section.gpu and self._free[name] >= needs
-            if fits and (section.cluster is None or node.cluster is cluster):
-                self._free[name] -= needs
-                return node
-        raise InputError(
-            "fleet",
-            f"pools.{section.name}",
-            f"no node has {needs} free {section.gpu} for replica {number}",
-            "add a [[nodes]] entry or fewer replicas",
-        )
 
 
 def simulate(
@@ -209,6 +135,7 @@ def simulate(
     """
     check_models(fleet, workload)
     policy = policy_named(policy_name)
+    check_residency(fleet, policy)
     scheduler = Scheduler(fleet, policy, random.Random(seed), record_candidates=observe is not None)
     predictor = predictor or predictor_of(models, fleet)
     if policy.clairvoyant:
@@ -224,6 +151,18 @@ def simulate(
         follow_pace=follow_pace,
     )
     return simulation.run(policy=policy_name, seed=seed)
+
+
+def check_residency(fleet: Fleet, policy: Policy) -> None:
+    """Make sure that somebody decides whose weights lie where, if nodes are shared.
+
+    Raises:
+        InputError: Nobody does.
+    """
+    if policy.residency is None and any(node.shared for node in fleet.nodes):
+        problem = f"models share nodes of the fleet {fleet.name}, and nothing says which run"
+        remedy = f"write {policy.name.partition('/')[0]}/expected, or another residency"
+        raise InputError("", f"policy {policy.name}", problem, remedy)
 
 
 def check_models(fleet: Fleet, workload: Workload) -> None:
@@ -297,7 +236,12 @@ def build_emulator(file: EngineFile) -> Emulator:
 
 
 def emulator_of(
-    pool: Pool, *, speedup: float, seed: int = 0, faults: Faults | None = None
+    pool: Pool,
+    *,
+    speedup: float,
+    seed: int = 0,
+    faults: Faults | None = None,
+    lies: Readiness = Readiness.RUNNING,
 ) -> Emulator:
     """Build an emulated engine that is one replica of a pool."""
     return Emulator(
@@ -307,6 +251,8 @@ def emulator_of(
         speedup=speedup,
         seed=seed,
         wake_s=pool.ready_s[Readiness.SLEEPING],
+        reload_s=pool.ready_s[Readiness.DISK],
+        lies=lies,
         max_model_tokens=min(pool.model.context_tokens, pool.kv_tokens),
         faults=faults,
     )

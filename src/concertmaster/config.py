@@ -4,13 +4,14 @@ import re
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
 from concertmaster.core.errors import InputError, InvalidRequestError, unknown_name
 from concertmaster.core.fleet import Readiness
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS
+from concertmaster.engines.control import ControlKind, control_misfit
 from concertmaster.engines.faults import Faults
 from concertmaster.physics.hardware import GPUS
 from concertmaster.physics.models import MODELS
@@ -30,6 +31,8 @@ class NodeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu: str
     gpus: int
     cluster: str | None = None
+    host_gb: float = 0.0
+    memory_ratio: float = 0.9
 
 
 class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,8 +43,10 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu: str
     served_name: str = ""
     replicas: int | None = None
+    control: ControlKind | None = None
     command: list[str] = msgspec.field(default_factory=list)
     endpoints: list[str] = msgspec.field(default_factory=list)
+    nodes: list[str] = msgspec.field(default_factory=list)
     tensor_parallel: int = 1
     cluster: str | None = None
     state: Readiness = Readiness.RUNNING
@@ -57,8 +62,10 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def count(self) -> int:
-        """Replicas in the pool: as said, else one an endpoint, else one."""
-        return self.replicas if self.replicas is not None else max(1, len(self.endpoints))
+        """Replicas in the pool: as said, else one a node or an endpoint, else one."""
+        if self.replicas is not None:
+            return self.replicas
+        return len(self.nodes) or max(1, len(self.endpoints))
 
     @property
     def runs(self) -> bool:
@@ -71,9 +78,20 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.least_replicas if self.least_replicas is not None else int(self.runs)
 
     @property
+    def controlled_by(self) -> ControlKind:
+        """How its engines load and unload: as said, else as processes if it has a command."""
+        return self.control or ("process" if self.command else "vllm")
+
+    @property
     def stopped_state(self) -> Readiness:
-        """Where weights lie once stopped: as said, else where they lie at the start, or on disk."""
-        return self.stopped or (Readiness.DISK if self.runs else self.state)
+        """Where weights lie once stopped: as said, else where they lie at the start.
+
+        If they run at the start: in RAM with vLLM that is served, else on disk.
+        """
+        if self.stopped or not self.runs:
+            return self.stopped or self.state
+        sleeps = self.controlled_by == "vllm" and bool(self.endpoints)
+        return Readiness.SLEEPING if sleeps else Readiness.DISK
 
 
 class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,6 +108,7 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_body_mb: float = 20.0
     connect_timeout_s: float = 5.0
     health_interval_s: float = 2.0
+    hold_s: float = 600.0
 
 
 class EmulatorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,11 +177,15 @@ def load_fleet(path: Path) -> FleetFile:
     for i, node in enumerate(fleet.nodes):
         _check_known(path, f"nodes[{i}]", "gpu", node.gpu, GPUS)
         _check_positive(path, f"nodes[{i}].gpus", node.gpus)
+        _check_least(path, f"nodes[{i}].host_gb", node.host_gb, 0)
+        _check_ratio(path, f"nodes[{i}].memory_ratio", node.memory_ratio)
     for i, cluster in enumerate(fleet.clusters):
         _check_least(path, f"clusters[{i}].network_ms", cluster.network_ms, 0)
     _check_clusters(path, fleet)
+    _check_shared(path, fleet)
     _check_scaling(path, fleet)
     _check_positive(path, "emulator.speedup", fleet.emulator.speedup)
+    _check_positive(path, "gateway.hold_s", fleet.gateway.hold_s)
     _check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
     if fleet.gateway.window_s is not None:
         _check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
@@ -206,6 +229,7 @@ def _load(path: Path, kind: type[_File]) -> _File:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "state": tuple(Readiness),
     "stopped": tuple(Readiness),
+    "control": get_args(ControlKind),
     "scheduling": ("fcfs", "priority"),
 }
 
@@ -267,6 +291,7 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
     if pool.command and pool.count > 1 and not any("{port}" in part for part in pool.command):
         problem = f"expected {{port}} in it, as {pool.count} replicas cannot share one"
         raise InputError(str(path), f"{where}.command", problem)
+    _check_control(path, where, pool)
     for i, endpoint in enumerate(pool.endpoints):
         match = re.fullmatch(r"http://[^/:\s]+(?::(\d+))?/?", endpoint)
         if match is None or not 0 < int(match[1] or 80) < 65_536:
@@ -280,16 +305,22 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
     _check_engine(path, f"{where}.", pool)
 
 
+def _check_control(path: Path, where: str, pool: PoolSection) -> None:
+    stopped = pool.stopped if pool.control else None
+    misfit = control_misfit(
+        pool.controlled_by, has_command=bool(pool.command), state=pool.state, stopped=stopped
+    )
+    if misfit is not None:
+        raise InputError(str(path), f"{where}.control", *misfit)
+
+
 def _check_engine(path: Path, where: str, engine: PoolSection | EngineFile) -> None:
     """Check what engine models would refuse; ``where`` ends in a dot unless it is empty."""
     for key in ("tensor_parallel", "block_tokens", "max_batch_tokens", "max_sequences"):
         _check_positive(path, f"{where}{key}", getattr(engine, key))
     if engine.kv_blocks is not None:
         _check_positive(path, f"{where}kv_blocks", engine.kv_blocks)
-    if not 0 < engine.memory_ratio <= 1:
-        raise InputError(
-            str(path), f"{where}memory_ratio", f"expected 0 to 1, found {engine.memory_ratio}"
-        )
+    _check_ratio(path, f"{where}memory_ratio", engine.memory_ratio)
     if PREFIX_CHUNK_TOKENS % engine.block_tokens:
         problem = f"expected a divisor of {PREFIX_CHUNK_TOKENS}, found {engine.block_tokens}"
         raise InputError(str(path), f"{where}block_tokens", problem)
@@ -310,6 +341,32 @@ def _check_clusters(path: Path, fleet: FleetFile) -> None:
     for kind, cluster in sections:
         if cluster is not None and cluster not in known:
             raise unknown_name(str(path), kind, "cluster", cluster, known)
+
+
+def _check_shared(path: Path, fleet: FleetFile) -> None:
+    """Check that pools which name nodes span their GPUs, one replica on each."""
+    nodes = {node.name: node for node in fleet.nodes}
+    for i, pool in enumerate(fleet.pools):
+        where = f"pools[{i}]"
+        if pool.nodes and pool.count != len(pool.nodes):
+            problem = f"expected one replica a node ({len(pool.nodes)}), found {pool.count}"
+            raise InputError(str(path), f"{where}.replicas", problem, "leave it out")
+        _check_unique(path, f"{where}.nodes", pool.nodes)
+        for name in pool.nodes:
+            _check_known(path, f"{where}.nodes", "node", name, nodes)
+            _check_spans(path, where, pool, nodes[name])
+
+
+def _check_spans(path: Path, where: str, pool: PoolSection, node: NodeSection) -> None:
+    """Check that a pool fits a node that it names."""
+    if (pool.gpu.lower(), pool.tensor_parallel) != (node.gpu.lower(), node.gpus):
+        found = f"{pool.tensor_parallel} x {pool.gpu} in {pool.name}"
+        problem = f"expected all GPUs of {node.name} ({node.gpus} x {node.gpu}), found {found}"
+        hint = "models that share a node span all its GPUs; write a larger machine as several nodes"
+        raise InputError(str(path), f"{where}.nodes", problem, hint)
+    if pool.cluster is not None and pool.cluster != node.cluster:
+        problem = f"{node.name} does not stand in cluster {pool.cluster}"
+        raise InputError(str(path), f"{where}.cluster", problem, "leave it out")
 
 
 def _check_scaling(path: Path, fleet: FleetFile) -> None:
@@ -343,6 +400,11 @@ def _check_known(path: Path, where: str, kind: str, name: str, known: Collection
 def _check_least(path: Path, where: str, value: float, least: float) -> None:
     if not value >= least:
         raise InputError(str(path), where, f"expected at least {least}, found {value}")
+
+
+def _check_ratio(path: Path, where: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise InputError(str(path), where, f"expected 0 to 1, found {value}")
 
 
 def _check_positive(path: Path, where: str, value: float) -> None:

@@ -22,7 +22,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
-from concertmaster.gateway.server import running_gateway
+from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe.trace import Header, TraceWriter
 from concertmaster.policies.catalog import policy as policy_named
 
@@ -96,14 +96,14 @@ def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what i
 
 
 def _run_engines(pipe: Connection, file: FleetFile) -> None:
-    fleet = compose.build_fleet(file, name="local")
+    fleet = compose.build_fleet(file, name="local", served=True)
     compose.run_loop(_serve_engines(pipe, fleet, file.emulator.speedup))
 
 
 async def _serve_engines(pipe: Connection, fleet: Fleet, speedup: float) -> None:
     servers, urls = [], {}
-    for replica_id, (pool, _, _) in fleet.replicas.items():
-        emulator = compose.emulator_of(pool, speedup=speedup)
+    for replica_id, (pool, _, state) in fleet.replicas.items():
+        emulator = compose.emulator_of(pool, speedup=speedup, lies=state)
         server = await serve_emulator(emulator, "127.0.0.1", 0)
         servers.append(server)
         urls[replica_id] = f"http://127.0.0.1:{server.port}"
@@ -120,7 +120,7 @@ def _run_gateway(pipe: Connection, job: _Job) -> None:
 
 async def _serve_gateway(pipe: Connection, job: _Job) -> None:
     file, port = job.file, job.port
-    fleet = compose.build_fleet(file, name="local")
+    fleet = compose.build_fleet(file, name="local", served=True)
     with ExitStack() as stack:
         observe = None
         if job.trace is not None:
@@ -136,6 +136,7 @@ async def _serve_gateway(pipe: Connection, job: _Job) -> None:
             speedup=file.emulator.speedup,
             observe=observe,
             drain_s=DRAIN_S,
+            controls=controls_of(file),
         )
         try:
             _, bound = await compose.listening(serving.__aenter__(), f"127.0.0.1:{port}", port)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import a_fleet, a_pool
-from concertmaster.core.actions import Stop, Wake
+from concertmaster.core.actions import Demote, Wake
 from concertmaster.core.events import TimerFired
 from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.core.request import ServiceClass, WorkflowId
@@ -290,7 +290,7 @@ def test_gpus_count_from_when_a_replica_is_woken_until_it_is_stopped() -> None:
     fleet = scaled.elastic_fleet(DEEP)
     count = scaled.GpuCount(fleet)
     count(10.0, TimerFired(), [Wake(ReplicaId("big-5")), Wake(ReplicaId("small-slow-15"))])
-    count(20.0, TimerFired(), [Stop(ReplicaId("big-5"))])
+    count(20.0, TimerFired(), [Demote(ReplicaId("big-5"), Readiness.DISK)])
 
     assert count.at([0.0, 9.0, 10.0, 19.0, 20.0]) == [16.0, 16.0, 19.0, 19.0, 17.0]
 

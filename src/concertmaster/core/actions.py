@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from concertmaster.core.events import FailReason, RejectReason
 from concertmaster.core.facts import fact
-from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.core.request import RequestId
 
 
@@ -71,13 +71,26 @@ class Wake:
 
 
 @fact(frozen=True, slots=True)
-class Stop:
-    """Move this idle replica's weights away; report ``ReplicaDemoted``, or ``ReplicaReady``.
+class Demote:
+    """Move this idle replica's weights there; report ``ReplicaDemoted``, or ``ReplicaReady``.
 
-    The latter says that it could not be stopped and serves on.
+    The latter says that it could not be stopped and serves on. On shared nodes one that does
+    not run may be moved further away.
     """
 
     replica_id: ReplicaId
+    readiness: Readiness
 
 
-Action: TypeAlias = Dispatch | Reject | Fail | Cancel | Wake | Stop
+@fact(frozen=True, slots=True)
+class Resize:
+    """Let this replica's engine have so many KV blocks from now on.
+
+    Asked for on shared nodes only, and carried out before the actions that follow it.
+    """
+
+    replica_id: ReplicaId
+    kv_blocks: int
+
+
+Action: TypeAlias = Dispatch | Reject | Fail | Cancel | Wake | Demote | Resize

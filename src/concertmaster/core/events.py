@@ -133,6 +133,7 @@ RejectReason: TypeAlias = Literal[
     "queue_full",
     "waited_too_long",
     "no_replica",
+    "too_late",
 ]
 """Why a call is refused; a metrics label, so the set stays small."""
 

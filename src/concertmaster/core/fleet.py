@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NewType
 
 from concertmaster.core.cost import RateCurve
+from concertmaster.core.hbm import NOTHING, Footprint, Holding, NodeMemory, both
 from concertmaster.core.memory import KvLedger, PrefixIndex
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName, Request, RequestId
 
@@ -49,12 +50,24 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A machine with GPUs of one kind."""
+    """A machine with GPUs of one kind.
+
+    Attributes:
+        hbm_bytes: What engines may use of all its GPUs if models share it; 0 if none do.
+        host_bytes: RAM for weights of models that share it.
+    """
 
     node_id: NodeId
     cluster: Cluster
     gpu: str
     gpus: int
+    hbm_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether models share its memory."""
+        return self.hbm_bytes > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +75,7 @@ class Pool:
     """Interchangeable replicas: one model on one kind of GPU with one set of settings.
 
     Attributes:
-        kv_blocks: KV blocks of one replica.
+        kv_blocks: KV blocks of one replica; on a node that it shares, the most it could have.
         max_sequences: Most calls that one replica decodes at once.
         ready_s: Seconds until a replica in that state can serve.
         prefill_token_s: Seconds a prompt token adds while steps are full; computed.
@@ -71,6 +84,7 @@ class Pool:
         priority_scheduling: Whether its engines take a priority (vLLM: lower goes first).
         least_replicas: Replicas that a scaling policy leaves it with.
         stopped: Where the weights of a replica lie once it was stopped.
+        footprint: What a replica takes of a node that it shares; ``None`` if it shares none.
     """
 
     pool_id: PoolId
@@ -87,6 +101,7 @@ class Pool:
     ready_s: Mapping[Readiness, float] = field(default_factory=dict)
     least_replicas: int = 1
     stopped: Readiness = Readiness.DISK
+    footprint: Footprint | None = None
     prefill_token_s: float = field(init=False)
     decode_token_s: float = field(init=False)
     most_tokens: int = field(init=False)
@@ -143,6 +158,7 @@ class InFlight:
         prefill_tokens: Prompt tokens still to be computed; 0 from the first token on.
         decode_tokens: Output tokens still predicted.
         streamed_tokens: Output tokens seen.
+        promised_tokens: KV tokens that it was promised at first.
     """
 
     request: Request
@@ -150,6 +166,7 @@ class InFlight:
     decode_tokens: int
     expected_tokens: int
     streamed_tokens: int = 0
+    promised_tokens: int = 0
 
 
 class Replica:
@@ -164,10 +181,14 @@ class Replica:
         prefill_clear_s: Instant by which the prefill handed over so far should be done, at the
             pace of each dispatch.
         last_dispatch: Serial number of the last dispatch to it, over the whole fleet; 0 if none.
+        last_used_s: When it was last given a call.
         pace: Factor on the seconds of its rate curve, as completions show; above 0.
+        memory: The ledger of the node that it shares; ``None`` if it shares none.
+        ahead_tokens: Tokens by which promises run ahead of those that calls have produced.
     """
 
     __slots__ = (
+        "ahead_tokens",
         "alive",
         "context_tokens",
         "decode_tokens",
@@ -175,6 +196,8 @@ class Replica:
         "in_flight",
         "kv",
         "last_dispatch",
+        "last_used_s",
+        "memory",
         "network_s",
         "node",
         "pace",
@@ -192,6 +215,7 @@ class Replica:
         pool: Pool,
         node: Node,
         readiness: Readiness = Readiness.RUNNING,
+        memory: NodeMemory | None = None,
     ) -> None:
         self.replica_id = replica_id
         self.pool = pool
@@ -200,15 +224,56 @@ class Replica:
         self.readiness = readiness
         self.alive = True
         self.draining = False
-        self.kv = KvLedger(capacity_blocks=pool.kv_blocks, block_tokens=pool.block_tokens)
-        self.prefixes = PrefixIndex(capacity_chunks=max(1, pool.kv_tokens // PREFIX_CHUNK_TOKENS))
+        self.memory = memory
+        self.ahead_tokens = 0
+        kv_blocks = pool.kv_blocks if pool.footprint is None else pool.footprint.least_kv_blocks
+        self.kv = KvLedger(capacity_blocks=kv_blocks, block_tokens=pool.block_tokens)
+        chunks = kv_blocks * pool.block_tokens // PREFIX_CHUNK_TOKENS
+        self.prefixes = PrefixIndex(capacity_chunks=max(1, chunks))
         self.in_flight: dict[RequestId, InFlight] = {}
         self.prefill_tokens = 0
         self.decode_tokens = 0
         self.context_tokens = 0
         self.prefill_clear_s = 0.0
         self.last_dispatch = 0
+        self.last_used_s = 0.0
         self.pace = 1.0
+        if memory is not None:
+            memory.hold(replica_id, self.holding())
+
+    @property
+    def reach_blocks(self) -> int:
+        """KV blocks that it has or could be granted from what is free on its node."""
+        granted, footprint = self.kv.capacity_blocks, self.pool.footprint
+        if self.memory is None or footprint is None:
+            return granted
+        free_blocks = self.memory.free_hbm_bytes // footprint.kv_block_bytes
+        return min(self.pool.kv_blocks, granted + free_blocks)
+
+    def holding(self, *, rising: bool = False, to: Readiness | None = None) -> Holding:
+        """Return what it takes of the node that it shares.
+
+        Args:
+            rising: Whether it is on its way up, with the least KV.
+            to: Where its weights are on their way to, if they are.
+        """
+        footprint = self.pool.footprint
+        if footprint is None or not self.alive:
+            return NOTHING
+        now = footprint.at(self.readiness, self.kv.capacity_blocks)
+        if rising:
+            return both(now, footprint.at(Readiness.RUNNING, footprint.least_kv_blocks))
+        return now if to is None else both(now, footprint.at(to))
+
+    def account(self, *, rising: bool = False, to: Readiness | None = None) -> None:
+        """Enter what it takes into the ledger of its node."""
+        if self.memory is not None:
+            self.memory.hold(self.replica_id, self.holding(rising=rising, to=to))
+
+    def grant(self, kv_blocks: int) -> None:
+        """Set the KV that it may use."""
+        self.kv.capacity_blocks = kv_blocks
+        self.prefixes.resize(max(1, kv_blocks * self.pool.block_tokens // PREFIX_CHUNK_TOKENS))
 
     @property
     def running_requests(self) -> int:
@@ -240,7 +305,9 @@ class Replica:
         left = max(1, call.expected_tokens - streamed_tokens)
         self.decode_tokens -= call.decode_tokens - left
         call.decode_tokens = left
-        self.kv.grow(request_id, call.request.prompt_tokens + streamed_tokens)
+        ahead_tokens = min(streamed_tokens + self.ahead_tokens, call.request.max_output_tokens)
+        answer_tokens = max(streamed_tokens, ahead_tokens)
+        self.kv.grow(request_id, call.request.prompt_tokens + answer_tokens)
         return fresh
 
     def release(self, request_id: RequestId) -> InFlight:
@@ -311,5 +378,13 @@ class Fleet:
         return tuple(dict.fromkeys(pool.model.name for pool in self.pools))
 
     def build(self) -> list[Replica]:
-        """Return fresh, idle replicas."""
-        return [Replica(name, *facts) for name, facts in self.replicas.items()]
+        """Return fresh, idle replicas, those on one node with one ledger."""
+        memories = {
+            node.node_id: NodeMemory(hbm_bytes=node.hbm_bytes, host_bytes=node.host_bytes)
+            for node in self.nodes
+            if node.shared
+        }
+        return [
+            Replica(name, pool, node, state, memories.get(node.node_id) if pool.footprint else None)
+            for name, (pool, node, state) in self.replicas.items()
+        ]

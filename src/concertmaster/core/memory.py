@@ -12,6 +12,9 @@ class KvLedger:
     A promise is made in tokens and kept in whole blocks, as engines allocate them. Prefix
     chunks that several calls in flight begin with are held once, as engines share them.
     Growth may pass the capacity: the engine then preempts, and the ledger shows it.
+
+    Attributes:
+        end_variance: Of what calls will hold at their ends, as far as anybody expects it.
     """
 
     def __init__(self, *, capacity_blocks: int, block_tokens: int) -> None:
@@ -22,6 +25,9 @@ class KvLedger:
         self._own_blocks: dict[RequestId, int] = {}
         self._prefixes: dict[RequestId, Sequence[int]] = {}
         self._holders: dict[int, int] = {}
+        self._ends: dict[RequestId, tuple[int, int]] = {}
+        self._end_tokens = 0
+        self.end_variance = 0
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold ``tokens`` tokens.
@@ -35,6 +41,11 @@ class KvLedger:
     def free_blocks(self) -> int:
         """Blocks not promised to anyone; 0 while growth has passed the capacity."""
         return max(0, self.capacity_blocks - self.reserved_blocks)
+
+    @property
+    def end_tokens(self) -> int:
+        """Tokens that the calls with an expected end will hold then; what they share, once."""
+        return self._end_tokens + len(self._holders) * PREFIX_CHUNK_TOKENS
 
     def shared_blocks(self, prefix_hashes: Sequence[int]) -> int:
         """Blocks of a prompt's leading chunks that calls in flight hold already.
@@ -73,9 +84,25 @@ class KvLedger:
                 self._holders[prefix_hash] = holders + 1
                 self.reserved_blocks += 0 if holders else self._chunk_blocks
 
+    def expect(self, request_id: RequestId, tokens: int, variance: int) -> None:
+        """Note what a call that holds a promise will hold at its end."""
+        self._forget_end(request_id)
+        own_tokens = tokens - len(self._prefixes.get(request_id, ())) * PREFIX_CHUNK_TOKENS
+        self._ends[request_id] = (own_tokens, variance)
+        self._end_tokens += own_tokens
+        self.end_variance += variance
+
+    def _forget_end(self, request_id: RequestId) -> None:
+        tokens, variance = self._ends.pop(request_id, (0, 0))
+        self._end_tokens -= tokens
+        self.end_variance -= variance
+
     def grow(self, request_id: RequestId, tokens: int) -> None:
-        """Raise a promise to at least ``tokens`` tokens."""
+        """Raise a promise to at least ``tokens`` tokens, and its end with it."""
         chunks = len(self._prefixes.get(request_id, ()))
+        end = self._ends.get(request_id)
+        if end is not None and end[0] < tokens - chunks * PREFIX_CHUNK_TOKENS:
+            self.expect(request_id, tokens, end[1])
         own_blocks = self.blocks_for(tokens) - chunks * self._chunk_blocks
         more = own_blocks - self._own_blocks[request_id]
         if more > 0:
@@ -84,6 +111,7 @@ class KvLedger:
 
     def release(self, request_id: RequestId) -> None:
         """Take a promise back."""
+        self._forget_end(request_id)
         self.reserved_blocks -= self._own_blocks.pop(request_id)
         for prefix_hash in self._prefixes.pop(request_id, ()):
             holders = self._holders.pop(prefix_hash) - 1
@@ -98,6 +126,10 @@ class KvLedger:
         total = sum(self._own_blocks.values()) + chunk_blocks
         assert self.reserved_blocks == total, "KV ledger does not add up"
         assert all(blocks > 0 for blocks in self._own_blocks.values()), "an empty KV promise"
+        ends = self._ends.values()
+        assert self._ends.keys() <= self._own_blocks.keys(), "an end without a promise"
+        assert self._end_tokens == sum(tokens for tokens, _ in ends), "ends do not add up"
+        assert self.end_variance == sum(variance for _, variance in ends), "variances do not"
         held = sum(len(hashes) for hashes in self._prefixes.values())
         assert sum(self._holders.values()) == held, "a shared chunk has lost a holder"
 
@@ -129,6 +161,15 @@ class PrefixIndex:
             chunks.move_to_end(prefix_hash)
         while len(chunks) > self._capacity_chunks:
             chunks.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def resize(self, capacity_chunks: int) -> None:
+        """Change how many it can hold; the least recently used are forgotten."""
+        self._capacity_chunks = capacity_chunks
+        while len(self._chunks) > capacity_chunks:
+            self._chunks.popitem(last=False)
 
     def clear(self) -> None:
         """Forget all: the engine restarted or slept."""

@@ -52,6 +52,11 @@ class Outlook:
         window_s = math.inf if policy.binds == "early" else policy.window_s
         self._crews = Crews(by_pool, running, window, window_s)
 
+    def pools_of(self, model: ModelName) -> list[Pool]:
+        """Pools of a model."""
+        pools = (replicas[0].pool for replicas in self._by_pool.values() if replicas)
+        return [pool for pool in pools if pool.model.name == model]
+
     def in_service(self, pool: Pool) -> list[Replica]:
         """Replicas that are alive, ready and not on their way out."""
         return self._crews.serving(pool.pool_id)

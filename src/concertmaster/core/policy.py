@@ -1,10 +1,11 @@
 """The questions a policy answers, in the order they are asked.
 
-May the line take it (``Admission``), which pools may serve it (``Router``), who goes first
-(``Ordering``), may this replica serve it (``Filter``), what would that cost in seconds
-(``Scorer``), which one (``Picker``); and, now and then, how many replicas there shall be
-(``Scaling``, in ``standing.py``). A policy owns no clock, no random source and no memory:
-what it may know is handed to it, and the same question gets the same answer.
+May the line take it (``Admission``), may its workflow begin (``Gate``), which pools may serve
+it (``Router``), who goes first (``Ordering``), may this replica serve it (``Filter``), what
+would that cost in seconds (``Scorer``), which one (``Picker``); and, now and then, how many
+replicas there shall be (``Scaling``, in ``standing.py``) and whose weights lie where on nodes
+that models share (``Residency``, in ``tenancy.py``). A policy owns no clock, no random source
+and no memory: what it may know is handed to it, and the same question gets the same answer.
 """
 
 import random
@@ -15,9 +16,11 @@ from typing import Literal, Protocol, TypeAlias
 from concertmaster.core.events import RejectReason
 from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.forecast import Forecast
+from concertmaster.core.promise import KvRule
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request
 from concertmaster.core.standing import Scaling
+from concertmaster.core.tenancy import Residency
 from concertmaster.core.wait import Crew, Wait
 from concertmaster.core.workflow import Owed, Workflow
 
@@ -38,12 +41,40 @@ class Admission(Protocol):
         """Return the instant at which it is refused if it still waits."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A workflow shall not begin.
+
+    Attributes:
+        retry_after_s: Seconds after which it could; ``None`` if it never could.
+    """
+
+    reason: RejectReason
+    retry_after_s: float | None
+
+
+class Gate(Protocol):
+    """May this workflow begin, and with which model? Asked at its first call only."""
+
+    def judge(self, call: Waiting, pools: Sequence[Pool], view: "View") -> ModelName | Refusal:
+        """Return why not, or the model that it is kept to; "" leaves it to the router.
+
+        Args:
+            call: The first call of a workflow; nothing has been noted of either.
+            pools: Pools that can hold it, in the fleet's order; at least one.
+            view: The fleet as it stands now.
+        """
+
+
 class View(Protocol):
-    """What a router may ask about the fleet, the line and the live workflows."""
+    """What a router or a gate may ask about the fleet, the line and the live workflows."""
 
     @property
     def now_s(self) -> float:
         """Instant that is looked at, on the driver's clock."""
+
+    def pools_of(self, model: ModelName) -> Sequence[Pool]:
+        """Pools of a model, in the fleet's order."""
 
     def in_service(self, pool: Pool) -> Sequence[Replica]:
         """Replicas of a pool that serve now, in a stable order."""
@@ -167,6 +198,10 @@ class Policy:
         window_s: Prefill that a replica may have been handed ahead of time. Smaller keeps
             more calls in the line, where their order can still change.
         kv_level: Probability with which an answer shall fit the KV room promised to it.
+        gate: Whether a workflow may begin; ``None`` lets all of them.
+        kv: How KV is promised; ``None`` promises an answer at ``kv_level`` and leaves the test
+            of room to a filter.
+        residency: Whose weights lie where on shared nodes; ``None`` where there are none.
         scaling: How many replicas there shall be; ``None`` leaves the fleet as its file says.
         binds: "late": calls wait in the line until a replica has room. "early": every replica
             that serves is open to any number of calls, and those it cannot run queue inside it.
@@ -188,6 +223,9 @@ class Policy:
     aging: float = 1.0
     window_s: float = 0.25
     kv_level: float = 0.9
+    gate: Gate | None = None
+    kv: KvRule | None = None
+    residency: Residency | None = None
     scaling: Scaling | None = None
     binds: Binding = "late"
     reroute_s: float | None = None

@@ -65,7 +65,7 @@ class Routing:
 
     def assign(self, call: Waiting, able: Sequence[Pool]) -> None:
         """Route a call that arrives."""
-        call.pools = self._policy.router.route(call, able, self._outlook, self._rng)
+        call.pools = self._route(call, able)
         call.workflow.note_role(call.request.role)
         pool = self._pools[call.pools[0]]
         self.commit(call, pool.model.name)
@@ -112,7 +112,7 @@ class Routing:
         able = self.able(call.request)
         if isinstance(able, str):
             return False
-        pools = self._policy.router.route(call, able, self._outlook, self._rng)
+        pools = self._route(call, able)
         if pools == call.pools:
             return False
         before, pool = self._pools[call.pools[0]].model, self._pools[pools[0]]
@@ -123,3 +123,9 @@ class Routing:
         call.key = key_of(self._policy, call, pool)
         line.enter(call)
         return True
+
+    def _route(self, call: Waiting, able: Sequence[Pool]) -> tuple[PoolId, ...]:
+        """Ask the router; a workflow stays with the model that it is kept to where that can be."""
+        kept_to = call.workflow.kept_to
+        kept = [pool for pool in able if pool.model.name == kept_to] if kept_to else []
+        return self._policy.router.route(call, kept or able, self._outlook, self._rng)

@@ -4,7 +4,7 @@ At every interval the policy is asked for targets. They are kept between the lea
 most of each pool and within the GPUs of the fleet; a pool shrinks only to what was never too
 few for a while; few replicas change at a time, and none in one direction soon after the
 other; one that shall go is drained first. A call that waits for pools with nobody there is a
-target of one.
+target of one. Pools that share nodes are left to their residency.
 """
 
 from collections import deque
@@ -66,7 +66,11 @@ class Scaler:
         self.due_s: float | None = None
         self._scaling = scaling
         self._limits = limits
-        self._by_pool = by_pool
+        self._by_pool = {
+            pool_id: replicas
+            for pool_id, replicas in by_pool.items()
+            if replicas and replicas[0].memory is None
+        }
         self._pools: dict[PoolId, Pool] = {
             pool_id: replicas[0].pool for pool_id, replicas in by_pool.items() if replicas
         }
@@ -76,7 +80,7 @@ class Scaler:
         self._running = running
         self._workflows = workflows
         self._demands = workflows.demands = Demands(scaling.memory_s)
-        self._wishes = {pool_id: Wishes() for pool_id in self._pools}
+        self._wishes = {pool_id: Wishes() for pool_id in self._by_pool}
         self._grown_s: dict[PoolId, float] = {}
         self._shrunk_s: dict[PoolId, float] = {}
 
@@ -122,16 +126,16 @@ class Scaler:
                 model, owed_tokens=owed.tokens, owed_workflows=owed.workflows
             )
         return FleetStanding(
-            pools={pool_id: self._standing(pool_id, waiting) for pool_id in self._pools},
+            pools={pool_id: self._standing(pool_id, waiting) for pool_id in self._by_pool},
             demands=demands,
             gpus=self._limits.gpus,
         )
 
     def _waiting(self) -> dict[PoolId, float]:
         """Return calls waiting by pool; one that may go to several is a part of a call in each."""
-        waiting = dict.fromkeys(self._pools, 0.0)
+        waiting = dict.fromkeys(self._by_pool, 0.0)
         for pools, lane in self._line.lanes.items():
-            for pool_id in pools:
+            for pool_id in filter(waiting.__contains__, pools):
                 waiting[pool_id] += len(lane) / len(pools)
         return waiting
 
@@ -185,7 +189,8 @@ class Scaler:
 
     def _called_for(self, view: FleetStanding, targets: Mapping[PoolId, int]) -> Iterable[PoolId]:
         """Pools that need a replica: calls wait, and none of their pools has one or shall."""
-        for pools in self._line.lanes:
+        for lane_pools in self._line.lanes:
+            pools = [one for one in lane_pools if one in view.pools]
             present = [one for one in pools if view.pools[one].present]
             if not present:
                 startable = [r for one in pools for r in self._by_pool[one] if _may_start(r)]

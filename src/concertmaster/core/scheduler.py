@@ -9,10 +9,10 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 """
 
 import random
-from collections.abc import Mapping, Sequence
 from typing import assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject
+from concertmaster.core.actions import Action, Cancel, Fail, Reject
+from concertmaster.core.dispatching import Dispatcher
 from concertmaster.core.events import (
     Event,
     FailReason,
@@ -32,23 +32,22 @@ from concertmaster.core.events import (
 )
 from concertmaster.core.fleet import (
     Fleet,
-    InFlight,
     Pool,
     PoolId,
-    Readiness,
     Replica,
     ReplicaId,
 )
 from concertmaster.core.forecast import Forecast
-from concertmaster.core.outlook import Outlook, key_of
-from concertmaster.core.policy import Policy
-from concertmaster.core.queue import Lane, Waiting, WaitingLine
-from concertmaster.core.request import Request, RequestId
+from concertmaster.core.outlook import Outlook
+from concertmaster.core.policy import Filter, Policy, Refusal
+from concertmaster.core.promise import Promises
+from concertmaster.core.queue import Waiting, WaitingLine
+from concertmaster.core.request import ModelName, Request, RequestId
+from concertmaster.core.residency import Residents
 from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
-from concertmaster.core.service import service_on
-from concertmaster.core.sketch import affine
 from concertmaster.core.waking import Waking
+from concertmaster.core.wants import Wants
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -76,9 +75,12 @@ class Scheduler:
         self._by_pool = {one: [r for r in replicas if r.pool.pool_id == one] for one in self.pools}
         self.line = WaitingLine()
         self.workflows = Workflows()
-        self._rng = rng
-        self._record_candidates = record_candidates
-        self._window = Window(replicas, policy.window_s, policy.filters, policy.binds)
+        filters: tuple[Filter, ...] = policy.filters
+        self._promises: Promises | None = None
+        if policy.kv is not None and policy.binds == "late":
+            self._promises = Promises(policy.kv, self._by_pool, self.workflows)
+            filters = (*filters, self._promises)
+        self._window = Window(replicas, policy.window_s, filters, policy.binds)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
             policy,
@@ -97,6 +99,18 @@ class Scheduler:
             rng=rng,
         )
         self._waking = Waking(self._by_pool, self._window)
+        self._wants = Wants(self._by_pool, self.line, self.workflows)
+        self._residents: Residents | None = None
+        if policy.residency is not None and any(node.shared for node in fleet.nodes):
+            assert self._promises is not None, "who shares nodes promises KV by a rule"
+            self._residents = Residents(
+                policy.residency,
+                by_pool=self._by_pool,
+                waking=self._waking,
+                line=self.line,
+                promises=self._promises,
+                wants=self._wants,
+            )
         self._scaler: Scaler | None = None
         if policy.scaling is not None:
             self._scaler = Scaler(
@@ -108,7 +122,21 @@ class Scheduler:
                 running=self._running,
                 workflows=self.workflows,
             )
-        self._serial = self._dispatches = 0
+        self._dispatcher = Dispatcher(
+            policy,
+            pools=self.pools,
+            line=self.line,
+            running=self._running,
+            workflows=self.workflows,
+            window=self._window,
+            routing=self._routing,
+            promises=self._promises,
+            residents=self._residents,
+            scaler=self._scaler,
+            rng=rng,
+            record_candidates=record_candidates,
+        )
+        self._serial = 0
         self._now_s = 0.0
 
     def handle(self, now_s: float, event: Event) -> list[Action]:
@@ -129,14 +157,18 @@ class Scheduler:
             if not isinstance(event, RequestArrived):
                 for call in self._routing.review(now_s, self.line):
                     actions += self._waking.wake(now_s, call.pools)
-            self._dispatch(now_s, actions)
+            self._dispatcher.dispatch(now_s, actions)
+        if self._residents is not None:
+            actions += self._residents.act(now_s)
         if self._waking.leaving:
-            actions += self._waking.stops()
+            actions += self._waking.let_go()
         return actions
 
     def next_wakeup_s(self) -> float | None:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
         times_s = [None if self._scaler is None else self._scaler.due_s]
+        if self._residents is not None:
+            times_s.append(self._residents.due_s)
         if len(self.line):
             review_s = self._routing.next_review_s(self._now_s, self.line)
             times_s += [self.line.next_expiry_s(), review_s, self._window.next_reopen_s()]
@@ -157,11 +189,11 @@ class Scheduler:
                 return self._arrive(now_s, request, forecast)
             case TokensStreamed(progress):
                 for request_id, attempt, tokens in progress:
-                    self._stream(request_id, attempt, tokens)
+                    self._dispatcher.stream(request_id, attempt, tokens)
                 return []
             case RequestFinished(request_id, attempt, output_tokens):
-                self._stream(request_id, attempt, output_tokens)
-                call = self._release(now_s, request_id, attempt)
+                self._dispatcher.stream(request_id, attempt, output_tokens)
+                call = self._dispatcher.release(now_s, request_id, attempt, finished=True)
                 if call is not None:
                     self.line.note_finish(now_s)
                     if call.is_last:
@@ -170,17 +202,19 @@ class Scheduler:
             case RequestCancelled(request_id):
                 return self._cancel(now_s, request_id)
             case RequestFailed(request_id, attempt, retriable):
-                call = self._release(now_s, request_id, attempt, settle=False)
+                call = self._dispatcher.release(now_s, request_id, attempt, settle=False)
                 return self._retry(now_s, call, "engine_error", retriable=retriable) if call else []
             case ReplicaDied(replica_id):
                 replica = self.replicas[replica_id]
-                replica.alive = False
-                return self._demote(now_s, replica, replica.readiness)
+                actions = self._waking.died(now_s, replica)
+                return [*actions, *self._retry_lost(now_s, replica)]
             case ReplicaReady(replica_id):
-                self._revive(now_s, self.replicas[replica_id])
-                return [*self._waking.wake_all(now_s, self.line.lanes)]
+                actions = self._waking.came_up(now_s, self.replicas[replica_id])
+                return [*actions, *self._waking.wake_all(now_s, self.line.lanes)]
             case ReplicaDemoted(replica_id, readiness):
-                return self._demote(now_s, self.replicas[replica_id], readiness)
+                replica = self.replicas[replica_id]
+                actions = self._waking.went(now_s, replica, readiness)
+                return [*actions, *self._retry_lost(now_s, replica)]
             case ReplicaDraining(replica_id):
                 self._waking.disown(now_s, self.replicas[replica_id])
                 return [*self._waking.wake_all(now_s, self.line.lanes)]
@@ -201,44 +235,48 @@ class Scheduler:
         request_id = request.request_id
         assert request_id not in self.line, f"{request_id} waits already"
         assert request_id not in self._running, f"{request_id} runs already"
-        policy = self.policy
         able = self._routing.able(request)
         if isinstance(able, str):
             return [self._reject(now_s, request, able)]
-        refusal = policy.admission.refuses(request, len(self.line))
+        refusal = self.policy.admission.refuses(request, len(self.line))
         if refusal is not None:
             return [self._reject(now_s, request, refusal)]
-        self._serial += 1
-        call = Waiting(
-            request=request,
-            forecast=forecast,
-            workflow=self.workflows.arrive(now_s, request),
-            pools=(),
-            serial=self._serial,
-            attempt=1,
-            expires_s=policy.admission.expires_s(request),
-            kv_level=policy.kv_level,
-            by_mean=policy.by_mean,
-        )
+        call = self._called(now_s, request, forecast)
+        verdict = self._judge(call, able)
+        if isinstance(verdict, Refusal):
+            return [Reject(request_id, verdict.reason, verdict.retry_after_s)]
+        call.workflow = self.workflows.arrive(now_s, request)
+        call.workflow.kept_to = verdict
         self._routing.assign(call, able)
-        replicas = () if len(self.line) else self._room_for(call, {})
+        if self._residents is not None:
+            self._wants.note_arrival(now_s, call, self.pools[call.pools[0]])
+        replicas = () if len(self.line) else self._dispatcher.room_for(call, {})
         if replicas:
-            return [self._place(now_s, call, replicas)]
+            return self._dispatcher.place(now_s, call, replicas)
         self._wait(call)
         return [*self._waking.wake(now_s, call.pools)]
 
-    def _stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
-        running = self._running.get(request_id)
-        if running is None or running[0].attempt != attempt or not tokens:
-            return
-        call, replica = running
-        workflow, pool, pace = call.workflow, replica.pool, replica.pace
-        prefill_tokens = replica.in_flight[request_id].prefill_tokens
-        workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
-        fresh_tokens = replica.stream(request_id, tokens)
-        self._window.note(replica)
-        self.workflows.stream(workflow, fresh_tokens, pool.model.name)
-        workflow.attained_s += fresh_tokens * pool.decode_token_s * pace
+    def _called(self, now_s: float, request: Request, forecast: Forecast) -> Waiting:
+        """Return a call that has not arrived yet."""
+        self._serial += 1
+        return Waiting(
+            request=request,
+            forecast=forecast,
+            workflow=self.workflows.known(now_s, request),
+            pools=(),
+            serial=self._serial,
+            attempt=1,
+            expires_s=self.policy.admission.expires_s(request),
+            kv_level=self.policy.kv_level,
+            by_mean=self.policy.by_mean,
+        )
+
+    def _judge(self, call: Waiting, able: list[Pool]) -> ModelName | Refusal:
+        """Say what model a workflow is kept to, if any; its first call may be refused."""
+        gate, workflow = self.policy.gate, call.workflow
+        if gate is None or workflow.calls:
+            return workflow.kept_to
+        return gate.judge(call, able, self._outlook)
 
     def _cancel(self, now_s: float, request_id: RequestId) -> list[Action]:
         if request_id in self.line:
@@ -248,46 +286,21 @@ class Scheduler:
         running = self._running.get(request_id)
         if running is None:
             return []
-        self._release(now_s, request_id, running[0].attempt, settle=False)
+        self._dispatcher.release(now_s, request_id, running[0].attempt, settle=False)
         self.workflows.settle(running[0].workflow.workflow_id, answered=False)
         return [Cancel(request_id, running[1].replica_id)]
 
-    def _revive(self, now_s: float, replica: Replica) -> None:
-        replica.alive, replica.draining = True, False
-        replica.readiness = Readiness.RUNNING
-        self._waking.forget(replica)
-        self._window.update(now_s, replica)
-
-    def _demote(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
-        """Take a replica out of service; calls it still had go back to the line or fail."""
-        replica.readiness = readiness
-        replica.prefixes.clear()
-        self._waking.forget(replica)
-        self._window.update(now_s, replica)
+    def _retry_lost(self, now_s: float, replica: Replica) -> list[Action]:
+        """Send calls that a replica took along back to the line, or fail them; wake others."""
         actions: list[Action] = []
         for request_id in list(replica.in_flight):
             seen_tokens = replica.in_flight[request_id].streamed_tokens
             call = self._running[request_id][0]
-            self._release(now_s, request_id, call.attempt, settle=False)
+            self._dispatcher.release(now_s, request_id, call.attempt, settle=False)
             actions += self._retry(now_s, call, "replica_died", retriable=seen_tokens == 0)
         return [*actions, *self._waking.wake_all(now_s, self.line.lanes)]
 
     # Outcomes
-
-    def _release(
-        self, now_s: float, request_id: RequestId, attempt: int, *, settle: bool = True
-    ) -> Waiting | None:
-        """Strike an attempt from the ledgers; ``None`` if it is over already."""
-        running = self._running.get(request_id)
-        if running is None or running[0].attempt != attempt:
-            return None
-        call, replica = self._running.pop(request_id)
-        replica.release(request_id)
-        call.workflow.ends.pop(request_id, None)
-        self._window.update(now_s, replica)
-        if settle:
-            self.workflows.settle(call.workflow.workflow_id)
-        return call
 
     def _retry(
         self, now_s: float, call: Waiting, reason: FailReason, *, retriable: bool
@@ -303,103 +316,10 @@ class Scheduler:
         hopeless = reason in ("too_long", "model_not_found")
         return Reject(request.request_id, reason, None if hopeless else self.line.drain_s(now_s))
 
-    # Waiting and dispatch
-
     def _wait(self, call: Waiting) -> None:
-        call.key = self._key(call)
+        call.key = self._dispatcher.key(call)
         self.line.push(call)
         self._routing.plan_review(self._now_s, call, self.line)
-
-    def _key(self, call: Waiting) -> float:
-        return key_of(self.policy, call, self.pools[call.pools[0]])
-
-    def _dispatch(self, now_s: float, actions: list[Action]) -> None:
-        """Hand out calls, best key first, until nobody fits.
-
-        A head that finds no room closes its pools to calls behind it: what frees up is kept
-        for it, so that small calls cannot starve a large one.
-        """
-        refresh = self._key if self.policy.ordering.drifts else None
-        blocked: dict[PoolId, None] = {}
-        lanes = [lane for lane in self.line.lanes.values() if self._may_move(lane, blocked)]
-        while lanes:
-            heads = [
-                (head.key, head.serial, lane, head)
-                for lane in lanes
-                if (head := lane.head(refresh))
-            ]
-            _, _, lane, call = min(heads)
-            replicas = self._room_for(call, blocked)
-            if replicas:
-                self.line.remove(call.request.request_id)
-                actions.append(self._place(now_s, call, replicas))
-            else:
-                blocked.update(dict.fromkeys(lane.pools))
-            lanes = [lane for lane in lanes if len(lane) and self._may_move(lane, blocked)]
-
-    def _may_move(self, lane: Lane, blocked: dict[PoolId, None]) -> bool:
-        return any(
-            pool_id not in blocked and self._window.open_replicas(pool_id) for pool_id in lane.pools
-        )
-
-    def _room_for(self, call: Waiting, blocked: dict[PoolId, None]) -> list[Replica]:
-        """Return the open replicas that every filter keeps."""
-        found: list[Replica] = []
-        for pool_id in call.pools:
-            if pool_id not in blocked:
-                found += self._window.room(call, self.pools[pool_id])
-        return found
-
-    def _place(self, now_s: float, call: Waiting, replicas: Sequence[Replica]) -> Dispatch:
-        """Choose among the replicas that have room, and write the call into its ledgers."""
-        policy, request = self.policy, call.request
-        chosen, chosen_cost_s = replicas[0], None
-        if len(replicas) > 1:
-            scorers = policy.scorers
-
-            def cost_s(replica: Replica) -> float:
-                return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
-
-            chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
-            chosen_cost_s = cost_s(chosen) if scorers else None
-        costs_s: Mapping[ReplicaId, Mapping[str, float]] = {}
-        if self._record_candidates:
-            costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in replicas}
-        self._enter(now_s, call, chosen)
-        return Dispatch(
-            request.request_id,
-            chosen.replica_id,
-            call.attempt,
-            int(1000 * self._key(call)) if chosen.pool.priority_scheduling else 0,
-            now_s - request.arrival_s,
-            len(replicas),
-            chosen_cost_s,
-            costs_s,
-        )
-
-    def _enter(self, now_s: float, call: Waiting, replica: Replica) -> None:
-        """Write a dispatched call into the ledgers."""
-        request, model = call.request, replica.pool.model.name
-        if call.workflow.model != model:
-            self._routing.commit(call, model)
-        if self.policy.siblings:
-            law = service_on(now_s, call, replica).law(call.output_sketch(model))
-            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
-        expected_tokens = call.expected_tokens(model)
-        hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
-        in_flight = InFlight(
-            request=request,
-            prefill_tokens=max(1, request.prompt_tokens - hit_tokens),
-            decode_tokens=expected_tokens,
-            expected_tokens=expected_tokens,
-        )
-        if self._scaler is not None:
-            self._scaler.note_dispatch(model, in_flight)
-        replica.admit(now_s, in_flight, min(call.kv_tokens(model), replica.pool.kv_tokens))
-        self._dispatches += 1
-        replica.last_dispatch = self._dispatches
-        self._running[request.request_id] = (call, replica)
-        self._window.update(now_s, replica)
 
     def validate(self) -> None:
         """Check every invariant; slow, for tests."""
@@ -408,6 +328,8 @@ class Scheduler:
         self._outlook.validate()
         for replica in self.replicas.values():
             replica.validate(queues=self.policy.binds == "early")
+        if self._residents is not None:
+            self._residents.validate()
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
         assert on_replicas == sorted(self._running), "the running calls are not those on replicas"
         assert not any(rid in self.line for rid in self._running), "a call both waits and runs"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from concertmaster.core.demand import Demands
-from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, ServiceClass, WorkflowId
 from concertmaster.core.sketch import Sketch, middle
 
 _NOWHERE = ModelName("")
@@ -17,14 +17,19 @@ class Workflow:
     """One user goal, seen through the calls that have arrived so far.
 
     Attributes:
+        interactive: Whether a person waits for it, as its latest call says.
+        waited_s: Seconds that its calls have stood in line.
         attained_s: Engine seconds its calls have been given, by the rate curves.
         open_calls: Calls that have arrived and have no outcome.
         model: The model that its latest call was sent to; "" before the first.
+        kept_to: Model that it was admitted with, of several that its first call allowed; "" if
+            that was left open.
         owed: Output tokens that it still needs, by forecast and model.
         grown_tokens: By how much its latest call has raised what it owes.
         context_tokens: Prompt and expected answer of its latest call: what an engine may hold.
         ends: Instants at which its calls in flight are expected to end, as distributions; kept
             only for policies that weigh siblings.
+        away: Model and context that it counts with while it is between two calls.
         roles: Roles of its calls before the latest.
         last_role: Role of its latest call.
     """
@@ -32,15 +37,19 @@ class Workflow:
     workflow_id: WorkflowId
     started_s: float
     seen_s: float
+    interactive: bool = True
     calls: int = 0
     open_calls: int = 0
     output_tokens: int = 0
     attained_s: float = 0.0
+    waited_s: float = 0.0
     model: ModelName = _NOWHERE
+    kept_to: ModelName = _NOWHERE
     owed: dict[ModelName, int] = field(default_factory=dict)
     grown_tokens: int = 0
     context_tokens: int = 0
     ends: dict[RequestId, Sketch] = field(default_factory=dict)
+    away: tuple[ModelName, int] = (_NOWHERE, 0)
     roles: set[str] = field(default_factory=set)
     last_role: str = ""
 
@@ -69,10 +78,18 @@ class Owed:
 
     Counted by workflow, so that it neither vanishes while an agent thinks between two calls
     nor counts the rest of a workflow once for each of its open calls.
+
+    Attributes:
+        people: Those of the workflows that a person waits for.
+        away_tokens: Context that workflows between two calls bring back with their next.
+        away_squares: Sum of the squares of these.
     """
 
     workflows: int = 0
+    people: int = 0
     tokens: int = 0
+    away_tokens: int = 0
+    away_squares: int = 0
 
 
 class Workflows:
@@ -104,9 +121,11 @@ class Workflows:
             self._by_id[request.workflow_id] = workflow
         else:
             self._by_id.move_to_end(request.workflow_id)
+        self._note_class(workflow, interactive=request.service_class is ServiceClass.INTERACTIVE)
         workflow.seen_s = now_s
         workflow.calls += 1
         workflow.open_calls += 1
+        self._note_away(workflow)
         if workflow.calls == 1:
             self._forget(now_s)
         return workflow
@@ -126,11 +145,34 @@ class Workflows:
         workflow.open_calls -= 1
         if not answered and not workflow.open_calls:
             self.commit(workflow, workflow.model, 0)
+        self._note_away(workflow)
+
+    def _note_class(self, workflow: Workflow, *, interactive: bool) -> None:
+        """Count what a workflow owes anew if another waits for it than was known."""
+        for model in workflow.owed:
+            self.owed(model).people += interactive - workflow.interactive
+        workflow.interactive = interactive
+
+    def _note_away(self, workflow: Workflow) -> None:
+        """Count the context of a workflow while it is between two calls of one model."""
+        model, tokens = workflow.away
+        if tokens:
+            self._count_away(model, -1, tokens)
+        is_away = not workflow.open_calls and workflow.model in workflow.owed
+        workflow.away = (workflow.model, workflow.context_tokens if is_away else 0)
+        if is_away and workflow.context_tokens:
+            self._count_away(workflow.model, 1, workflow.context_tokens)
+
+    def _count_away(self, model: ModelName, sign: int, tokens: int) -> None:
+        owed = self.owed(model)
+        owed.away_tokens += sign * tokens
+        owed.away_squares += sign * tokens * tokens
 
     def rest(self, workflow: Workflow) -> None:
         """Note that a workflow is thought to be over: it owes nothing until it asks again."""
         if not workflow.open_calls:
             self.commit(workflow, workflow.model, 0)
+            self._note_away(workflow)
 
     def get(self, workflow_id: WorkflowId) -> Workflow:
         """Return a workflow with an open call; such a one is never forgotten."""
@@ -188,20 +230,27 @@ class Workflows:
     def _owe(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
         owed, before_tokens = self.owed(model), workflow.owed.pop(model, 0)
         owed.tokens += tokens - before_tokens
-        owed.workflows += bool(tokens) - bool(before_tokens)
+        change = bool(tokens) - bool(before_tokens)
+        owed.workflows += change
+        owed.people += change * workflow.interactive
         if tokens:
             workflow.owed[model] = tokens
 
     def _drop(self, workflow: Workflow) -> None:
         self.commit(workflow, workflow.model, 0)
+        self._note_away(workflow)
         del self._by_id[workflow.workflow_id]
 
     def validate(self) -> None:
         """Check that what is owed is the sum over the live workflows."""
         for model, owed in self._owed.items():
             mine = [w.owed[model] for w in self._by_id.values() if model in w.owed]
-            assert (owed.workflows, owed.tokens) == (len(mine), sum(mine)), model
+            people = sum(w.interactive for w in self._by_id.values() if model in w.owed)
+            found = (owed.workflows, owed.people, owed.tokens)
+            assert found == (len(mine), people, sum(mine)), model
             assert all(tokens > 0 for tokens in mine), model
+            away = [w.away[1] for w in self._by_id.values() if w.away[0] == model]
+            assert (owed.away_tokens, owed.away_squares) == (sum(away), sum(a * a for a in away))
 
     def _forget(self, now_s: float) -> None:
         """Drop idle workflows from the old end; two a call keep pace with arrivals."""

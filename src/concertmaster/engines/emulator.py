@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from concertmaster.core.cost import RateCurve
+from concertmaster.core.fleet import Readiness
 from concertmaster.engines.emulator_metrics import EmulatorMetrics
 from concertmaster.engines.faults import AnswerFaults, Faults, draw_faults
+from concertmaster.engines.residence import MoveTimes, Residence, Residency
 from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
 from concertmaster.physics.fast import FastEngine
 
 FinishReason = Literal["stop", "length", "abort"]
-Residency = Literal["loading", "awake", "falling_asleep", "asleep", "waking"]
 
 _LEAST_GAP_S = 0.001
 _MOST_MODEL_TOKENS = 131_072
@@ -100,7 +101,9 @@ class Emulator:
         seed: Decides answer lengths (with the prompt) and faults.
         load_s: Engine seconds until the weights are ready after ``start``.
         sleep_s: Engine seconds that falling asleep takes.
-        wake_s: Engine seconds that waking takes.
+        wake_s: Engine seconds that waking takes while the weights are in RAM.
+        reload_s: Engine seconds that reading them again takes where they were dropped.
+        lies: Where they lie at the start: ``running``, or it begins asleep with them there.
         max_model_tokens: Longest prompt and answer together; ``None`` for what the KV cache
             holds, at most 131,072.
         median_output_tokens: Of the log-normal that answer lengths are drawn from.
@@ -119,6 +122,8 @@ class Emulator:
         load_s: float = 0.0,
         sleep_s: float = 1.0,
         wake_s: float = 2.0,
+        reload_s: float = 10.0,
+        lies: Readiness = Readiness.RUNNING,
         max_model_tokens: int | None = None,
         median_output_tokens: float = 150.0,
         output_sigma: float = 0.8,
@@ -135,22 +140,16 @@ class Emulator:
         self.median_output_tokens = median_output_tokens
         self.output_sigma = output_sigma
         self.faults = faults or Faults()
-        self.residency: Residency = "loading"
+        times = MoveTimes(load_s=load_s, sleep_s=sleep_s, wake_s=wake_s, reload_s=reload_s)
+        self._residence = Residence(times, lies, speedup)
         self.metrics = EmulatorMetrics(model_name, self)
         self.rng = random.Random(seed)
-        self._durations_s: dict[Residency, float] = {
-            "loading": load_s,
-            "falling_asleep": sleep_s,
-            "waking": wake_s,
-        }
         self._tick_s = tick_s
         self._engine = FastEngine(curve, settings)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._origin_s = self._driven_s = self._now_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
-        self._change: asyncio.TimerHandle | None = None
-        self._on_change: list[Callable[[], None]] = []
         self._answers: dict[str, Answer] = {}
         self._flowing: dict[str, Answer] = {}  # streams with tokens to come
         self._lagging: dict[str, Answer] = {}  # generated, not delivered
@@ -158,27 +157,37 @@ class Emulator:
     # Life.
 
     def start(self) -> None:
-        """Start the clock, and load the weights."""
+        """Start the clock, and load the weights unless it begins asleep."""
         self._loop = asyncio.get_running_loop()
         self._origin_s = self._loop.time()
-        self._pass_through("loading", "awake")
+        self._residence.start()
 
     def close(self) -> None:
         """Stop the clock and drop all calls without a word."""
-        for handle in (self._timer, self._change):
-            if handle is not None:
-                handle.cancel()
-        self._timer = self._change = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        self._residence.close()
         self._engine.clear()
         for answers in (self._answers, self._flowing, self._lagging):
             answers.clear()
 
     @property
+    def residency(self) -> Residency:
+        """Where its weights are, or are going."""
+        return self._residence.state
+
+    @property
     def asleep(self) -> bool:
         """Whether the weights are off the GPU, or on their way."""
-        return self.residency not in {"awake", "loading"}
+        return self._residence.asleep
 
-    def fall_asleep(self, then: Callable[[], None]) -> bool:
+    @property
+    def dropped(self) -> bool:
+        """Whether its weights are gone: what it generates would be noise."""
+        return self._residence.dropped
+
+    def fall_asleep(self, then: Callable[[], None], lies: Readiness = Readiness.SLEEPING) -> bool:
         """Free the GPU and call back once that is done; calls under way are aborted.
 
         False if it loads or wakes right now; then nothing changes.
@@ -189,43 +198,22 @@ class Emulator:
                 answer.sink.deliver(answer.delivered, "abort")
             self._engine.advance(self.now_s())
             self._engine.clear()
-            self._pass_through("falling_asleep", "asleep")
-        return self._when(("falling_asleep", "asleep"), then)
+        return self._residence.fall_asleep(lies, then)
 
     def wake_up(self, then: Callable[[], None]) -> bool:
-        """Bring the weights back and call back once that is done.
+        """Bring the weights back from RAM and call back once that is done.
 
         False if it is just falling asleep; then nothing changes.
         """
-        if self.residency == "asleep":
-            self._pass_through("waking", "awake")
-        return self._when(("loading", "waking", "awake"), then)
+        return self._residence.wake_up(then)
 
-    def _pass_through(self, state: Residency, end: Residency) -> None:
-        assert self._loop is not None, "the emulator has not started"
-        self.residency = state
-        seconds = self._durations_s[state] / self.speedup
-        if seconds:
-            self._change = self._loop.call_later(seconds, self._arrive, end)
-        else:
-            self._arrive(end)
+    def reload(self, then: Callable[[], None]) -> bool:
+        """Read dropped weights again, asleep still. False unless it sleeps."""
+        return self._residence.reload(then)
 
-    def _arrive(self, end: Residency) -> None:
-        self.residency = end
-        self._change = None
-        callbacks, self._on_change = self._on_change, []
-        for callback in callbacks:
-            callback()
-
-    def _when(self, states: tuple[Residency, ...], then: Callable[[], None]) -> bool:
-        """Call back at the last of these states, which lead to each other, or refuse."""
-        if self.residency not in states:
-            return False
-        if self._change is None:
-            then()
-        else:
-            self._on_change.append(then)
-        return True
+    def load(self, then: Callable[[], None]) -> bool:
+        """Serve again from wherever the weights lie. False if it is just falling asleep."""
+        return self._residence.load(then)
 
     # Calls.
 

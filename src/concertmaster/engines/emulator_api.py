@@ -17,6 +17,7 @@ from concertmaster.engines.emulator_calls import (
     read_ask,
     tokens_in,
 )
+from concertmaster.engines.emulator_control import ControlRoutes
 from concertmaster.engines.emulator_sinks import StreamedAnswer, WholeAnswer
 from concertmaster.engines.faults import Faults
 from concertmaster.engines.http_server import HttpExchange, HttpServer
@@ -54,9 +55,7 @@ class EmulatorServer(HttpServer):
             "/version": ("GET", self._version),
             "/load": ("GET", self._load),
             "/metrics": ("GET", self._metrics),
-            "/is_sleeping": ("GET", self._is_sleeping),
-            "/sleep": ("POST", self._sleep),
-            "/wake_up": ("POST", self._wake_up),
+            **ControlRoutes(emulator).routes(),
             "/tokenize": ("POST", self._tokenize),
             "/v1/models": ("GET", self._models),
             "/v1/chat/completions": ("POST", self._chat),
@@ -96,6 +95,9 @@ class EmulatorServer(HttpServer):
         if emulator.residency != "awake":
             _not_ready(exchange, emulator)
             return
+        if emulator.dropped:
+            _fail(exchange, 500, "the weights were dropped by sleep and not reloaded")
+            return
         ratio = emulator.faults.error_ratio
         if ratio and emulator.rng.random() < ratio:
             _fail(exchange, 500, "the emulator was told to fail (error_ratio)")
@@ -122,20 +124,6 @@ class EmulatorServer(HttpServer):
 
     def _metrics(self, exchange: HttpExchange) -> None:
         exchange.respond(200, self._emulator.metrics.render(), CONTENT_TYPE_LATEST)
-
-    def _is_sleeping(self, exchange: HttpExchange) -> None:
-        _send(exchange, {"is_sleeping": self._emulator.asleep})
-
-    def _sleep(self, exchange: HttpExchange) -> None:
-        level = exchange.query.get("level", "1")
-        if level not in {"1", "2"}:
-            _fail(exchange, 400, f"level must be 1 or 2, got {level!r}", param="level")
-        elif not self._emulator.fall_asleep(lambda: exchange.respond(200)):
-            _not_ready(exchange, self._emulator)
-
-    def _wake_up(self, exchange: HttpExchange) -> None:
-        if not self._emulator.wake_up(lambda: exchange.respond(200)):
-            _not_ready(exchange, self._emulator)
 
     def _tokenize(self, exchange: HttpExchange) -> None:
         count = tokens_in(parse(exchange.body, TokenizeBody).text())

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -21,6 +22,7 @@ class Faults:
         drip_s: Least time between two tokens of one answer.
         death_ratio: Calls whose connection is cut before the answer is complete.
         rename_metrics: Gauges appear under other names, as after an upgrade.
+        wakes: ``well``; or ``fails`` or ``never`` when it sleeps and is told to wake.
     """
 
     error_ratio: float = 0.0
@@ -29,6 +31,7 @@ class Faults:
     drip_s: float = 0.0
     death_ratio: float = 0.0
     rename_metrics: bool = False
+    wakes: Literal["well", "fails", "never"] = "well"
 
     def __post_init__(self) -> None:
         for name in ("error_ratio", "stall_ratio", "death_ratio"):

@@ -20,13 +20,18 @@ _LINGER_S = 1.0
 
 
 class Message(NamedTuple):
-    """One HTTP request as it was read; header names are lower case."""
+    """One HTTP request as it was read; header names are lower case.
+
+    Attributes:
+        takes_chunks: Whether its answer may come in chunks, as since HTTP/1.1.
+    """
 
     method: bytes
     target: bytes
     headers: dict[bytes, bytes]
     body: bytes
     keep_alive: bool
+    takes_chunks: bool = True
 
 
 class Desk(Protocol):
@@ -112,9 +117,11 @@ class AgentConnection(asyncio.Protocol):
             return
         parser = self._parser
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        keep_alive = parser.should_keep_alive()
+        keep_alive, takes_chunks = parser.should_keep_alive(), parser.get_http_version() != "1.0"
         self._ready.append(
-            Message(parser.get_method(), self._target, self._headers, body, keep_alive)
+            Message(
+                parser.get_method(), self._target, self._headers, body, keep_alive, takes_chunks
+            )
         )
         transport = self._transport
         if len(self._ready) >= _MAX_PIPELINED and transport and not transport.is_closing():
@@ -223,7 +230,7 @@ class AgentConnection(asyncio.Protocol):
 
     def fail(self) -> None:
         """Answer 500 for a fault of our own and close: nothing is known of the call's state."""
-        if self.exchange is not None and self.exchange.started:
+        if self.exchange is not None and (self.exchange.started or self.exchange.held):
             self.abort()
             return
         body = error_body("internal error; the log says more", "server_error", code="internal")

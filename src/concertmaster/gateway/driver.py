@@ -1,16 +1,22 @@
 """Driver two: real time. The same core as the simulator's, between two sets of sockets."""
 
 import asyncio
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
+from concertmaster.core.actions import (
+    Action,
+    Cancel,
+    Demote,
+    Dispatch,
+    Fail,
+    Reject,
+    Resize,
+    Wake,
+)
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
-    FailReason,
-    RejectReason,
     ReplicaDied,
     RequestArrived,
     RequestCancelled,
@@ -20,20 +26,19 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import Readiness, ReplicaId
-from concertmaster.core.request import Request, RequestId, WorkflowId
+from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.gateway import heads, openai_api
+from concertmaster.engines.control import ControlKind
+from concertmaster.gateway import dispatching, heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
-from concertmaster.gateway.control import EngineProcesses, FleetController, SleepingEngines
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.health import HealthWatch
-from concertmaster.gateway.identity import Normalizer, with_hints
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
-from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.metrics import GatewayMetrics
-from concertmaster.gateway.prompts import read_prompt
+from concertmaster.gateway.refusals import Refusals
+from concertmaster.gateway.service import Service
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.predictors.interface import Completion, Predictor
 from concertmaster.predictors.rates import PaceWatch
@@ -42,6 +47,9 @@ PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
 
 _NO_COMMANDS: Mapping[ReplicaId, Sequence[str]] = {}
+_NO_CONTROLS: Mapping[ReplicaId, ControlKind] = {}
+HOLD_S = 600.0
+LINGER_S = 1.0
 _CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
 Clock = Callable[[], float]
 Observer = Callable[[float, Event, list[Action]], None]
@@ -62,6 +70,8 @@ class Gateway:
         workflow_idle_s: Seconds without an open call after which a workflow is over.
         follow_pace: Whether the core is told how far replicas are from their rate curves.
         commands: What to run for replicas that are processes of this machine.
+        controls: How engines load and unload their model; as vLLM does for those left out.
+        hold_s: Longest time for which a call is held while its model does not run.
     """
 
     def __init__(
@@ -80,6 +90,8 @@ class Gateway:
         workflow_idle_s: float = IDLE_S,
         follow_pace: bool = True,
         commands: Mapping[ReplicaId, Sequence[str]] = _NO_COMMANDS,
+        controls: Mapping[ReplicaId, ControlKind] = _NO_CONTROLS,
+        hold_s: float = HOLD_S,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = GatewayMetrics()
@@ -90,8 +102,7 @@ class Gateway:
         self._speedup = speedup
         self._side_door = side_door
         self._observe = observe
-        self._normalizer = Normalizer()
-        self._inference = WorkflowInference()
+        self._intake = Intake()
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
         self._links = {
@@ -100,14 +111,23 @@ class Gateway:
             )
             for replica_id, url in urls.items()
         }
-        asleep = SleepingEngines(urls, self.feed, self._is_alive)
-        self._control: FleetController = EngineProcesses(commands, urls, self.feed, asleep)
-        self._health = HealthWatch(
-            urls, self.feed, self._is_alive, self._control, interval_s=health_interval_s
-        )
         self._exchanges: dict[RequestId, Exchange] = {}
+        self._service = Service(
+            scheduler,
+            urls,
+            self.feed,
+            self._exchanges,
+            clock=clock,
+            speedup=speedup,
+            commands=commands,
+            controls=controls,
+            health_interval_s=health_interval_s,
+            hold_s=hold_s,
+        )
+        self._refusals = Refusals(
+            scheduler, self._service.holding, self.metrics, clock=clock, end=self._end
+        )
         self._agents: dict[AgentConnection, None] = {}
-        self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
@@ -116,19 +136,22 @@ class Gateway:
 
     async def open(self) -> None:
         """Bring up the engines that are ours to run; call it before ``start``."""
-        replicas = self.scheduler.replicas.values()
-        running = [r.replica_id for r in replicas if r.readiness is Readiness.RUNNING]
-        await self._control.open(running)
+        await self._service.open()
 
     def start(self) -> None:
         """Begin to watch engines and to tell the core of progress."""
-        duties = (self._tick(), self._health.watch(), self._forecaster.watch())
+        duties = (
+            self._tick(),
+            self._service.hold(self._overdue),
+            self._service.health.watch(),
+            self._forecaster.watch(),
+        )
         self._tasks = [asyncio.create_task(duty) for duty in duties]
         if self.scheduler.policy.scaling is not None:
             self.feed(TimerFired())  # its clock starts with the first event
 
     async def stop(self, *, drain_s: float) -> None:
-        """Take nothing new, let calls in flight end for a while, then close everything."""
+        """Take nothing new, let calls end for a while, answer those that have not begun, close."""
         self.draining = True
         deadline_s = self._clock() + drain_s * self._speedup
         while self._exchanges and self._clock() < deadline_s:  # noqa: ASYNC110  # polled once a life
@@ -136,14 +159,31 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._turn_all_away()
         if self._timer is not None:
             self._timer.cancel()
-        for agent in list(self._agents):
-            agent.abort()
+        await self._see_off()
         for link in self._links.values():
             link.close()
-        await self._control.close()
+        await self._service.control.close()
         await self._forecaster.stop()
+
+    def _turn_all_away(self) -> None:
+        """Answer what is open; those that wait first, so that nobody gets their room."""
+        waiting_first = sorted(self._exchanges.values(), key=lambda one: one.engine is not None)
+        for exchange in waiting_first:
+            self._refusals.turn_away(exchange)
+            self.feed(RequestCancelled(exchange.request.request_id))
+
+    async def _see_off(self) -> None:
+        """Close all connections of agents once they have read their answers, or soon after."""
+        for agent in list(self._agents):
+            agent.close()
+        deadline_s = self._clock() + LINGER_S * self._speedup
+        while self._agents and self._clock() < deadline_s:  # noqa: ASYNC110  # polled once a life
+            await asyncio.sleep(0.01)
+        for agent in list(self._agents):
+            agent.abort()
 
     @property
     def open_exchanges(self) -> int:
@@ -175,60 +215,25 @@ class Gateway:
             return
         now_s = self._clock()
         try:
-            exchange = self._open(now_s, agent, message, chat=chat)
+            exchange, identity = self._intake.open(
+                now_s,
+                agent,
+                message,
+                chat=chat,
+                taken=self._exchanges,
+                reads_prompts=self._forecaster.reads_prompts,
+            )
         except CallerError as error:
             status, body = openai_api.caller_error(error)
             self.metrics.answered(status, 0.0)
             agent.answer(openai_api.response(status, body))
             return
         agent.exchange = exchange
+        exchange.may_hold = exchange.streams and message.takes_chunks
         self._exchanges[exchange.request.request_id] = exchange
+        self._idle.begin(now_s, exchange.request.workflow_id, is_final=identity.is_final)
         forecast = self._forecaster.predict(exchange)
         self._feed(now_s, RequestArrived(exchange.request, forecast))
-
-    def _open(
-        self, now_s: float, agent: AgentConnection, message: Message, *, chat: bool
-    ) -> Exchange:
-        headers = message.headers
-        call = openai_api.parse_call(message.body, chat=chat)
-        text = call.text()
-        hashes = openai_api.prefix_hashes(text)
-        identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
-        identity = with_hints(headers, call, identity)
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        while not request_id or request_id in self._exchanges:
-            request_id = f"cm-{next(self._numbers)}"
-        models = call.models()
-        request = Request(
-            request_id=RequestId(request_id),
-            workflow_id=identity.workflow_id,
-            arrival_s=now_s,
-            prompt_tokens=openai_api.prompt_tokens(text),
-            max_output_tokens=call.max_output_tokens(),
-            models=models,
-            role=identity.role,
-            app=identity.app,
-            template=identity.template,
-            step=identity.step,
-            stage=identity.stage,
-            parents=identity.parents,
-            service_class=identity.service_class,
-            prefix_hashes=hashes,
-            deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
-        )
-        exchange = Exchange(
-            request,
-            agent,
-            heads.engine_head(message, request_id),
-            message.body,
-            model_named=models[0] if len(models) == 1 else "",
-            streams=bool(call.stream),
-        )
-        exchange.response_headers = heads.identity_headers(request_id, identity)
-        if self._forecaster.reads_prompts:
-            exchange.prompt = read_prompt(call)
-        self._idle.begin(now_s, request.workflow_id, is_final=identity.is_final)
-        return exchange
 
     # The core
 
@@ -273,65 +278,34 @@ class Gateway:
             case Dispatch():
                 self._dispatch(now_s, action)
             case Reject(request_id, reason, retry_after_s):
-                self._refuse(self._exchanges[request_id], reason, retry_after_s)
+                self._refusals.refuse(self._exchanges[request_id], reason, retry_after_s)
             case Fail(request_id, reason):
-                self._refuse(self._exchanges[request_id], reason, None)
+                self._refusals.refuse(self._exchanges[request_id], reason)
             case Cancel():
                 pass  # the exchange dropped its engine connection when its caller went
             case Wake(replica_id):
-                self._control.start(replica_id)
-            case Stop(replica_id):
-                self._control.stop(replica_id)
+                self._service.wake(now_s, replica_id)
+            case Demote(replica_id, readiness):
+                self._service.control.stop(replica_id, readiness)
+            case Resize():
+                pass  # engines keep the KV that they were started with
             case _:
                 assert_never(action)
 
     def _dispatch(self, now_s: float, action: Dispatch) -> None:
         exchange = self._exchanges[action.request_id]
         replica = self.scheduler.replicas[action.replica_id]
-        link = self._links[action.replica_id]
-        model = replica.pool.model.name
         if exchange.dispatched_s is None:
             exchange.dispatched_s = now_s
-        if exchange.attempt == 0:
-            exchange.response_headers += heads.decision_headers(
-                self.scheduler.policy.name, model, action
-            )
-        if exchange.engine is not None:
-            exchange.engine.cancel()  # the attempt before is on a replica that is gone
-        exchange.attempt, exchange.replica_id = action.attempt, action.replica_id
-        exchange.tokens = exchange.told_tokens = 0
-        body = exchange.body
-        if exchange.model_named != model:
-            body = openai_api.with_model(body, model)
-        head = exchange.head + b"host: %b\r\ncontent-length: %d\r\n" % (link.authority, len(body))
-        if replica.pool.priority_scheduling and action.priority:
-            head += b"x-vllm-priority: %d\r\n" % action.priority
-        link.send(exchange, head + b"\r\n" + body)
+        policy, model = self.scheduler.policy.name, replica.pool.model.name
+        dispatching.tell_decision(exchange, policy, model, action)
+        dispatching.send(exchange, action, replica, self._links[action.replica_id])
         if self._pace is not None and not exchange.streams:
             self._pace.unheard(now_s, action.request_id)
         self.metrics.dispatched(now_s - exchange.arrived_s, self._clock() - now_s)
 
-    def _refuse(
-        self, exchange: Exchange, reason: RejectReason | FailReason, retry_after_s: float | None
-    ) -> None:
-        """Answer with an error, or cut an answer that had begun."""
-        self.metrics.refused(reason)
-        if exchange.started:
-            self._end(exchange, 502)
-            exchange.caller.abort()
-            return
-        detail = f": {exchange.error_text}" if exchange.error_text else ""
-        if reason == "model_not_found":
-            known = sorted({pool.model.name for pool in self.scheduler.pools.values()})
-            asked = ", ".join(exchange.request.models)
-            detail = f': expected one of {", ".join(known)} or "auto", found "{asked}"'
-        status, body, headers = openai_api.refusal(
-            reason, detail=detail, retry_after_s=retry_after_s
-        )
-        headers.append((b"x-request-id", exchange.request.request_id.encode("latin-1")))
-        self._end(exchange, status)
-        exchange.caller.write(openai_api.response(status, body, headers))
-        exchange.caller.finished(keep_alive=True)
+    def _overdue(self, exchange: Exchange) -> None:
+        self._refusals.refuse(exchange, "waited_too_long")
 
     # Outcomes: news from engines
 
@@ -350,7 +324,7 @@ class Gateway:
         self.metrics.finished(now_s, exchange, output_tokens)
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
         if exchange.tool_call_ids:
-            self._inference.note_tool_calls(
+            self._intake.note_tool_calls(
                 exchange.tool_call_ids, request.workflow_id, request.stage or 0
             )
         if exchange.status == 200:
@@ -386,9 +360,6 @@ class Gateway:
             self._forecaster.failed(request.request_id)
         if exchange.engine is not None:
             exchange.engine.cancel()
-
-    def _is_alive(self, replica_id: ReplicaId) -> bool:
-        return self.scheduler.replicas[replica_id].alive
 
     async def _tick(self) -> None:
         """Tell the core how far every stream has come."""

@@ -30,6 +30,9 @@ class Exchange:
         prompt: What the predictor may read of it, until it has learnt what came of the call.
         forecast: What was predicted of it.
         started: True once the caller has been sent any byte of an answer.
+        held: True once the caller of a stream was sent its head and comments while it waits.
+        spoken_s: When it was last told anything while it waits.
+        may_hold: Whether its caller can be sent comments.
         error_text: What the last engine that refused it said.
         tool_call_ids: Tool calls that the answer asks for; a later call may answer them.
     """
@@ -45,12 +48,15 @@ class Exchange:
         "first_token_s",
         "forecast",
         "head",
+        "held",
+        "may_hold",
         "model_named",
         "over",
         "prompt",
         "replica_id",
         "request",
         "response_headers",
+        "spoken_s",
         "started",
         "status",
         "streams",
@@ -87,6 +93,9 @@ class Exchange:
         self.tokens = 0
         self.told_tokens = 0
         self.started = False
+        self.held = False
+        self.may_hold = False
+        self.spoken_s = 0.0
         self.over = False
         self.status = 0
         self.error_text = ""

@@ -13,6 +13,9 @@ from concertmaster.gateway.control import FleetController
 _log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 2.0
+MOST_PAUSE = 32
+"""Most intervals between two tries to wake an engine that did not."""
+
 MAX_SILENT_PROBES = 3
 """Probes without an answer that make an engine dead: a busy one may miss some."""
 
@@ -39,6 +42,12 @@ class HealthWatch:
         self._control = control
         self._interval_s = interval_s
         self._silent_probes: Counter[ReplicaId] = Counter()
+        self._pauses: dict[ReplicaId, int] = {}
+        self._skipped: Counter[ReplicaId] = Counter()
+
+    def pause_s(self, replica_id: ReplicaId) -> float:
+        """Seconds of the wall's clock until a replica that is dead is looked at again, at most."""
+        return self._interval_s * self._pauses.get(replica_id, 1)
 
     async def watch(self) -> None:
         """Probe for ever; cancel the task to stop."""
@@ -48,14 +57,15 @@ class HealthWatch:
             await asyncio.sleep(self._interval_s)
 
     async def _probe(self, replica_id: ReplicaId, url: str) -> None:
+        path = self._control.health_path(replica_id)
         try:
-            status, _ = await fetch("GET", url, "/health", timeout_s=PROBE_TIMEOUT_S)
-            problem = "" if status == 200 else f"GET /health answered {status}"
+            status, _ = await fetch("GET", url, path, timeout_s=PROBE_TIMEOUT_S)
+            problem = "" if status == 200 else f"GET {path} answered {status}"
         except TimeoutError:
             self._silent_probes[replica_id] += 1
             if self._silent_probes[replica_id] < MAX_SILENT_PROBES:
                 return
-            problem = f"GET /health got no answer {MAX_SILENT_PROBES} times"
+            problem = f"GET {path} got no answer {MAX_SILENT_PROBES} times"
         except OSError as error:
             problem = str(error)
         self._silent_probes[replica_id] = 0
@@ -65,17 +75,18 @@ class HealthWatch:
             _log.warning("replica %s at %s is not serving: %s", replica_id, url, problem)
             self._feed(ReplicaDied(replica_id))
         elif not problem and not self._is_alive(replica_id):
-            if await _is_asleep(url):
-                self._control.start(replica_id)
-            else:
-                _log.warning("replica %s at %s serves again", replica_id, url)
-                self._feed(ReplicaReady(replica_id))
+            await self._revive(replica_id, url)
+        elif self._is_alive(replica_id):
+            self._pauses.pop(replica_id, None)
 
-
-async def _is_asleep(url: str) -> bool:
-    """Ask vLLM's way; an engine that does not know the question is awake."""
-    try:
-        status, body = await fetch("GET", url, "/is_sleeping", timeout_s=PROBE_TIMEOUT_S)
-    except (OSError, TimeoutError):
-        return False
-    return status == 200 and b"true" in body
+    async def _revive(self, replica_id: ReplicaId, url: str) -> None:
+        """Wake an engine that is there but sleeps, at longer and longer intervals if it fails."""
+        if not await self._control.is_asleep(replica_id):
+            _log.warning("replica %s at %s serves again", replica_id, url)
+            self._feed(ReplicaReady(replica_id))
+            return
+        self._skipped[replica_id] += 1
+        if self._skipped[replica_id] >= self._pauses.get(replica_id, 1):
+            self._skipped[replica_id] = 0
+            self._pauses[replica_id] = min(MOST_PAUSE, 2 * self._pauses.get(replica_id, 1))
+            self._control.start(replica_id)

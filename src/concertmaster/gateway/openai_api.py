@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -196,14 +196,24 @@ _REJECTIONS: Mapping[RejectReason | FailReason, tuple[int, str, str, str]] = {
         "no replica had room within the longest allowed wait",
     ),
     "no_replica": (503, "overloaded_error", "no_replica", "no replica of this model is alive"),
+    "too_late": (
+        503,
+        "overloaded_error",
+        "too_late",
+        "the workflow would not be done by its deadline",
+    ),
     "replica_died": (502, "server_error", "replica_died", "the replica died while it answered"),
     "engine_error": (502, "server_error", "engine_error", "the engine failed to answer"),
 }
 
 
+Refusal: TypeAlias = tuple[int, bytes, list[tuple[bytes, bytes]]]
+SHUT_DOWN_RETRY_S = 1.0
+
+
 def refusal(
     reason: RejectReason | FailReason, *, detail: str, retry_after_s: float | None
-) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+) -> Refusal:
     """Status, body and headers of a call that was refused or broke."""
     status, kind, code, text = _REJECTIONS[reason]
     message = f"{text}{detail}"
@@ -214,11 +224,16 @@ def refusal(
     return status, error_body(message, kind, code=code), headers
 
 
-def shutting_down() -> bytes:
-    """Answer a call that comes while the gateway drains."""
+def shut_down() -> Refusal:
+    """Status, body and headers of a call that the gateway will not serve, as it ends."""
     message = "the gateway is shutting down: try another one"
     body = error_body(message, "overloaded_error", code="shutting_down")
-    return response(503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")])
+    return 503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
+
+
+def shutting_down() -> bytes:
+    """Answer a call that comes while the gateway drains."""
+    return response(*shut_down())
 
 
 def caller_error(error: CallerError) -> tuple[int, bytes]:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import quote
 
 import msgspec
@@ -28,21 +27,35 @@ from concertmaster.workload.records import CallRecord, RunRecords
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0
 _ERROR_CODE = re.compile(r'"code":"(\w+)"')
-_MODEL_HEADER = b"\r\nx-concertmaster-model: "
-_REPLICA_HEADER = b"\r\nx-concertmaster-replica: "
-_WAIT_HEADER = b"\r\nx-concertmaster-queue-wait-ms: "
+_MODEL_HEADER = b"x-concertmaster-model: "
+_REPLICA_HEADER = b"x-concertmaster-replica: "
+_WAIT_HEADER = b"x-concertmaster-queue-wait-ms: "
+_EVENT = b"data: "
+_ERROR_EVENT = b'data: {"error"'
+_REJECTIONS = frozenset(
+    {"queue_full", "waited_too_long", "no_replica", "too_late", "shutting_down"}
+)
 
 
 class _Ear:
-    """Hears one answer: its head for the record, its bytes for nothing."""
+    """Hears one answer: its beginning for the record, its bytes for nothing.
 
-    def __init__(self) -> None:
-        self.head = b""
+    Attributes:
+        begun: All up to its first event, comments of a stream that was held among it.
+        first_s: When that event came.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.begun = b""
+        self.first_s: float | None = None
         self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._clock = clock
 
     def write(self, data: bytes) -> None:
-        if not self.head:
-            self.head = data.partition(b"\r\n\r\n")[0]
+        if self.first_s is None:
+            self.begun += data
+            if _EVENT in self.begun:
+                self.first_s = self._clock()
 
     def finished(self, *, keep_alive: bool) -> None:
         self.settle("")
@@ -54,8 +67,15 @@ class _Ear:
         if not self.done.done():
             self.done.set_result(problem)
 
+    @property
+    def error(self) -> str:
+        """The error that a stream ended with at once; empty if it did not."""
+        return self.begun.partition(_ERROR_EVENT)[2].decode(errors="replace")
+
     def header(self, name: bytes) -> str:
-        return self.head.partition(name)[2].partition(b"\r\n")[0].decode("latin-1")
+        """Find a header, or the comment that stands for it in a stream that was held."""
+        line = self.begun.partition(name)[2].partition(b"\n")[0]
+        return line.decode("latin-1").rstrip("\r")
 
 
 @dataclass(kw_only=True)
@@ -142,7 +162,7 @@ class Replay:
             await fetch("POST", self.url, path, body=body, timeout_s=CONNECT_TIMEOUT_S)
 
     async def _ask(self, plan: WorkflowPlan, call: Call, request: Request) -> tuple[_Ear, Exchange]:
-        ear = _Ear()
+        ear = _Ear(self._clock)
         body = call_body(call, request, bare=self.bare_prompts)
         exchange = Exchange(request, ear, b"", body, model_named="", streams=True)
         self._link.send(exchange, call_head(plan, call, request, len(body)) + body)
@@ -158,24 +178,23 @@ class Replay:
 
     def _note(self, record: CallRecord, ear: _Ear, exchange: Exchange) -> None:
         record.model, record.replica_id = ear.header(_MODEL_HEADER), ear.header(_REPLICA_HEADER)
-        record.first_token_s = exchange.first_token_s
+        record.first_token_s = ear.first_s
         record.output_tokens = exchange.tokens
         wait_ms = ear.header(_WAIT_HEADER)
         if wait_ms:
             record.dispatched_s = record.arrival_s + float(wait_ms) / 1000
+        exchange.error_text = exchange.error_text or ear.error
         if exchange.error_text or exchange.status != 200:
-            refused: Literal["rejected", "failed"] = (
-                "rejected" if exchange.status in (400, 404, 429, 503) else "failed"
-            )
-            self._agents.refuse(record, refused, _reason(exchange))
+            reason = _reason(exchange)
+            rejected = reason in _REJECTIONS or exchange.status in (400, 404, 429, 503)
+            self._agents.refuse(record, "rejected" if rejected else "failed", reason)
         else:
             record.outcome = "served"
 
     # Outcomes
 
     def first_token(self, exchange: Exchange) -> None:
-        """Take the time of the first token."""
-        exchange.first_token_s = self._clock()
+        """Leave it to the ear: a stream may begin with comments."""
 
     def finished(self, exchange: Exchange, output_tokens: int) -> None:
         """Take the count of tokens."""

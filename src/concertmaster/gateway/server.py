@@ -5,9 +5,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from concertmaster.config import GatewaySection
+from concertmaster.config import FleetFile, GatewaySection
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.engines.control import ControlKind
 from concertmaster.gateway.agent import AgentConnection
 from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
@@ -28,6 +29,7 @@ async def running_gateway(
     observe: Observer | None = None,
     drain_s: float = 30.0,
     commands: Mapping[ReplicaId, Sequence[str]] | None = None,
+    controls: Mapping[ReplicaId, ControlKind] | None = None,
 ) -> AsyncIterator[tuple[Gateway, int]]:
     """Serve until the block ends; yields the gateway and the port it listens on.
 
@@ -48,6 +50,8 @@ async def running_gateway(
         connect_timeout_s=settings.connect_timeout_s,
         health_interval_s=settings.health_interval_s,
         commands=commands or {},
+        controls=controls or {},
+        hold_s=settings.hold_s,
     )
     routes.gateway = gateway
     try:
@@ -74,3 +78,12 @@ def scaled_clock(speedup: float) -> Callable[[], float]:
     if speedup == 1.0:
         return lambda: time.monotonic() - started_s
     return lambda: (time.monotonic() - started_s) * speedup
+
+
+def controls_of(file: FleetFile) -> dict[ReplicaId, ControlKind]:
+    """Return how each replica's engine is controlled."""
+    return {
+        ReplicaId(f"{section.name}-{number}"): section.controlled_by
+        for section in file.pools
+        for number in range(section.count)
+    }

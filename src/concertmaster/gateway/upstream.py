@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from concertmaster.gateway import stream
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.openai_api import completion_tokens, tool_call_ids
 
@@ -16,6 +17,7 @@ _MAX_ERROR_BYTES = 65_536
 _RETRIED_STATUS = 429
 _TAIL_BYTES = 4096
 _FRAMED = re.compile(rb"\r\n(content-length|transfer-encoding):")
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*chunked")
 _REQUEST_ID = re.compile(rb"\r\nx-request-id:[^\r]*", re.IGNORECASE)
 _END_OF_FRAME = b"\n\r\n"
 """Last bytes of a chunk that ends a frame: here a frame of our own could follow."""
@@ -63,7 +65,7 @@ class EngineConnection(asyncio.Protocol):
         self._head = b""
         self._last = b""
         self._interim = 0
-        self._ends_with_connection = False
+        self._ends_with_connection = self._wraps = False
         self._headers_done = self._done = self._refused = self._keep_alive = False
         exchange.engine = self
         self._transport.write(data)
@@ -97,7 +99,7 @@ class EngineConnection(asyncio.Protocol):
             self._fail(f"the engine sent no HTTP: {error}", alive=True)
             return
         if exchange.started:
-            exchange.caller.write(data)
+            exchange.caller.write(stream.chunk(data) if self._wraps else data)
         elif not self._begin_answer(exchange, data):
             return
         if exchange.streams:
@@ -129,6 +131,8 @@ class EngineConnection(asyncio.Protocol):
             return False  # engines answer 200 before they begin: until a token is out, retry
         head = self._head[:end].lower()
         self._ends_with_connection = not _FRAMED.search(head)
+        if exchange.held:
+            return self._follow(exchange, head, self._head[end + 2 :])
         if b"\r\nx-request-id:" in head:
             self._head = _REQUEST_ID.sub(b"", self._head, count=1)
             end = self._head.find(b"\r\n\r\n") + 2
@@ -138,13 +142,32 @@ class EngineConnection(asyncio.Protocol):
             self._link.outcomes.first_token(exchange)
         return True
 
+    def _follow(self, exchange: Exchange, head: bytes, body: bytes) -> bool:
+        """Let an answer follow the head that the caller got while it was held.
+
+        One that is no stream is held back until it is whole, and becomes an event.
+        """
+        framed = _CHUNKED.search(head) is not None
+        if exchange.status != 200 and not self._done:
+            return False
+        self._wraps = not framed or exchange.status != 200
+        if exchange.status != 200:
+            body = stream.error_event(stream.unchunked(body) if framed else body)
+        exchange.caller.write(stream.chunk(body) if self._wraps else body)
+        exchange.started = True
+        if exchange.status == 200:
+            self._link.outcomes.first_token(exchange)
+        return True
+
     def _finish(self, exchange: Exchange, last: bytes) -> None:
-        keep_alive = self._keep_alive
+        if self._wraps:
+            exchange.caller.write(stream.END)
+        keep_alive = self._keep_alive or exchange.held
         self._exchange = exchange.engine = None
         tokens = completion_tokens((self._last + last)[-_TAIL_BYTES:])
         if tokens is None:
             tokens = max(1, exchange.tokens - 2) if exchange.streams else 1
-        if keep_alive:
+        if self._keep_alive:
             self.resume()
             self._link.give_back(self)
         else:

@@ -127,6 +127,13 @@ class BatchingEngine(Protocol):
     def cancel(self, now_s: float, request_id: RequestId) -> bool:
         """Drop a call and free its blocks; False if it is not in the engine."""
 
+    def resize(self, now_s: float, kv_blocks: int) -> None:
+        """Have so many KV blocks from now on, at most as many as the settings say.
+
+        What no longer fits is preempted at once. A call too long for what there is waits for
+        more, and may leave the engine without a milestone until it gets some.
+        """
+
     def next_milestone_s(self) -> float | None:
         """Give an instant not later than the next milestone; ``None`` if none will come.
 

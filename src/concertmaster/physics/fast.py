@@ -134,7 +134,7 @@ class FastEngine:
         self._calls[call.request_id] = sequence
         heappush(self._waiting, (priority, sequence.order, sequence))
         if not self._stretch.steps:
-            self._begin(now_s)
+            self._resume(now_s)
         elif self._head() is sequence and len(self._running) < self._settings.max_sequences:
             self._cut()
 
@@ -154,13 +154,29 @@ class FastEngine:
                 self._prefilled.remove(sequence)
             kv_tokens = sequence.base + self._step if sequence.decoding else sequence.computed
             self._leave(sequence, kv_tokens)
+        self._resume(now_s)
         return True
+
+    def resize(self, now_s: float, kv_blocks: int) -> None:
+        """Change the KV blocks there are; what no longer fits is preempted."""
+        self._run_to(now_s)
+        self._cut()
+        self._pool.resize(kv_blocks)
+        while self._pool.room_blocks < 0:
+            self._preempt(set(self._running))
+        self._pool.evict()
+        self._resume(now_s)
+
+    def _resume(self, now_s: float) -> None:
+        """Begin a step if none is under way."""
+        if not self._stretch.steps:
+            self._begin(now_s)
 
     def next_milestone_s(self) -> float | None:
         """Give the end of the stretch."""
         if self._milestones:
             return self._milestones[0].time_s
-        return self._stretch.end_s if self._calls else None
+        return self._stretch.end_s if self._calls and self._stretch.steps else None
 
     def advance(self, now_s: float) -> list[Milestone]:
         """Run all steps that end by ``now_s``."""
@@ -267,11 +283,14 @@ class FastEngine:
             more_preempted, prefill_tokens, pairs = self._continue_prefill(self._partial)
             preempted = preempted or more_preempted
         batch = self._batch.count
-        if self._waiting and not preempted:
+        if self._waiting and not (preempted and self._running):
             budget = self._settings.max_batch_tokens - batch - prefill_tokens
             admitted_tokens, admitted_pairs = self._admit(budget)
             prefill_tokens += admitted_tokens
             pairs += admitted_pairs
+        if not self._running:
+            self._stretch.steps = 0
+            return
         self.prefilled_tokens += prefill_tokens
         step_s = self._curve.step_s(batch, self._batch.kv_tokens(self._step), prefill_tokens, pairs)
         steps, growth_s = 1, 0.0
@@ -312,7 +331,10 @@ class FastEngine:
             self._leave(sequence, sequence.known - (sequence.admission not in grown))
         else:
             self._leave(sequence, sequence.computed)
-            self._partial = None
+            if sequence is self._partial:
+                self._partial = None
+            else:
+                self._prefilled.remove(sequence)
         self.preemptions += 1
         heappush(self._waiting, (sequence.priority, sequence.order, sequence))
         return sequence

@@ -45,6 +45,12 @@ class BlockPool:
         self._references: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
+    def resize(self, kv_blocks: int) -> None:
+        """Have so many blocks from now on; room is negative while more are held."""
+        self.room_blocks += kv_blocks - self._kv_blocks
+        self._kv_blocks = kv_blocks
+        self.version += 1
+
     @property
     def cached_chunks(self) -> int:
         """Chunks that a call could hit, idle or not."""
@@ -72,6 +78,10 @@ class BlockPool:
         """Hold ``blocks`` more; at most ``room_blocks``."""
         assert blocks <= self.room_blocks, "more blocks taken than there is room"
         self._hold(blocks)
+        self.evict()
+
+    def evict(self) -> None:
+        """Drop idle chunks that have no room."""
         while self._idle and len(self._idle) * self._chunk_blocks > self.room_blocks:
             chunk, _ = self._idle.popitem(last=False)
             del self._references[chunk]

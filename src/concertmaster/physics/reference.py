@@ -79,8 +79,7 @@ class ReferenceEngine:
         self._submitted += 1
         self._waiting.append(sequence)
         self._sort_waiting()
-        if self._step_end_s is None:
-            self._start_step(now_s)
+        self._resume(now_s)
 
     def cancel(self, now_s: float, request_id: RequestId) -> bool:
         """Drop a call; the step under way still takes its time."""
@@ -91,8 +90,22 @@ class ReferenceEngine:
                     self._stop_running(sequence)
                 else:
                     self._waiting.remove(sequence)
+                self._resume(now_s)
                 return True
         return False
+
+    def resize(self, now_s: float, kv_blocks: int) -> None:
+        """Change the KV blocks there are; what no longer fits is preempted."""
+        self._run_to(now_s)
+        self._pool.resize(kv_blocks)
+        while self._pool.room_blocks < 0:
+            self._preempt(self._victim())
+        self._pool.evict()
+        self._resume(now_s)
+
+    def _resume(self, now_s: float) -> None:
+        if self._step_end_s is None:
+            self._start_step(now_s)
 
     def next_milestone_s(self) -> float | None:
         """Give the end of the step under way."""
@@ -133,7 +146,7 @@ class ReferenceEngine:
 
     def _start_step(self, now_s: float) -> None:
         self._scheduled = []
-        if not self._schedule_running():
+        if not (self._schedule_running() and self._running):
             self._admit_waiting()
         if not self._scheduled:
             self._step_end_s = None

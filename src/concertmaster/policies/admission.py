@@ -1,9 +1,19 @@
-"""Admission: who may join the line, and for how long."""
+"""Admission: who may join the line, and for how long; and which workflows may begin."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from concertmaster.core.events import RejectReason
-from concertmaster.core.request import Request
+from concertmaster.core.fleet import Pool
+from concertmaster.core.policy import Refusal, View
+from concertmaster.core.queue import Waiting
+from concertmaster.core.request import ModelName, Request, ServiceClass
+from concertmaster.core.sketch import moments
+
+LEFT_OPEN = ModelName("")
+
+LEAST_RETRY_S, MOST_RETRY_S = 1.0, 120.0
+"""Bounds of what a refused caller is told to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +37,86 @@ class BoundedLine:
     def expires_s(self, request: Request) -> float:
         """Count from arrival."""
         return request.arrival_s + self.max_wait_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InTime:
+    """Let a workflow begin only if its forecast meets its deadline, if need be on a quicker model.
+
+    What it will need is judged once, at its first call: waits in the order of the line, loads,
+    the tokens of all its calls, and its tools. Where that call allows several models, the
+    workflow is kept to the surest that is quick enough; without a forecast of success the one
+    with the heaviest weights counts as the surest.
+
+    Attributes:
+        person_s: Seconds granted to a workflow of people that names no deadline; ``None`` for
+            as long as it takes.
+        program_s: The same for one of programs.
+        doubt: Share of the time granted by which a forecast may pass it: forecasts are means.
+    """
+
+    person_s: float | None = None
+    program_s: float | None = None
+    doubt: float = 0.0
+
+    def judge(self, call: Waiting, pools: Sequence[Pool], view: View) -> ModelName | Refusal:
+        """Compare the time granted with the forecast on each model."""
+        granted_s = self._granted_s(call.request, view.now_s)
+        if granted_s is None:
+            return LEFT_OPEN
+        limit_s = granted_s * (1 + self.doubt)
+        models = _surest_first(call, pools)
+        needs_s = [needed_s(call, model, view) for model in models]
+        for model, (busy_s, _) in zip(models, needs_s, strict=True):
+            if busy_s <= limit_s:
+                return model if len(models) > 1 else LEFT_OPEN
+        idle_s = min(idle for _, idle in needs_s)
+        over_s = min(busy for busy, _ in needs_s) - limit_s
+        retry_s = min(max(LEAST_RETRY_S, over_s), MOST_RETRY_S)
+        return Refusal("too_late", retry_s if idle_s <= limit_s else None)
+
+    def _granted_s(self, request: Request, now_s: float) -> float | None:
+        if request.deadline_s is not None:
+            return max(0.0, request.deadline_s - now_s)
+        person = request.service_class is ServiceClass.INTERACTIVE
+        return self.person_s if person else self.program_s
+
+
+def _surest_first(call: Waiting, pools: Sequence[Pool]) -> list[ModelName]:
+    """Return the models of pools by forecast of success, then by their weights."""
+    weights = {pool.model.name: pool.model.weights_bytes for pool in pools}
+    success = call.forecast.success
+    return sorted(weights, key=lambda model: (-success.get(model, 0.0), -weights[model]))
+
+
+def needed_s(call: Waiting, model: ModelName, view: View) -> tuple[float, float]:
+    """Seconds until a workflow is done that begins with a model, and the same on an idle fleet.
+
+    Its calls are shared out over the models that it will need in proportion to their tokens;
+    each call waits as this one would if it came there. Branches count as if they came one
+    after another.
+    """
+    tokens = {model: call.owes_tokens(model), **call.forecast.elsewhere(model)}
+    calls = call.forecast.remaining_calls
+    each = (1.0 if calls is None else max(1.0, calls.mean)) / sum(tokens.values())
+    tools = call.forecast.remaining_tool_s
+    busy_s = idle_s = 0.0 if tools is None else tools.mean
+    for one, owed in tokens.items():
+        pools, share = view.pools_of(one), max(1.0, each * owed)
+        busy_s += min((_busy_s(call, pool, view, share, owed) for pool in pools), default=0.0)
+        idle_s += min((owed * pool.decode_token_s for pool in pools), default=0.0)
+    return busy_s, idle_s
+
+
+def _busy_s(call: Waiting, pool: Pool, view: View, calls: float, tokens: int) -> float:
+    """Seconds that so many calls with so many output tokens take on a pool as it stands."""
+    crew = view.crew(pool)
+    if crew is None:
+        full = pool.max_sequences
+        queued_s = view.waiting_tokens(pool) * pool.curve.step_s(full, 0) / full
+        wait_s, step_s = view.ready_s(pool) + queued_s, pool.decode_token_s
+    else:
+        step_s = crew.step_s
+        parts = () if view.has_room(call, pool) else view.wait(call, crew).parts
+        wait_s = calls * sum(moments(part)[0] for part in parts)
+    return wait_s + call.request.prompt_tokens * pool.prefill_token_s + tokens * step_s

@@ -3,18 +3,22 @@
 ``PLACEMENT+ORDERING`` joins any two parts (``round-robin+las``); a placement alone is
 first come, first served, and an ordering alone places by tokens. ``PLACEMENT@arrival`` chooses
 the replica when a call arrives rather than when there is room. A recipe takes settings
-after a colon (``chimera:tau=0.3,rule=paper``). Any of them may end in a scaling
-(``round-robin/reactive``), which takes settings in the same way.
+after a colon (``chimera:tau=0.3,rule=paper``). Any of them may be followed by a scaling
+(``round-robin/reactive``) and, for shared nodes, a residency (``edf/lru-swap``), each after a
+slash, in any order, with settings in the same way.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from concertmaster.core.errors import InputError, unknown_name
 from concertmaster.core.policy import Ordering, Policy, Truth
+from concertmaster.core.promise import KvRule
 from concertmaster.core.standing import Scaling
+from concertmaster.core.tenancy import Residency
+from concertmaster.policies.filters import FitsKvCache
 from concertmaster.policies.ordering import (
     EarliestDeadline,
     Fcfs,
@@ -26,7 +30,9 @@ from concertmaster.policies.ordering import (
 )
 from concertmaster.policies.recipes.baselines import PLACEMENTS, baseline, murakkab
 from concertmaster.policies.recipes.chimera import chimera
+from concertmaster.policies.recipes.maestro import maestro
 from concertmaster.policies.recipes.swarmx import swarmx
+from concertmaster.policies.residency import Expected, LruSwap, NoColocation, Qlm
 from concertmaster.policies.routers import Cascade, RandomModel, Sticky, SurestPools
 from concertmaster.policies.scaling import Foreseen, Reactive
 from concertmaster.policies.settings import Reader, choice, number, read_settings
@@ -77,6 +83,22 @@ SWARMX: Mapping[str, Reader] = {
     "wait": choice(order="order", fifo="fifo"),
     "sum": choice(independent="independent", comonotone="comonotone"),
 }
+KV: Mapping[str, Reader] = {
+    "kv": choice(**{"forecast": "forecast", "worst-case": "worst-case", "paged": "paged"}),
+    "level": number(0.01, 0.9999),
+    "margin": number(0),
+    "eps": number(1e-6, 0.5),
+    "returning": number(0, 1),
+}
+"""How KV is promised: settings of ``static`` and of every residency."""
+
+EXPECTED: Mapping[str, Reader] = {
+    "interactive": number(1),
+    "residence": number(0),
+    "hold_s": number(0),
+    "hysteresis": number(0),
+}
+
 POINT = ("others", "siblings", "near", "reroute_s", "order", "aging", "wait")
 
 RECIPES: dict[str, Recipe] = {
@@ -99,6 +121,19 @@ RECIPES: dict[str, Recipe] = {
     "swarmx": Recipe(swarmx, SWARMX),
     "point": Recipe(partial(swarmx, law="mean"), {k: SWARMX[k] for k in POINT}),
     "murakkab": Recipe(murakkab, {"prompt": number(1), "output": number(1)}),
+    "maestro": Recipe(
+        maestro,
+        {
+            "people_s": number(0, 1800),
+            "aging": number(1e-6),
+            "admits": choice(yes=True, no=False),
+            "person_s": number(0.1),
+            "program_s": number(0.1),
+            "doubt": number(0),
+            **KV,
+            **EXPECTED,
+        },
+    ),
     "ltr": Recipe(lambda name: baseline(name, "vllm", ShortestJob(), aging=0.1)),
     "quality-only": Recipe(
         lambda name: baseline(
@@ -132,26 +167,26 @@ AT = "@arrival"
 """After the name of a placement: the replica is chosen on arrival, and calls queue inside it."""
 
 
-class ScalingRecipe(NamedTuple):
-    """A way to choose how many replicas there are.
+class Tail(NamedTuple):
+    """What may follow a slash: how many replicas there are, or whose weights lie where.
 
     Attributes:
         build: Makes it.
         settings: What may follow its name.
     """
 
-    build: Callable[..., Scaling | None]
+    build: Callable[..., Scaling | Residency | None]
     settings: Mapping[str, Reader] = {}
 
 
 _PACE: Mapping[str, Reader] = {"interval_s": number(0.1), "settle_s": number(0)}
 
-SCALINGS: dict[str, ScalingRecipe] = {
-    "static": ScalingRecipe(lambda: None),
-    "reactive": ScalingRecipe(
+SCALINGS: dict[str, Tail] = {
+    "static": Tail(lambda: None),
+    "reactive": Tail(
         Reactive, {**_PACE, "target": number(0.1), "tolerance": number(0, 1), "burst": number(0)}
     ),
-    "foreseen": ScalingRecipe(
+    "foreseen": Tail(
         Foreseen,
         {
             **_PACE,
@@ -163,6 +198,15 @@ SCALINGS: dict[str, ScalingRecipe] = {
     ),
 }
 """Scalings by name; without one the fleet stays as its file says."""
+
+RESIDENCIES: dict[str, Tail] = {
+    "expected": Tail(Expected, EXPECTED),
+    "lru-swap": Tail(LruSwap),
+    "qlm": Tail(Qlm),
+    "no-colocation": Tail(NoColocation),
+}
+"""Residencies by name, for nodes that models share."""
+
 
 NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *RECIPES)
 
@@ -178,17 +222,49 @@ def policy(name: str) -> Policy:
     Raises:
         InputError: If a part of the name is not known; it suggests the nearest.
     """
-    whole, slash, scaling = name.partition("/")
+    whole, *tails = name.split("/")
     built = _unscaled(whole)
-    return replace(built, name=name, scaling=_scaling(scaling)) if slash else built
+    kinds = [_kind_of(tail) for tail in tails]
+    if len({*kinds}) < len(kinds):
+        problem = f"expected one scaling and one residency at the most, found {', '.join(tails)}"
+        raise InputError("", f"policy {name}", problem, "leave one out")
+    for tail in tails:
+        built = _with_tail(built, tail)
+    return replace(built, name=name) if tails else built
 
 
-def _scaling(name: str) -> Scaling | None:
+def _kind_of(tail: str) -> str:
+    base = tail.partition(":")[0]
+    if base in SCALINGS:
+        return "scaling"
+    if base in RESIDENCIES:
+        return "residency"
+    raise unknown_name("", "policy", "scaling or residency", base, SCALINGS | RESIDENCIES)
+
+
+def _with_tail(built: Policy, name: str) -> Policy:
     base, _, text = name.partition(":")
-    if base not in SCALINGS:
-        raise unknown_name("", "policy", "scaling", base, SCALINGS)
-    recipe = SCALINGS[base]
-    return recipe.build(**read_settings(base, text, recipe.settings))
+    tail = (SCALINGS | RESIDENCIES)[base]
+    promises = base == "static" or base in RESIDENCIES
+    told = read_settings(base, text, {**tail.settings, **(KV if promises else {})})
+    rule = {key: told.pop(key) for key in KV if key in told and key not in tail.settings}
+    part: Any = tail.build(**told)
+    if base in SCALINGS:
+        return replace(built, scaling=part, **_promising(built, rule) if rule else {})
+    if built.binds == "early":
+        problem = f"calls bound on arrival cannot wait for the models that {base} moves"
+        raise InputError("", f"policy {built.name}/{name}", problem, f"leave out {AT}")
+    if not rule and built.kv is not None:
+        return replace(built, residency=part)
+    rule.setdefault("kv", "forecast" if base == "expected" else "paged")
+    return replace(built, residency=part, **_promising(built, rule))
+
+
+def _promising(built: Policy, rule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes if KV is promised by a rule: the filter on free KV gives way to it."""
+    facts = {"kind" if key == "kv" else key: value for key, value in rule.items()}
+    kept = tuple(one for one in built.filters if not isinstance(one, FitsKvCache))
+    return {"kv": KvRule(**facts), "filters": kept}
 
 
 def _unscaled(name: str) -> Policy:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from concertmaster.core.fleet import Pool
 from concertmaster.core.forecast import Forecast
-from concertmaster.core.request import Request
+from concertmaster.core.request import Request, ServiceClass
 from concertmaster.core.workflow import Workflow
 
 
@@ -138,3 +138,31 @@ class ShortestRemaining:
         tokens = forecast.output_at(pool.model.name, 0.5, request.max_output_tokens)
         remaining_tokens = tokens if law is None else max(law.median, tokens)
         return pool.service_s(request.prompt_tokens, remaining_tokens, batch=1)
+
+
+@dataclass(frozen=True, slots=True)
+class PeopleFirst:
+    """Calls that a person waits for first; among equals the shortest remaining workflow.
+
+    Every call stands in line anew, so a workflow of programs gives way between two of its
+    calls and never within one. What it has waited so far is taken off what it gives way by, so
+    it is not held up at each of its stages. No call is overtaken by one that arrives later than
+    ``2 * people_s / aging`` seconds after it.
+
+    Attributes:
+        people_s: Seconds by which calls of programs give way; remaining service counts to as
+            much at the most.
+    """
+
+    people_s: float = 60.0
+    drifts: bool = False
+
+    def urgency_s(
+        self, request: Request, forecast: Forecast, workflow: Workflow, pool: Pool
+    ) -> float:
+        """Remaining service, and for a program what is left of giving way."""
+        remaining_s = ShortestRemaining().urgency_s(request, forecast, workflow, pool)
+        urgency_s = min(remaining_s, self.people_s)
+        if request.service_class is ServiceClass.BATCH:
+            urgency_s += max(0.0, self.people_s - workflow.waited_s)
+        return urgency_s

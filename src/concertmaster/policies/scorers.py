@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.queue import Waiting
+from concertmaster.core.request import ServiceClass
+
+TOKEN_BYTES = 4
+"""Bytes of a prompt token on the wire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +158,26 @@ class Network:
     def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         """Seconds of distance."""
         return replica.network_s
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Round trip to the replica's cluster and the way of the prompt there.
+
+    Attributes:
+        interactive: What a second counts for if a person waits for it; else 1.
+        bytes_per_s: Of the line to a cluster that is not here.
+    """
+
+    interactive: float = 4.0
+    bytes_per_s: float = 1.25e8
+    name: str = "distance"
+
+    def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
+        """Seconds of distance, weighed by who waits."""
+        if not replica.network_s:
+            return 0.0
+        request = call.request
+        sent_s = TOKEN_BYTES * request.prompt_tokens / self.bytes_per_s
+        weight = self.interactive if request.service_class is ServiceClass.INTERACTIVE else 1.0
+        return weight * (replica.network_s + sent_s)

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from concertmaster import compose
-from concertmaster.core.actions import Action, Stop, Wake
+from concertmaster.core.actions import Action, Demote, Wake
 from concertmaster.core.events import Event
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
 from concertmaster.reproduce import swarmx_world as world_of
@@ -68,7 +68,7 @@ class GpuCount:
         for action in actions:
             if isinstance(action, Wake):
                 self._changes.append((now_s, self._gpus[action.replica_id]))
-            elif isinstance(action, Stop):
+            elif isinstance(action, Demote):
                 self._changes.append((now_s, -self._gpus[action.replica_id]))
 
     def at(self, instants_s: list[float]) -> list[float]:

@@ -10,7 +10,16 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, assert_never
 
-from concertmaster.core.actions import Action, Cancel, Dispatch, Fail, Reject, Stop, Wake
+from concertmaster.core.actions import (
+    Action,
+    Cancel,
+    Demote,
+    Dispatch,
+    Fail,
+    Reject,
+    Resize,
+    Wake,
+)
 from concertmaster.core.events import (
     Event,
     ReplicaDemoted,
@@ -22,7 +31,7 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import Pool, ReplicaId
+from concertmaster.core.fleet import Pool, Readiness, ReplicaId
 from concertmaster.core.forecast import Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
@@ -172,8 +181,11 @@ class Simulation:
                 self._poll_later(now_s, replica_id)
             case Wake(replica_id):
                 self._wake(now_s, replica_id)
-            case Stop(replica_id):
-                self._stop(now_s, replica_id)
+            case Demote(replica_id, readiness):
+                self._demote(now_s, replica_id, readiness)
+            case Resize(replica_id, kv_blocks):
+                self._engines[replica_id].resize(now_s, kv_blocks)
+                self._poll_later(now_s, replica_id)
             case _:
                 assert_never(action)
 
@@ -343,11 +355,11 @@ class Simulation:
         ready_s = replica.pool.ready_s.get(replica.readiness, 0.0)
         self._at(now_s + ready_s, self._strike, ReplicaReady(replica_id))
 
-    def _stop(self, now_s: float, replica_id: ReplicaId) -> None:
+    def _demote(self, now_s: float, replica_id: ReplicaId, readiness: Readiness) -> None:
         """Move an idle replica's weights away, which takes no time."""
-        self._gauges.note_stop()
-        stopped = self._scheduler.replicas[replica_id].pool.stopped
-        self._at(now_s, self._strike, ReplicaDemoted(replica_id, stopped))
+        if self._scheduler.replicas[replica_id].readiness is Readiness.RUNNING:
+            self._gauges.note_stop()
+        self._at(now_s, self._strike, ReplicaDemoted(replica_id, readiness))
 
 
 def engine_settings(pool: Pool) -> EngineSettings:

@@ -1,0 +1,213 @@
+"""Which call is on which replica: handed out in order, followed, and struck off again."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from concertmaster.core.actions import Action, Dispatch
+from concertmaster.core.fleet import InFlight, Pool, PoolId, Replica, ReplicaId
+from concertmaster.core.outlook import key_of
+from concertmaster.core.policy import Policy
+from concertmaster.core.promise import Promises
+from concertmaster.core.queue import Lane, Waiting, WaitingLine
+from concertmaster.core.request import RequestId
+from concertmaster.core.residency import Residents
+from concertmaster.core.routing import Routing
+from concertmaster.core.scaling import Scaler
+from concertmaster.core.service import service_on
+from concertmaster.core.sketch import affine
+from concertmaster.core.window import Window
+from concertmaster.core.workflow import Workflows
+
+
+class Dispatcher:
+    """Takes calls out of the line and writes them into the ledgers of replicas.
+
+    Args:
+        policy: Orders, scores and picks.
+        pools: All there are.
+        line: Calls that wait.
+        running: Calls that were handed out, with their replica; kept here.
+        workflows: Told what its calls get.
+        window: Which replicas have room.
+        routing: Told where a call went.
+        promises: What KV calls are promised, if a rule says so.
+        residents: See that it is granted, where nodes are shared.
+        scaler: Counts dispatches, if there is one.
+        rng: Source of randomness.
+        record_candidates: Keep the costs of every candidate with a dispatch.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        pools: Mapping[PoolId, Pool],
+        line: WaitingLine,
+        running: dict[RequestId, tuple[Waiting, Replica]],
+        workflows: Workflows,
+        window: Window,
+        routing: Routing,
+        promises: Promises | None,
+        residents: Residents | None,
+        scaler: Scaler | None,
+        rng: random.Random,
+        record_candidates: bool,
+    ) -> None:
+        self._policy = policy
+        self._pools = pools
+        self._line = line
+        self._running = running
+        self._workflows = workflows
+        self._window = window
+        self._routing = routing
+        self._promises = promises
+        self._residents = residents
+        self._scaler = scaler
+        self._rng = rng
+        self._record_candidates = record_candidates
+        self._dispatches = 0
+
+    def key(self, call: Waiting) -> float:
+        """Place of a call in the line."""
+        return key_of(self._policy, call, self._pools[call.pools[0]])
+
+    def dispatch(self, now_s: float, actions: list[Action]) -> None:
+        """Hand out calls, best key first, until nobody fits.
+
+        A head that finds no room closes its pools to calls behind it: what frees up is kept
+        for it, so that small calls cannot starve a large one.
+        """
+        refresh = self.key if self._policy.ordering.drifts else None
+        blocked: dict[PoolId, None] = {}
+        lanes = [lane for lane in self._line.lanes.values() if self._may_move(lane, blocked)]
+        while lanes:
+            heads = [
+                (head.key, head.serial, lane, head)
+                for lane in lanes
+                if (head := lane.head(refresh))
+            ]
+            _, _, lane, call = min(heads)
+            replicas = self.room_for(call, blocked)
+            if replicas:
+                self._line.remove(call.request.request_id)
+                actions += self.place(now_s, call, replicas)
+            else:
+                blocked.update(dict.fromkeys(lane.pools))
+            lanes = [lane for lane in lanes if len(lane) and self._may_move(lane, blocked)]
+
+    def _may_move(self, lane: Lane, blocked: dict[PoolId, None]) -> bool:
+        return any(
+            pool_id not in blocked and self._window.open_replicas(pool_id) for pool_id in lane.pools
+        )
+
+    def room_for(self, call: Waiting, blocked: dict[PoolId, None]) -> list[Replica]:
+        """Return the open replicas that every filter keeps."""
+        found: list[Replica] = []
+        for pool_id in call.pools:
+            if pool_id not in blocked:
+                found += self._window.room(call, self._pools[pool_id])
+        return found
+
+    def place(self, now_s: float, call: Waiting, replicas: Sequence[Replica]) -> list[Action]:
+        """Choose among the replicas that have room, and write the call into its ledgers."""
+        policy, request = self._policy, call.request
+        chosen, chosen_cost_s = replicas[0], None
+        if len(replicas) > 1:
+            scorers = policy.scorers
+
+            def cost_s(replica: Replica) -> float:
+                return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
+
+            chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
+            chosen_cost_s = cost_s(chosen) if scorers else None
+        costs_s: Mapping[ReplicaId, Mapping[str, float]] = {}
+        if self._record_candidates:
+            costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in replicas}
+        self._enter(now_s, call, chosen)
+        dispatch = Dispatch(
+            request.request_id,
+            chosen.replica_id,
+            call.attempt,
+            int(1000 * self.key(call)) if chosen.pool.priority_scheduling else 0,
+            now_s - request.arrival_s,
+            len(replicas),
+            chosen_cost_s,
+            costs_s,
+        )
+        if self._residents is None:
+            return [dispatch]
+        return [*self._residents.grants(now_s, chosen), dispatch]
+
+    def _enter(self, now_s: float, call: Waiting, replica: Replica) -> None:
+        """Write a dispatched call into the ledgers."""
+        request, model = call.request, replica.pool.model.name
+        if call.workflow.model != model:
+            self._routing.commit(call, model)
+        if self._policy.siblings:
+            law = service_on(now_s, call, replica).law(call.output_sketch(model))
+            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
+        expected_tokens = call.expected_tokens(model)
+        hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
+        in_flight = InFlight(
+            request=request,
+            prefill_tokens=max(1, request.prompt_tokens - hit_tokens),
+            decode_tokens=expected_tokens,
+            expected_tokens=expected_tokens,
+        )
+        if self._scaler is not None:
+            self._scaler.note_dispatch(model, in_flight)
+        self._promise(now_s, call, replica, in_flight)
+        self._dispatches += 1
+        replica.last_dispatch = self._dispatches
+        replica.last_used_s = now_s
+        call.workflow.waited_s += now_s - request.arrival_s
+        self._running[request.request_id] = (call, replica)
+        self._window.update(now_s, replica)
+
+    def _promise(self, now_s: float, call: Waiting, replica: Replica, in_flight: InFlight) -> None:
+        pool, promises = replica.pool, self._promises
+        if promises is None:
+            replica.admit(now_s, in_flight, min(call.kv_tokens(pool.model.name), pool.kv_tokens))
+            return
+        in_flight.promised_tokens = promises.tokens(call, pool)
+        replica.admit(now_s, in_flight, in_flight.promised_tokens)
+        promises.enter(call, replica)
+
+    def stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
+        """Take in that a call has now produced so many tokens; old news is passed over."""
+        running = self._running.get(request_id)
+        if running is None or running[0].attempt != attempt or not tokens:
+            return
+        call, replica = running
+        workflow, pool, pace = call.workflow, replica.pool, replica.pace
+        prefill_tokens = replica.in_flight[request_id].prefill_tokens
+        workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
+        fresh_tokens = replica.stream(request_id, tokens)
+        self._window.note(replica)
+        if self._residents is not None:
+            self._residents.note_growth(replica)
+        self._workflows.stream(workflow, fresh_tokens, pool.model.name)
+        workflow.attained_s += fresh_tokens * pool.decode_token_s * pace
+
+    def release(
+        self,
+        now_s: float,
+        request_id: RequestId,
+        attempt: int,
+        *,
+        settle: bool = True,
+        finished: bool = False,
+    ) -> Waiting | None:
+        """Strike an attempt from the ledgers; ``None`` if it is over already."""
+        running = self._running.get(request_id)
+        if running is None or running[0].attempt != attempt:
+            return None
+        call, replica = self._running.pop(request_id)
+        released = replica.release(request_id)
+        if finished and self._promises is not None:
+            self._promises.learn(replica.pool, released)
+        call.workflow.ends.pop(request_id, None)
+        self._window.update(now_s, replica)
+        if settle:
+            self._workflows.settle(call.workflow.workflow_id)
+        return call

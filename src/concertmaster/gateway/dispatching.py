@@ -1,0 +1,31 @@
+"""A call as it goes to the engine that was chosen for it."""
+
+from concertmaster.core.actions import Dispatch
+from concertmaster.core.fleet import Replica
+from concertmaster.gateway import heads, openai_api, stream
+from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.upstream import EngineLink
+
+
+def send(exchange: Exchange, action: Dispatch, replica: Replica, link: EngineLink) -> None:
+    """Begin an attempt; the one before is on a replica that is gone."""
+    if exchange.engine is not None:
+        exchange.engine.cancel()
+    exchange.attempt, exchange.replica_id = action.attempt, action.replica_id
+    exchange.tokens = exchange.told_tokens = 0
+    model, body = replica.pool.model.name, exchange.body
+    if exchange.model_named != model:
+        body = openai_api.with_model(body, model)
+    head = exchange.head + b"host: %b\r\ncontent-length: %d\r\n" % (link.authority, len(body))
+    if replica.pool.priority_scheduling and action.priority:
+        head += b"x-vllm-priority: %d\r\n" % action.priority
+    link.send(exchange, head + b"\r\n" + body)
+
+
+def tell_decision(exchange: Exchange, policy: str, model: str, action: Dispatch) -> None:
+    """Add to the answer where the first attempt went and why; in a held stream, as comments."""
+    if exchange.held:
+        lines = heads.decision_headers(policy, model, action).decode("latin-1").splitlines()
+        exchange.caller.write(stream.chunk(stream.comment(*lines)))
+    elif exchange.attempt == 0:
+        exchange.response_headers += heads.decision_headers(policy, model, action)

@@ -1,0 +1,90 @@
+"""A message becomes a call: its prompt, whose workflow it belongs to, what it allows."""
+
+import itertools
+from collections.abc import Container, Iterable
+
+from concertmaster.core.request import Request, RequestId, WorkflowId
+from concertmaster.gateway import heads, openai_api
+from concertmaster.gateway.agent import AgentConnection, Message
+from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.identity import Identity, Normalizer, with_hints
+from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway.prompts import read_prompt
+
+
+class Intake:
+    """Reads what agents send, in whatever dialect they name their workflow."""
+
+    def __init__(self) -> None:
+        self._normalizer = Normalizer()
+        self._inference = WorkflowInference()
+        self._numbers = itertools.count(1)
+
+    def open(
+        self,
+        now_s: float,
+        agent: AgentConnection,
+        message: Message,
+        *,
+        chat: bool,
+        taken: Container[RequestId],
+        reads_prompts: bool,
+    ) -> tuple[Exchange, Identity]:
+        """Return the call of a message, and who sent it.
+
+        Args:
+            now_s: The instant.
+            agent: Who waits for the answer.
+            message: What came.
+            chat: Whether it was sent to the path of chats.
+            taken: Names of calls without an outcome.
+            reads_prompts: Whether the predictor wants to see the prompt.
+
+        Raises:
+            CallerError: The message is no call.
+        """
+        headers = message.headers
+        call = openai_api.parse_call(message.body, chat=chat)
+        text = call.text()
+        hashes = openai_api.prefix_hashes(text)
+        identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
+        identity = with_hints(headers, call, identity)
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        while not request_id or request_id in taken:
+            request_id = f"cm-{next(self._numbers)}"
+        models = call.models()
+        request = Request(
+            request_id=RequestId(request_id),
+            workflow_id=identity.workflow_id,
+            arrival_s=now_s,
+            prompt_tokens=openai_api.prompt_tokens(text),
+            max_output_tokens=call.max_output_tokens(),
+            models=models,
+            role=identity.role,
+            app=identity.app,
+            template=identity.template,
+            step=identity.step,
+            stage=identity.stage,
+            parents=identity.parents,
+            service_class=identity.service_class,
+            prefix_hashes=hashes,
+            deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
+        )
+        exchange = Exchange(
+            request,
+            agent,
+            heads.engine_head(message, request_id),
+            message.body,
+            model_named=models[0] if len(models) == 1 else "",
+            streams=bool(call.stream),
+        )
+        exchange.response_headers = heads.identity_headers(request_id, identity)
+        if reads_prompts:
+            exchange.prompt = read_prompt(call)
+        return exchange, identity
+
+    def note_tool_calls(
+        self, tool_call_ids: Iterable[bytes], workflow_id: WorkflowId, stage: int
+    ) -> None:
+        """Remember which workflow tools were asked for by: their results come without a name."""
+        self._inference.note_tool_calls(tool_call_ids, workflow_id, stage)
