@@ -24,6 +24,7 @@ from concertmaster.engines.control import ControlKind
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.emulator_api import EmulatorServer, serve
 from concertmaster.gateway.driver import Gateway
+from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.server import running_gateway
 from concertmaster.predictors.interface import Predictor
 from concertmaster.predictors.recent import RecentLengths
@@ -185,7 +186,7 @@ class Upstream:
                 heard = await _hear(reader)
                 if self.healthy is None and "/health" in heard.line:
                     await asyncio.sleep(60)
-                if not heard.line.startswith("POST /v1"):
+                if not ("POST" in heard.line and "/v1/" in heard.line):
                     writer.write(self._control(heard))
                     continue
                 self.connections += not mine
@@ -357,6 +358,7 @@ async def a_rig(
     may_log: bool = False,
     commands: Mapping[ReplicaId, Sequence[str]] | None = None,
     controls: Mapping[ReplicaId, ControlKind] | None = None,
+    peers: Mapping[ReplicaId, Peer] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[Rig]:
     """Start a gateway; whatever goes wrong unseen in its event loop fails the test."""
@@ -387,6 +389,7 @@ async def a_rig(
                 drain_s=drain_s,
                 commands=commands,
                 controls=controls,
+                peers=peers,
             ) as (gateway, port),
             aiohttp.ClientSession(
                 f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=10)

@@ -21,13 +21,14 @@ model = "llama-3.1-8b-instruct"
 gpu = "a100-80g"
 """
 POOL_KEYS = (
-    "block_tokens, cluster, command, control, endpoints, gpu, kv_blocks, least_replicas, "
+    "api_key_env, block_tokens, cluster, command, control, endpoints, engine, gpu, kv_blocks, least_replicas, "
     "max_batch_tokens, max_sequences, memory_ratio, model, name, nodes, prefix_caching, "
     "replicas, scheduling, served_name, state, stopped, tensor_parallel"
 )
 CLUSTER_KEYS = "known: name, network_ms"
 NODE_KEYS = "known: cluster, gpu, gpus, host_gb, memory_ratio, name"
 FILE_KEYS = "known: clusters, emulator, gateway, name, nodes, pools, scaling"
+ENGINES = "known: llama.cpp, ollama, openai, sglang, vllm"
 STATES = "known: disk, host, remote, running, sleeping"
 MOST = "max_sequences (256)"
 STEP_HINT = "each sequence decodes a token a step"
@@ -358,12 +359,16 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
             "pools[0].endpoints: expected `array`, got `str` (found 'http://x:1')",
         ),
         (
-            'endpoints = ["http://x:1", "https://x:1"]',
-            "pools[0].endpoints[1]: expected http://HOST:PORT, found 'https://x:1'",
+            'endpoints = ["http://x:1", "ftp://x:1"]',
+            "pools[0].endpoints[1]: expected http://HOST:PORT or https://HOST, found 'ftp://x:1'",
         ),
         (
-            'endpoints = ["http://x:1/v1"]',
-            "pools[0].endpoints[0]: expected http://HOST:PORT, found 'http://x:1/v1'",
+            'endpoints = ["http://x:1/v1?k"]',
+            "pools[0].endpoints[0]: expected http://HOST:PORT or https://HOST, found 'http://x:1/v1?k'",
+        ),
+        (
+            'engine = "vlm"',
+            f'pools[0].engine: unknown engine "vlm" (did you mean "vllm"? {ENGINES})',
         ),
         (
             'endpoints = ["http://x:1"]\nreplicas = 2',

@@ -32,7 +32,9 @@ from concertmaster.config import (
 from concertmaster.core.actions import Action
 from concertmaster.core.events import Event, FailReason, RejectReason
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.engines.dialects import Reading
 from concertmaster.engines.faults import Faults
+from concertmaster.gateway.engine_watch import EngineWatch
 from concertmaster.gateway.metrics import GatewayMetrics, exposition
 from concertmaster.gateway.openai_api import refusal
 from concertmaster.observe.compare import PAIRED
@@ -208,7 +210,12 @@ def test_every_prometheus_metric_has_a_row() -> None:
     metrics = GatewayMetrics()
     metrics.answered(200, 0.1)
     metrics.refused("queue_full")
-    text = exposition(metrics, scheduler).decode()
+    engines = EngineWatch({}, {}, scheduler.replicas, lambda _: True, interval_s=1.0)
+    engines.readings = {
+        replica_id: Reading({"running": 1.0, "waiting": 0.0, "kv_ratio": 0.5}, ())
+        for replica_id in scheduler.replicas
+    }
+    text = exposition(metrics, scheduler, engines).decode()
     kinds = dict(re.findall(r"^# TYPE (concertmaster_\w+) (\w+)$", text, re.MULTILINE))
     names = {name.removesuffix("_created"): kind for name, kind in kinds.items()}
 

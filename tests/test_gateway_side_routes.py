@@ -45,6 +45,10 @@ FAMILIES = {
     "concertmaster_kv_reserved_ratio",
     "concertmaster_replica_alive",
     "concertmaster_replica_pace",
+    "concertmaster_engine_requests",
+    "concertmaster_engine_kv_ratio",
+    "concertmaster_engine_foreign_requests",
+    "concertmaster_engine_missing_metrics",
 }
 
 

@@ -23,6 +23,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
+from concertmaster.gateway.peers import peers_of
 from concertmaster.gateway.replay import Replay
 from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
@@ -108,6 +109,7 @@ def serve(
         )
 
         predictor = forecaster.serving_predictor(settings, fleet)
+        peers = peers_of(str(config), file, os.environ)
 
         async def run() -> None:
             gateway = running_gateway(
@@ -119,6 +121,7 @@ def serve(
                 observe=writer,
                 commands=compose.commands(file),
                 controls=controls_of(file),
+                peers=peers,
             )
             where = f"{settings.host}:{settings.port}"
             _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)

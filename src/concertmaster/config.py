@@ -18,6 +18,7 @@ from concertmaster.core.errors import InputError, InvalidRequestError, unknown_n
 from concertmaster.core.fleet import Readiness
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS
 from concertmaster.engines.control import ControlKind, control_misfit
+from concertmaster.engines.dialects import EngineKind
 from concertmaster.engines.faults import Faults
 from concertmaster.physics.hardware import GPUS
 from concertmaster.physics.models import MODELS
@@ -49,7 +50,9 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gpu: str
     served_name: str = ""
     replicas: int | None = None
+    engine: EngineKind | None = None
     control: ControlKind | None = None
+    api_key_env: str = ""
     command: list[str] = msgspec.field(default_factory=list)
     endpoints: list[str] = msgspec.field(default_factory=list)
     nodes: list[str] = msgspec.field(default_factory=list)
@@ -87,6 +90,17 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def controlled_by(self) -> ControlKind:
         """How its engines load and unload: as said, else as processes if it has a command."""
         return self.control or ("process" if self.command else "vllm")
+
+    @property
+    def speaks(self) -> EngineKind:
+        """What its engines are: as said, else what they are controlled as, else vLLM."""
+        controlled: EngineKind = "vllm"
+        match self.control:
+            case "llama.cpp" | "ollama":
+                controlled = self.control
+            case _:
+                pass
+        return self.engine or controlled
 
     @property
     def stopped_state(self) -> Readiness:
@@ -233,6 +247,7 @@ def _load(path: Path, kind: type[_File]) -> _File:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "engine": get_args(EngineKind),
     "state": tuple(Readiness),
     "stopped": tuple(Readiness),
     "control": get_args(ControlKind),
@@ -299,12 +314,12 @@ def _check_pool(path: Path, where: str, pool: PoolSection) -> None:
         raise InputError(str(path), f"{where}.command", problem)
     _check_control(path, where, pool)
     for i, endpoint in enumerate(pool.endpoints):
-        match = re.fullmatch(r"http://[^/:\s]+(?::(\d+))?/?", endpoint)
+        match = re.fullmatch(r"https?://[^/:\s]+(?::(\d+))?(?:/[^\s?#]*)?", endpoint)
         if match is None or not 0 < int(match[1] or 80) < 65_536:
             raise InputError(
                 str(path),
                 f"{where}.endpoints[{i}]",
-                f"expected http://HOST:PORT, found {endpoint!r}",
+                f"expected http://HOST:PORT or https://HOST, found {endpoint!r}",
             )
     check_known(path, where, "model", pool.model, MODELS)
     check_known(path, where, "gpu", pool.gpu, GPUS)

@@ -1,9 +1,10 @@
 """A small HTTP client for what is not in the hot path: health, discovery, control."""
 
 import asyncio
-from urllib.parse import urlsplit
 
 import httptools
+
+from concertmaster.engines.address import Address
 
 _READ_BYTES = 65_536
 
@@ -23,23 +24,26 @@ class _Answer:
 
 
 async def fetch(
-    method: str, url: str, path: str, *, body: bytes = b"", timeout_s: float
+    method: str, url: str, path: str, *, body: bytes = b"", api_key: str = "", timeout_s: float
 ) -> tuple[int, bytes]:
     """Make one request on a connection of its own; return status and body.
+
+    The path is taken to begin where the URL ends.
 
     Raises:
         OSError: Nobody answers, or not in HTTP.
         TimeoutError: The answer takes longer than ``timeout_s``.
     """
-    parts = urlsplit(url)
-    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    address = Address.of(url)
+    credentials = f"authorization: Bearer {api_key}\r\n" if api_key else ""
     answer = _Answer()
     parser = httptools.HttpResponseParser(answer)
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(host, port)
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=address.tls)
         try:
             writer.write(
-                f"{method} {path} HTTP/1.1\r\nhost: {host}:{port}\r\nconnection: close\r\n"
+                f"{method} {address.prefix}{path} HTTP/1.1\r\nhost: {address.authority}\r\n"
+                f"connection: close\r\n{credentials}"
                 f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
                 + body
             )

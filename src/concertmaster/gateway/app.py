@@ -110,7 +110,8 @@ class SideRoutes:
 
     async def metrics(self, _: Request) -> Response:
         """Answer a scrape."""
-        body = exposition(self._gateway.metrics, self._gateway.scheduler)
+        gateway = self._gateway
+        body = exposition(gateway.metrics, gateway.scheduler, gateway.engines)
         return Response(body, media_type="text/plain; version=0.0.4")
 
     async def state(self, _: Request) -> Response:

@@ -16,9 +16,11 @@ def send(exchange: Exchange, action: Dispatch, replica: Replica, link: EngineLin
     model, body = replica.pool.model.name, exchange.body
     if exchange.model_named != model:
         body = openai_api.with_model(body, model)
-    head = exchange.head + b"host: %b\r\ncontent-length: %d\r\n" % (link.authority, len(body))
+    head = heads.addressed(exchange.head, link.prefix, link.api_key)
     if replica.pool.priority_scheduling and action.priority:
-        head += b"x-vllm-priority: %d\r\n" % action.priority
+        line, body = link.dialect.prioritised(body, action.priority)
+        head += line
+    head += b"host: %b\r\ncontent-length: %d\r\n" % (link.authority, len(body))
     link.send(exchange, head + b"\r\n" + body)
 
 

@@ -37,6 +37,7 @@ from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.metrics import GatewayMetrics
+from concertmaster.gateway.peers import VLLM, Peer
 from concertmaster.gateway.refusals import Refusals
 from concertmaster.gateway.service import Service
 from concertmaster.gateway.upstream import EngineLink
@@ -48,6 +49,7 @@ PROGRESS_S = 1.0
 
 _NO_COMMANDS: Mapping[ReplicaId, Sequence[str]] = {}
 _NO_CONTROLS: Mapping[ReplicaId, ControlKind] = {}
+_NO_PEERS: Mapping[ReplicaId, Peer] = {}
 HOLD_S = 600.0
 LINGER_S = 1.0
 _CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
@@ -91,6 +93,7 @@ class Gateway:
         follow_pace: bool = True,
         commands: Mapping[ReplicaId, Sequence[str]] = _NO_COMMANDS,
         controls: Mapping[ReplicaId, ControlKind] = _NO_CONTROLS,
+        peers: Mapping[ReplicaId, Peer] = _NO_PEERS,
         hold_s: float = HOLD_S,
     ) -> None:
         self.scheduler = scheduler
@@ -107,7 +110,11 @@ class Gateway:
         self._pace = PaceWatch(scheduler) if follow_pace else None
         self._links = {
             replica_id: EngineLink(
-                url, self, heads.error_frame, connect_timeout_s=connect_timeout_s
+                url,
+                self,
+                heads.error_frame,
+                peer=peers.get(replica_id, VLLM),
+                connect_timeout_s=connect_timeout_s,
             )
             for replica_id, url in urls.items()
         }
@@ -121,9 +128,11 @@ class Gateway:
             speedup=speedup,
             commands=commands,
             controls=controls,
+            peers=peers,
             health_interval_s=health_interval_s,
             hold_s=hold_s,
         )
+        self.engines = self._service.engines
         self._refusals = Refusals(
             scheduler, self._service.holding, self.metrics, clock=clock, end=self._end
         )
@@ -144,6 +153,7 @@ class Gateway:
             self._tick(),
             self._service.hold(self._overdue),
             self._service.health.watch(),
+            self.engines.watch(),
             self._forecaster.watch(),
         )
         self._tasks = [asyncio.create_task(duty) for duty in duties]

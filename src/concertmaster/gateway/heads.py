@@ -1,5 +1,7 @@
 """Heads that the gateway writes: of requests to engines, and what it adds to answers."""
 
+import re
+
 from concertmaster.core.actions import Dispatch
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.identity import Identity
@@ -26,6 +28,9 @@ _DROPPED_HEADERS = frozenset(
 )
 
 
+_CREDENTIALS = re.compile(rb"^(?:authorization|x-api-key|api-key): [^\r]*\r\n", re.MULTILINE)
+
+
 def engine_head(message: Message, request_id: str) -> bytes:
     """Request line and the headers that go on to the engine."""
     lines = [
@@ -35,6 +40,19 @@ def engine_head(message: Message, request_id: str) -> bytes:
     ]
     lines.append(b"x-request-id: " + request_id.encode("latin-1"))
     return b"POST " + message.target + b" HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n"
+
+
+def addressed(head: bytes, prefix: bytes, api_key: bytes) -> bytes:
+    r"""Put an engine's path before ours, and its key in the place of the caller's.
+
+    >>> addressed(b"POST /v1/models HTTP/1.1\r\nauthorization: mine\r\n", b"/api", b"k")
+    b'POST /api/v1/models HTTP/1.1\r\nauthorization: Bearer k\r\n'
+    """
+    if prefix:
+        head = head.replace(b" ", b" " + prefix, 1)
+    if api_key:
+        head = _CREDENTIALS.sub(b"", head) + b"authorization: Bearer %b\r\n" % api_key
+    return head
 
 
 def identity_headers(request_id: str, identity: Identity) -> bytes:

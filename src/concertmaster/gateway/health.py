@@ -9,6 +9,7 @@ from concertmaster.core.events import Event, ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.engines.openai_http import fetch
 from concertmaster.gateway.control import FleetController
+from concertmaster.gateway.peers import VLLM, Peer
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class HealthWatch:
         feed: Callable[[Event], None],
         is_alive: Callable[[ReplicaId], bool],
         control: FleetController,
+        peers: Mapping[ReplicaId, Peer],
         *,
         interval_s: float,
     ) -> None:
@@ -40,6 +42,7 @@ class HealthWatch:
         self._feed = feed
         self._is_alive = is_alive
         self._control = control
+        self._peers = peers
         self._interval_s = interval_s
         self._silent_probes: Counter[ReplicaId] = Counter()
         self._pauses: dict[ReplicaId, int] = {}
@@ -57,9 +60,12 @@ class HealthWatch:
             await asyncio.sleep(self._interval_s)
 
     async def _probe(self, replica_id: ReplicaId, url: str) -> None:
-        path = self._control.health_path(replica_id)
+        peer = self._peers.get(replica_id, VLLM)
+        path = peer.dialect.health_path or self._control.health_path(replica_id)
         try:
-            status, _ = await fetch("GET", url, path, timeout_s=PROBE_TIMEOUT_S)
+            status, _ = await fetch(
+                "GET", url, path, api_key=peer.api_key, timeout_s=PROBE_TIMEOUT_S
+            )
             problem = "" if status == 200 else f"GET {path} answered {status}"
         except TimeoutError:
             self._silent_probes[replica_id] += 1

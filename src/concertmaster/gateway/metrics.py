@@ -15,6 +15,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.gateway.engine_watch import EngineWatch
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.forecast_metrics import families
 from concertmaster.learning.figures import LoopFigures
@@ -136,9 +137,10 @@ class GatewayMetrics:
 class _Exposition(Collector):
     """Reads the plain numbers when a scrape comes."""
 
-    def __init__(self, metrics: GatewayMetrics, scheduler: Scheduler) -> None:
+    def __init__(self, metrics: GatewayMetrics, scheduler: Scheduler, engines: EngineWatch) -> None:
         self._metrics = metrics
         self._scheduler = scheduler
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
@@ -175,6 +177,7 @@ class _Exposition(Collector):
         figures = LoopFigures() if learner is None else learner.figures
         yield from families(metrics.forecasts, figures)
         yield from self._fleet()
+        yield from self._engines.families()
 
     def _fleet(self) -> Iterator[Metric]:
         scheduler = self._scheduler
@@ -206,8 +209,8 @@ class _Exposition(Collector):
         yield from gauges.values()
 
 
-def exposition(metrics: GatewayMetrics, scheduler: Scheduler) -> bytes:
+def exposition(metrics: GatewayMetrics, scheduler: Scheduler, engines: EngineWatch) -> bytes:
     """Return everything in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Exposition(metrics, scheduler))
+    registry.register(_Exposition(metrics, scheduler, engines))
     return generate_latest(registry)

@@ -13,6 +13,7 @@ from concertmaster.gateway.agent import AgentConnection
 from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
 from concertmaster.gateway.driver import Gateway, Observer
+from concertmaster.gateway.peers import Peer
 from concertmaster.predictors.interface import Predictor
 
 _BACKLOG = 1024
@@ -30,6 +31,7 @@ async def running_gateway(
     drain_s: float = 30.0,
     commands: Mapping[ReplicaId, Sequence[str]] | None = None,
     controls: Mapping[ReplicaId, ControlKind] | None = None,
+    peers: Mapping[ReplicaId, Peer] | None = None,
 ) -> AsyncIterator[tuple[Gateway, int]]:
     """Serve until the block ends; yields the gateway and the port it listens on.
 
@@ -51,6 +53,7 @@ async def running_gateway(
         health_interval_s=settings.health_interval_s,
         commands=commands or {},
         controls=controls or {},
+        peers=peers or {},
         hold_s=settings.hold_s,
     )
     routes.gateway = gateway

@@ -16,9 +16,11 @@ from concertmaster.core.request import RequestId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
 from concertmaster.gateway.control import Engine, Feed, Standing
+from concertmaster.gateway.engine_watch import EngineWatch
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.health import HealthWatch
 from concertmaster.gateway.holding import LOOK_S, Holding
+from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.processes import controller
 
 
@@ -34,6 +36,7 @@ class Service:
         speedup: How much faster that clock runs than the wall's.
         commands: What to run for replicas that are processes of this machine.
         controls: How engines load and unload their model; as vLLM does for those left out.
+        peers: What the engines are; vLLM those left out.
         health_interval_s: Between two probes of an engine.
         hold_s: Longest time for which a call is held while its model does not run.
     """
@@ -49,6 +52,7 @@ class Service:
         speedup: float,
         commands: Mapping[ReplicaId, Sequence[str]],
         controls: Mapping[ReplicaId, ControlKind],
+        peers: Mapping[ReplicaId, Peer],
         health_interval_s: float,
         hold_s: float,
     ) -> None:
@@ -64,7 +68,10 @@ class Service:
         }
         self.control = controller(engines, commands, self._hear, self._standing)
         self.health = HealthWatch(
-            urls, feed, self._is_alive, self.control, interval_s=health_interval_s
+            urls, feed, self._is_alive, self.control, peers, interval_s=health_interval_s
+        )
+        self.engines = EngineWatch(
+            urls, peers, self._replicas, self.control.answers, interval_s=health_interval_s
         )
         self.holding = Holding(
             scheduler, self.control.problem, self.health.pause_s, speedup=speedup, hold_s=hold_s

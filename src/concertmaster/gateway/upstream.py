@@ -5,13 +5,14 @@ import re
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, cast
-from urllib.parse import urlsplit
 
 import httptools
 
+from concertmaster.engines.address import Address
 from concertmaster.gateway import stream
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.openai_api import completion_tokens, tool_call_ids
+from concertmaster.gateway.peers import VLLM, Peer
 
 _MAX_ERROR_BYTES = 65_536
 _RETRIED_STATUS = 429
@@ -249,11 +250,14 @@ class EngineLink:
         outcomes: Outcomes,
         error_frame: Callable[[str], bytes],
         *,
+        peer: Peer = VLLM,
         connect_timeout_s: float,
     ) -> None:
-        parts = urlsplit(url)
-        self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
-        self.authority = f"{self.host}:{self.port}".encode()
+        self._address = Address.of(url)
+        self.authority = self._address.authority.encode()
+        self.prefix = self._address.prefix.encode()
+        self.api_key = peer.api_key.encode()
+        self.dialect = peer.dialect
         self.outcomes = outcomes
         self.error_frame = error_frame
         self._connect_timeout_s = connect_timeout_s
@@ -281,8 +285,9 @@ class EngineLink:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
+                host, port, _, tls = self._address
                 _, connection = await loop.create_connection(
-                    lambda: EngineConnection(self), self.host, self.port
+                    lambda: EngineConnection(self), host, port, ssl=tls
                 )
         except (OSError, TimeoutError) as error:
             if not exchange.over and exchange.attempt == attempt:
