@@ -31,7 +31,7 @@ from concertmaster.reproduce.swarmx_summary import (
 from concertmaster.reproduce.swarmx_world import DEEP
 from concertmaster.reproduce.window import figures, makespans_s, middle, quantiles
 
-HORIZON_S, FEWEST, MOST = 500.0, 250, 1200
+HORIZON_S, FEWEST, MOST = 350.0, 200, 1200
 """A search runs each rate for so long, but with no fewer and no more workflows."""
 
 KEPT = 0.95
