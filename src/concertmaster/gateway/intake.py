@@ -80,7 +80,7 @@ class Intake:
             caller,
             heads.engine_head(message, request_id),
             message.body,
-            model_named=models[0] if len(models) == 1 else "",
+            model_named=call.model if isinstance(call.model, str) else "",
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)

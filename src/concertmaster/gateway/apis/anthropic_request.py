@@ -13,6 +13,7 @@ from concertmaster.gateway.apis.chat_request import (
     chat_request,
     function_call,
     function_tool,
+    kind_of,
     object_at,
     text_field,
     wrong,
@@ -138,9 +139,8 @@ def _text(block: object, where: str) -> str:
 
 
 def _unserved(block: Fields, where: str) -> InvalidRequestError:
-    kind = block.get("type")
-    found = kind if isinstance(kind, str) else "no type"
-    return wrong(f"{where}.type", "text, as engines are given nothing else here", found)
+    expected = "text, as engines are given nothing else here"
+    return wrong(f"{where}.type", expected, kind_of(block))
 
 
 def _messages(messages: Sequence[_Message]) -> list[Fields]:
@@ -197,7 +197,7 @@ def _assistant(content: str | list[Fields], where: str) -> Fields:
     for at, block in enumerate(content):
         if block.get("type") == "tool_use":
             calls.append(_tool_use(block, f"{where}.{at}"))
-        elif block.get("type") not in _THOUGHTS:
+        elif kind_of(block) not in _THOUGHTS:
             texts.append(_text(block, f"{where}.{at}"))
     message: Fields = {"role": "assistant", "content": _PARAGRAPH.join(texts)}
     return {**message, "tool_calls": calls} if calls else message
@@ -214,9 +214,8 @@ def _tools(tools: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
     found: list[Fields] = []
     left_out: list[str] = []
     for at, tool in enumerate(tools):
-        kind = tool.get("type") or "custom"
-        if kind != "custom":
-            left_out.append(str(kind))
+        if tool.get("type") not in (None, "custom"):
+            left_out.append(kind_of(tool))
             continue
         where = f"tools.{at}"
         schema = object_at(tool.get("input_schema"), f"{where}.input_schema")
@@ -228,15 +227,14 @@ def _tools(tools: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
 def _tool_choice(choice: Fields | None, tools: Sequence[Fields]) -> Fields:
     if not choice:
         return {}
-    kind = choice.get("type")
-    chosen: Fields = {
-        "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None
-    }
+    kind = kind_of(choice)
+    one_by_one = bool(tools) and choice.get("disable_parallel_tool_use") is True
+    chosen: Fields = {"parallel_tool_calls": False if one_by_one else None}
     if kind == "tool":
         name = text_field(choice, "name", "tool_choice")
         if name not in [tool["function"]["name"] for tool in tools]:
             raise wrong("tool_choice.name", "a tool with an input_schema", name)
         return {**chosen, "tool_choice": {"type": "function", "function": {"name": name}}}
     if kind not in _CHOICES:
-        raise wrong("tool_choice.type", "auto, any, tool or none", kind or "nothing")
+        raise wrong("tool_choice.type", "auto, any, tool or none", kind)
     return {**chosen, "tool_choice": _CHOICES[kind] if tools else None}

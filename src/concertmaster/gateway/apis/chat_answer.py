@@ -5,13 +5,12 @@ from it.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import msgspec
 
 PartKind = Literal["text", "reasoning", "tool"]
 DONE = b"[DONE]"
-_T = TypeVar("_T")
 
 
 class BrokenAnswerError(ValueError):

@@ -1,5 +1,6 @@
 """What the two translations to a chat body share: the parts of it, and complaints about theirs."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from concertmaster.core.errors import InvalidRequestError
 from concertmaster.gateway.openai_api import CallBody
 
 Fields = dict[str, Any]
+_UNFIT_FOR_HEADERS = re.compile(r"[^a-zA-Z0-9_. -]")
 STREAM_FIELDS: Mapping[str, object] = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -40,13 +42,24 @@ def chat_request(fields: Fields, left_out: Iterable[str] = (), **naming: object)
         if value is not None:
             is_raw = isinstance(getattr(call, name), msgspec.Raw)
             setattr(call, name, msgspec.Raw(msgspec.json.encode(value)) if is_raw else value)
-    return ChatRequest(body, call, tuple(dict.fromkeys(left_out)))
+    kinds = dict.fromkeys(_UNFIT_FOR_HEADERS.sub("", kind)[:64] for kind in left_out)
+    return ChatRequest(body, call, tuple(kinds))
 
 
 def wrong(where: str, expected: str, found: object) -> InvalidRequestError:
     """Build the complaint about a field: where, what was expected, what was found."""
     shown = found if isinstance(found, str) else msgspec.json.encode(found).decode()
     return InvalidRequestError(f"{where}: expected {expected}, found {shown[:100]}", param=where)
+
+
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """Return the type that an object says it has.
+
+    >>> kind_of({"type": "text"}), kind_of({"type": ["text"]})
+    ('text', 'no type')
+    """
+    kind = fields.get("type")
+    return kind if isinstance(kind, str) else "no type"
 
 
 def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:

@@ -1,7 +1,7 @@
-"""Which path speaks which API: a message becomes a chat call, and its agent a translating caller."""
+"""Which path speaks which API: a message becomes a chat call, its agent a translating caller."""
 
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -105,7 +105,7 @@ class ApiDesk:
     def _responses(self, agent: AgentConnection, message: Message) -> Opening:
         body = response_body(message.body)
         owner = owner_of(message.headers)
-        earlier: list[Fields] = []
+        earlier: Sequence[Fields] = ()
         workflow_id = ""
         if body.previous_response_id is not None:
             previous = self.responses.find(body.previous_response_id, owner)

@@ -7,7 +7,7 @@ import msgspec
 from concertmaster.core.errors import ModelNotFoundError
 from concertmaster.core.request import ModelName
 from concertmaster.gateway.apis.chat_request import wrong
-from concertmaster.gateway.openai_api import CallBody, read_fields
+from concertmaster.gateway.openai_api import AUTO, CallBody, read_fields
 
 
 class _EmbeddingsBody(msgspec.Struct):
@@ -43,13 +43,13 @@ def embeddings_call(body: bytes, models: Collection[ModelName]) -> CallBody:
             'no pool serves embeddings: a fleet file says so with serves = "embeddings"',
             param="model",
         )
-    named = sorted(models) if asked.model == "auto" else [asked.model]
-    if not set(named) <= set(models):
+    is_auto = asked.model == AUTO
+    if not is_auto and asked.model not in models:
         known = ", ".join(sorted(models))
         problem = f'expected one of {known} or "auto", found "{asked.model}"'
-        raise ModelNotFoundError(
-            f"no pool serves embeddings of this model: {problem}", param="model"
-        )
-    call = CallBody(model=list(named), prompt=asked.input, max_tokens=1)
+        line = f"no pool serves embeddings of this model: {problem}"
+        raise ModelNotFoundError(line, param="model")
+    named = list[str](models) if is_auto else asked.model
+    call = CallBody(model=named, prompt=asked.input, max_tokens=1)
     call.metadata, call.session_id = asked.metadata, asked.session_id
     return call

@@ -189,12 +189,12 @@ class ResponseAnswer:
             "response.output_item.done", output_index=part.position, item=item
         )
 
-    def _of_item(self, part: Part, kind: str, **fields: object) -> bytes:
-        item_id = self._item_id(part)
-        return self._event(kind, item_id=item_id, output_index=part.position, **fields)
+    def _of_item(self, item: Part, kind: str, **fields: object) -> bytes:
+        item_id = self._item_id(item)
+        return self._event(kind, item_id=item_id, output_index=item.position, **fields)
 
-    def _of_text(self, part: Part, kind: str, **fields: object) -> bytes:
-        return self._of_item(part, kind, content_index=0, **fields)
+    def _of_text(self, item: Part, kind: str, **fields: object) -> bytes:
+        return self._of_item(item, kind, content_index=0, **fields)
 
     def _item_id(self, part: Part) -> str:
         number = self._response_id.removeprefix("resp_")

@@ -12,6 +12,7 @@ from concertmaster.gateway.apis.chat_request import (
     chat_request,
     function_call,
     function_tool,
+    kind_of,
     object_at,
     text_field,
     wrong,
@@ -186,7 +187,7 @@ def _text(content: object, where: str) -> str:
 
 def _part(part: Any, where: str) -> str:  # noqa: ANN401  # whatever was sent
     fields = object_at(part, where)
-    kind = fields.get("type")
+    kind = kind_of(fields)
     if kind not in _TEXTS:
         raise wrong(f"{where}.type", "text, as engines are given nothing else", kind)
     return text_field(fields, "refusal" if kind == "refusal" else "text", where)
@@ -219,7 +220,7 @@ def _tools(tools: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
     left_out: list[str] = []
     for at, tool in enumerate(tools):
         if tool.get("type") != "function":
-            left_out.append(str(tool.get("type")))
+            left_out.append(kind_of(tool))
             continue
         name = text_field(tool, "name", f"tools.{at}")
         strict = tool.get("strict")
@@ -230,7 +231,7 @@ def _tools(tools: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
 
 
 def _tool_choice(choice: str | Fields | None, tools: Sequence[Fields]) -> str | Fields | None:
-    if choice is None or choice in _CHOICES:
+    if choice is None or (isinstance(choice, str) and choice in _CHOICES):
         return choice if tools else None
     name = choice.get("name") if isinstance(choice, dict) else None
     if name is None or name not in [tool["function"]["name"] for tool in tools]:
