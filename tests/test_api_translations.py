@@ -37,6 +37,22 @@ json_values = st.recursive(
     ),
     max_leaves=12,
 )
+FIELDS = [
+    "messages",
+    "input",
+    "system",
+    "tools",
+    "tool_choice",
+    "metadata",
+    "text",
+    "thinking",
+    "output_config",
+    "conversation",
+    "instructions",
+    "model",
+    "stream",
+]
+Parts = list[tuple[str, list[str]]]
 MODELS: dict[str, Any] = {"model": "m", "max_tokens": 5}
 
 
@@ -107,21 +123,14 @@ def played(api: str, wire: bytes, at: Sequence[int], *, streams: bool = True) ->
 @settings(max_examples=60, deadline=None)
 @given(
     api=st.sampled_from(["messages", "responses"]),
-    parts=answers,
-    finish_reason=finishes,
-    newline=st.sampled_from(["\n", "\r\n"]),
+    answer=st.tuples(answers, finishes, st.sampled_from(["\n", "\r\n"])),
     body_cuts=cuts,
     wire_cuts=cuts,
 )
 def test_events_are_the_same_however_the_answer_is_cut(
-    api: str,
-    parts: list[tuple[str, list[str]]],
-    finish_reason: str,
-    newline: str,
-    body_cuts: list[int],
-    wire_cuts: list[int],
+    api: str, answer: tuple[Parts, str, str], body_cuts: list[int], wire_cuts: list[int]
 ) -> None:
-    body = frames(parts, finish_reason, newline)
+    body = frames(*answer)
     places = sorted({min(place, len(body)) for place in body_cuts} | {0, len(body)})
     chunks = [a_chunk(body[a:b]) for a, b in itertools.pairwise(places)]
     cut = played(api, STREAM_HEAD + b"".join(chunks) + b"0\r\n\r\n", wire_cuts)
@@ -203,23 +212,7 @@ def test_agents_of_the_first_http_get_no_chunks() -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     fields=st.dictionaries(
-        st.sampled_from(
-            [
-                "messages",
-                "input",
-                "system",
-                "tools",
-                "tool_choice",
-                "metadata",
-                "text",
-                "thinking",
-                "output_config",
-                "conversation",
-                "instructions",
-                "model",
-                "stream",
-            ]
-        ),
+        st.sampled_from(FIELDS),
         json_values,
         max_size=5,
     ),
