@@ -307,8 +307,9 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     async def main() -> None:
         async with over_upstreams() as (rig, upstream):
             body = json.dumps(asking(**fields)).encode()
-            reply = await rig.ask("POST", "/v1/messages", body, x_api_key="k")
+            reply = await rig.ask("POST", "/v1/messages", body, x_request_id="mine")
             assert (reply.status, reply.json["type"]) == (400, "error")
+            assert reply.headers["request-id"] == reply.json["request_id"] == "mine"
             error = {"type": "invalid_request_error", "message": message}
             assert reply.json["error"] == error
             assert not upstream.heard

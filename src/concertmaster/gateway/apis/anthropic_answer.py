@@ -45,16 +45,20 @@ def error_of(status: int, message: str, request_id: str = "") -> tuple[int, byte
 
 
 class MessageAnswer:
-    """Writes one answer as Anthropic's API does."""
+    """Writes one answer as Anthropic's API does.
 
-    def __init__(self) -> None:
+    Args:
+        request_id: The call's name as far as its caller gave it one.
+    """
+
+    def __init__(self, request_id: str = "") -> None:
         self._answer = ChatAnswer()
-        self._request_id = ""
+        self._request_id = request_id
         self._begun = False
 
     def meet(self, headers: Mapping[str, str]) -> list[tuple[str, str]]:
         """Take in the head of the answer; return what is to be added to it."""
-        self._request_id = headers.get("x-request-id", "")
+        self._request_id = headers.get("x-request-id", self._request_id)
         return [("request-id", self._request_id)] if self._request_id else []
 
     def whole(self, body: bytes) -> bytes:
