@@ -325,8 +325,10 @@ def test_tools_that_anthropic_would_run_are_left_out_and_named() -> None:
         async with over_upstreams(answers) as (rig, upstream):
             tools = [{"type": "web_search_20250305", "name": "web_search"}]
             body = json.dumps(asking(tools=tools, tool_choice={"type": "auto"})).encode()
-            reply = await rig.ask("POST", "/v1/messages", body)
+            reply = await rig.ask("POST", "/v1/messages", body, x_api_key="secret")
             assert reply.headers["x-concertmaster-left-out"] == "web_search_20250305"
+            assert upstream.heard[0].headers["authorization"] == "Bearer secret"
+            assert "x-api-key" not in upstream.heard[0].headers
             assert {"tools", "tool_choice"}.isdisjoint(upstream.heard[0].json)
 
     play(main())

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,8 +135,11 @@ def test_events_are_the_same_however_the_answer_is_cut(
     places = sorted({min(place, len(body)) for place in body_cuts} | {0, len(body)})
     chunks = [a_chunk(body[a:b]) for a, b in itertools.pairwise(places)]
     cut = played(api, STREAM_HEAD + b"".join(chunks) + b"0\r\n\r\n", wire_cuts)
-    whole = played(api, STREAM_HEAD + a_chunk(body) + b"0\r\n\r\n", [])
+    plain = frames(*answer[:2], "\n")
+    whole = played(api, STREAM_HEAD + a_chunk(plain) + b"0\r\n\r\n", [])
     assert cut.events == whole.events
+    kinds = {"message_stop", "response.completed", "response.incomplete"}
+    assert cut.events[-1]["type"] in kinds
     assert cut.ends == ["kept"]
     assert cut.sent.endswith(b"\r\n0\r\n\r\n")
 
@@ -187,6 +191,14 @@ def test_a_stream_that_is_cut_anywhere_ends_with_one_error_or_was_complete(
     assert sum(kind in good | bad for kind in kinds) == 1
     assert kinds[-1] in (good if int(share * len(body)) == len(body) else bad)
     assert agent.ends == ["closed"]
+
+
+@pytest.mark.parametrize("trouble", [b'{"error":{"message":"out of memory"}}', b"[]", b"{"])
+def test_nothing_follows_an_error_of_the_engine(trouble: bytes) -> None:
+    body = b"data: %b\n\n" % trouble + frames([("content", ["hi"])], "stop", "\n")
+    agent = played("messages", STREAM_HEAD + a_chunk(body) + b"0\r\n\r\n", [])
+    assert [event["type"] for event in agent.events] == ["error"]
+    assert agent.ends == ["kept"]
 
 
 def test_an_engine_that_does_not_stream_is_made_to() -> None:
