@@ -23,7 +23,7 @@ gpu = "a100-80g"
 POOL_KEYS = (
     "api_key_env, block_tokens, cluster, command, control, endpoints, engine, gpu, kv_blocks, "
     "least_replicas, max_batch_tokens, max_sequences, memory_ratio, model, name, nodes, "
-    "prefix_caching, replicas, scheduling, served_name, state, stopped, tensor_parallel"
+    "prefix_caching, replicas, scheduling, served_name, serves, state, stopped, tensor_parallel"
 )
 CLUSTER_KEYS = "known: name, network_ms"
 NODE_KEYS = "known: cluster, gpu, gpus, host_gb, memory_ratio, name"

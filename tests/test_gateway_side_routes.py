@@ -105,7 +105,7 @@ def test_version_and_models_say_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/nothing", "/metrics/x"])
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/nothing", "/metrics/x"])
 def test_an_unknown_address_is_a_404_with_a_reason(method: str, path: str) -> None:
     async def main() -> None:
         async with over_upstreams() as (rig, upstream):

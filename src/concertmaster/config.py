@@ -42,6 +42,10 @@ class NodeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     memory_ratio: float = 0.9
 
 
+Serves = Literal["chat", "embeddings", "both"]
+"""Calls that engines take: chats and completions, embeddings, or all of them."""
+
+
 class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[[pools]]``: interchangeable replicas of one model on one kind of GPU."""
 
@@ -53,6 +57,7 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     engine: EngineKind | None = None
     control: ControlKind | None = None
     api_key_env: str = ""
+    serves: Serves = "chat"
     command: list[str] = msgspec.field(default_factory=list)
     endpoints: list[str] = msgspec.field(default_factory=list)
     nodes: list[str] = msgspec.field(default_factory=list)

@@ -16,6 +16,8 @@ from concertmaster import __version__
 from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import Replica
 from concertmaster.core.request import WorkflowId
+from concertmaster.gateway.apis.desk import PATHS
+from concertmaster.gateway.apis.responses_store import owner_of
 from concertmaster.gateway.identity import MAX_ID_CHARS
 from concertmaster.gateway.metrics import exposition
 from concertmaster.gateway.openai_api import AUTO, caller_error, error_body
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from concertmaster.gateway.driver import Gateway
 
 PAGE_PERIOD_S = 0.5
-CALL_PATHS = ("/v1/chat/completions", "/v1/completions")
+CALL_PATHS = ("/v1/chat/completions", "/v1/completions", *PATHS)
 _JSON = "application/json"
 
 
@@ -55,6 +57,8 @@ class SideRoutes:
                 Route("/events", self.events),
                 Route("/", self.page),
                 *(Route(path, self.call, methods=["POST"]) for path in CALL_PATHS),
+                Route("/v1/responses/{response_id}", self.response),
+                Route("/v1/responses/{response_id}", self.forget_response, methods=["DELETE"]),
             ],
             exception_handlers={HTTPException: _http_error, Exception: _internal_error},
         )
@@ -126,6 +130,21 @@ class SideRoutes:
         """Stand in for the calls, which never come by the side door, to name their method."""
         raise AssertionError("a call came by the side door")
 
+    async def response(self, request: Request) -> Response:
+        """Answer what the Responses API answered before."""
+        owner, response_id = _owner(request), request.path_params["response_id"]
+        found = self._gateway.apis.responses.find(response_id, owner)
+        if found is None:
+            return _no_response(response_id)
+        return Response(found.body, media_type=_JSON)
+
+    async def forget_response(self, request: Request) -> Response:
+        """Forget an answer of the Responses API."""
+        owner, response_id = _owner(request), request.path_params["response_id"]
+        if not self._gateway.apis.responses.delete(response_id, owner):
+            return _no_response(response_id)
+        return _json({"id": response_id, "object": "response.deleted", "deleted": True})
+
     async def page(self, _: Request) -> Response:
         """Show the fleet at work."""
         page = files("concertmaster.gateway").joinpath("page.html").read_bytes()
@@ -163,6 +182,14 @@ def _view(replica: Replica) -> dict[str, Any]:
 
 def _json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type=_JSON)
+
+
+def _owner(request: Request) -> bytes:
+    return owner_of(dict(request.headers.raw))
+
+
+def _no_response(response_id: str) -> Response:
+    return _problem(404, f"no response {response_id[:100]} is kept", "not_found")
 
 
 def _success_in(body: bytes) -> float | None:

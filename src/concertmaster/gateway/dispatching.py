@@ -1,10 +1,33 @@
 """A call as it goes to the engine that was chosen for it."""
 
+from collections.abc import Mapping
+
 from concertmaster.core.actions import Dispatch
-from concertmaster.core.fleet import Replica
+from concertmaster.core.fleet import Replica, ReplicaId
 from concertmaster.gateway import heads, openai_api, stream
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.upstream import EngineLink
+from concertmaster.gateway.peers import VLLM, Peer
+from concertmaster.gateway.upstream import EngineLink, Outcomes
+
+
+def links(
+    urls: Mapping[ReplicaId, str],
+    outcomes: Outcomes,
+    peers: Mapping[ReplicaId, Peer],
+    *,
+    connect_timeout_s: float,
+) -> dict[ReplicaId, EngineLink]:
+    """Prepare the connections to every replica."""
+    return {
+        replica_id: EngineLink(
+            url,
+            outcomes,
+            heads.error_frame,
+            peer=peers.get(replica_id, VLLM),
+            connect_timeout_s=connect_timeout_s,
+        )
+        for replica_id, url in urls.items()
+    }
 
 
 def send(exchange: Exchange, action: Dispatch, replica: Replica, link: EngineLink) -> None:

@@ -30,17 +30,17 @@ from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
-from concertmaster.gateway import dispatching, heads, openai_api
+from concertmaster.gateway import dispatching, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
-from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.apis.desk import served
+from concertmaster.gateway.exchange import Caller, Exchange
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.metrics import GatewayMetrics
-from concertmaster.gateway.peers import VLLM, Peer
+from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.refusals import Refusals
 from concertmaster.gateway.service import Service
-from concertmaster.gateway.upstream import EngineLink
 from concertmaster.predictors.interface import Completion, Predictor
 from concertmaster.predictors.rates import PaceWatch
 
@@ -105,19 +105,11 @@ class Gateway:
         self._speedup = speedup
         self._side_door = side_door
         self._observe = observe
-        self._intake = Intake()
+        self.apis, chat_models = served(scheduler, peers)
+        self._intake = Intake(chat_models)
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
-        self._links = {
-            replica_id: EngineLink(
-                url,
-                self,
-                heads.error_frame,
-                peer=peers.get(replica_id, VLLM),
-                connect_timeout_s=connect_timeout_s,
-            )
-            for replica_id, url in urls.items()
-        }
+        self._links = dispatching.links(urls, self, peers, connect_timeout_s=connect_timeout_s)
         self._exchanges: dict[RequestId, Exchange] = {}
         self._service = Service(
             scheduler,
@@ -218,28 +210,35 @@ class Gateway:
     def take(self, agent: AgentConnection, message: Message) -> None:
         """Answer a message: a call goes to the core, all else through the side door."""
         chat = _CALL_PATHS.get(message.target.partition(b"?")[0])
-        if chat is None or message.method != b"POST":
+        if message.method != b"POST" or (chat is None and not self.apis.serves(message)):
             self._side_door(agent, message)
             return
+        caller: Caller = agent if chat is not None else self.apis.caller(agent, message)
         if self.draining:
-            agent.answer(openai_api.shutting_down())
+            caller.write(openai_api.shutting_down())
+            caller.finished(keep_alive=True)
             return
-        now_s = self._clock()
+        now_s, teaches = self._clock(), True
         try:
+            if chat is not None:
+                call = openai_api.parse_call(message.body, chat=chat)
+            else:
+                caller, message, call, teaches = self.apis.open(agent, message)
             exchange, identity = self._intake.open(
                 now_s,
-                agent,
+                caller,
                 message,
-                chat=chat,
+                call,
                 taken=self._exchanges,
                 reads_prompts=self._forecaster.reads_prompts,
             )
         except CallerError as error:
             status, body = openai_api.caller_error(error)
             self.metrics.answered(status, 0.0)
-            agent.answer(openai_api.response(status, body))
+            caller.write(openai_api.response(status, body))
+            caller.finished(keep_alive=True)
             return
-        agent.exchange = exchange
+        agent.exchange, exchange.teaches = exchange, teaches
         exchange.may_hold = exchange.streams and message.takes_chunks
         self._exchanges[exchange.request.request_id] = exchange
         self._idle.begin(now_s, exchange.request.workflow_id, is_final=identity.is_final)

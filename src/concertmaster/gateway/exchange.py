@@ -34,6 +34,7 @@ class Exchange:
         spoken_s: When it was last told anything while it waits.
         may_hold: Whether its caller can be sent comments.
         error_text: What the last engine that refused it said.
+        teaches: Whether there is anything to forecast of its answer, or to learn from it.
         tool_call_ids: Tool calls that the answer asks for; a later call may answer them.
     """
 
@@ -60,6 +61,7 @@ class Exchange:
         "started",
         "status",
         "streams",
+        "teaches",
         "tokens",
         "told_tokens",
         "tool_call_ids",
@@ -95,6 +97,7 @@ class Exchange:
         self.started = False
         self.held = False
         self.may_hold = False
+        self.teaches = True
         self.spoken_s = 0.0
         self.over = False
         self.status = 0

@@ -3,19 +3,25 @@
 import itertools
 from collections.abc import Container, Iterable
 
-from concertmaster.core.request import Request, RequestId, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.gateway import heads, openai_api
-from concertmaster.gateway.agent import AgentConnection, Message
-from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.agent import Message
+from concertmaster.gateway.exchange import Caller, Exchange
 from concertmaster.gateway.identity import Identity, Normalizer, with_hints
 from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway.openai_api import CallBody
 from concertmaster.gateway.prompts import read_prompt
 
 
 class Intake:
-    """Reads what agents send, in whatever dialect they name their workflow."""
+    """Reads what agents send, in whatever dialect they name their workflow.
 
-    def __init__(self) -> None:
+    Args:
+        chat_models: Models that ``auto`` may mean; empty for all.
+    """
+
+    def __init__(self, chat_models: tuple[ModelName, ...] = ()) -> None:
+        self._chat_models = chat_models
         self._normalizer = Normalizer()
         self._inference = WorkflowInference()
         self._numbers = itertools.count(1)
@@ -23,10 +29,10 @@ class Intake:
     def open(
         self,
         now_s: float,
-        agent: AgentConnection,
+        caller: Caller,
         message: Message,
+        call: CallBody,
         *,
-        chat: bool,
         taken: Container[RequestId],
         reads_prompts: bool,
     ) -> tuple[Exchange, Identity]:
@@ -34,17 +40,16 @@ class Intake:
 
         Args:
             now_s: The instant.
-            agent: Who waits for the answer.
-            message: What came.
-            chat: Whether it was sent to the path of chats.
+            caller: Who waits for the answer.
+            message: What the engine is to be sent.
+            call: What its body says.
             taken: Names of calls without an outcome.
             reads_prompts: Whether the predictor wants to see the prompt.
 
         Raises:
-            CallerError: The message is no call.
+            CallerError: A header of ours, or the model, is missing or wrong.
         """
         headers = message.headers
-        call = openai_api.parse_call(message.body, chat=chat)
         text = call.text()
         hashes = openai_api.prefix_hashes(text)
         identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
@@ -52,7 +57,7 @@ class Intake:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         while not request_id or request_id in taken:
             request_id = f"cm-{next(self._numbers)}"
-        models = call.models()
+        models = call.models() or self._chat_models
         request = Request(
             request_id=RequestId(request_id),
             workflow_id=identity.workflow_id,
@@ -72,10 +77,10 @@ class Intake:
         )
         exchange = Exchange(
             request,
-            agent,
+            caller,
             heads.engine_head(message, request_id),
             message.body,
-            model_named=models[0] if len(models) == 1 else "",
+            model_named=call.model if isinstance(call.model, str) else "",
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)

@@ -84,6 +84,8 @@ class Forecaster:
 
     def predict(self, exchange: Exchange) -> Forecast:
         """Make the forecast of a call, and note it there."""
+        if not exchange.teaches:
+            return NO_FORECAST
         began_s = self._clock()
         forecast = self._predictor.predict(exchange.request, exchange.prompt)
         exchange.forecast = forecast
@@ -92,6 +94,8 @@ class Forecaster:
 
     def served(self, exchange: Exchange, completion: Completion, gpu: str) -> None:
         """Teach what came of a call, and what it ran on."""
+        if not exchange.teaches:
+            return
         request, prompt, forecast = exchange.request, exchange.prompt, exchange.forecast
         if self._learner is None:
             self._predictor.learn(request, completion, prompt, forecast)

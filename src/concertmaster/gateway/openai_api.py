@@ -5,9 +5,9 @@ Everything else in a body is passed on as it came, byte for byte.
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -24,6 +24,7 @@ DEFAULT_MAX_OUTPUT_TOKENS = 4096
 MAX_PREFIX_CHUNKS = 512
 _MOST_OUTPUT_TOKENS = 2**31 - 1
 AUTO = "auto"
+_Fields = TypeVar("_Fields")
 
 
 class CallBody(msgspec.Struct):
@@ -91,8 +92,26 @@ def parse_call(body: bytes, *, chat: bool) -> CallBody:
         InvalidRequestError: It is not JSON, or a field that matters here is missing or of
             the wrong type; the message says which.
     """
+    call = read_fields(body, _decode_call)
+    field = "messages" if chat else "prompt"
+    raw = bytes(memoryview(call.messages if chat else call.prompt)[:5])
+    if len(raw) < 3 or raw == b"null":
+        raise InvalidRequestError(
+            f"{field}: expected {'a list of messages' if chat else 'a prompt'}, found "
+            f"{raw.decode() or 'nothing'}",
+            param=field,
+        )
+    return call
+
+
+def read_fields(body: bytes, decode: Callable[[bytes], _Fields]) -> _Fields:
+    """Decode a body, and say in one line what is wrong with it.
+
+    Raises:
+        InvalidRequestError: It is not JSON, or a field is missing or of the wrong type.
+    """
     try:
-        call = _decode_call(body)
+        return decode(body)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `")
         param = path.rstrip("`").removeprefix("$").removeprefix(".") or None
@@ -106,15 +125,6 @@ def parse_call(body: bytes, *, chat: bool) -> CallBody:
         raise InvalidRequestError("body: expected a JSON object in UTF-8") from None
     except RecursionError:
         raise InvalidRequestError("body: expected JSON of less depth") from None
-    field = "messages" if chat else "prompt"
-    raw = bytes(memoryview(call.messages if chat else call.prompt)[:5])
-    if len(raw) < 3 or raw == b"null":
-        raise InvalidRequestError(
-            f"{field}: expected {'a list of messages' if chat else 'a prompt'}, found "
-            f"{raw.decode() or 'nothing'}",
-            param=field,
-        )
-    return call
 
 
 def with_model(body: bytes, model: str) -> bytes:
@@ -251,6 +261,31 @@ def error_body(
     return msgspec.json.encode({"error": error})
 
 
+def error_message(body: bytes) -> str:
+    """Read what an error body says, whoever wrote it.
+
+    >>> error_message(error_body("no", "server_error")), error_message(b"<html>")
+    ('no', '<html>')
+    """
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        fields = None
+    error = fields.get("error", fields) if isinstance(fields, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    if isinstance(message, str):
+        return message
+    return body[:1000].decode(errors="replace") or "the engine gave no reason"
+
+
+def _phrase(status: int) -> bytes:
+    """Return the words beside a status, also of one that HTTP does not name."""
+    try:
+        return HTTPStatus(status).phrase.encode()
+    except ValueError:
+        return b"Overloaded" if status == 529 else b"Unknown"
+
+
 def response(
     status: int,
     body: bytes,
@@ -261,7 +296,7 @@ def response(
 ) -> bytes:
     """Serialise a whole HTTP/1.1 response."""
     lines = [
-        b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode()),
+        b"HTTP/1.1 %d %s" % (status, _phrase(status)),
         b"content-type: " + content_type,
         b"content-length: %d" % len(body),
         *(name + b": " + value for name, value in headers),

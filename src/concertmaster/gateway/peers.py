@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from concertmaster.config import FleetFile, PoolSection
+from concertmaster.config import FleetFile, PoolSection, Serves
 from concertmaster.core.errors import InputError
-from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.fleet import Pool, ReplicaId
+from concertmaster.core.request import ModelName
 from concertmaster.engines.dialects import DIALECTS, Dialect, EngineKind
 
 
@@ -14,10 +15,12 @@ class Peer(NamedTuple):
 
     Attributes:
         api_key: Sent in place of the caller's own; empty lets that pass.
+        serves: Which calls it takes.
     """
 
     kind: EngineKind = "vllm"
     api_key: str = ""
+    serves: Serves = "chat"
 
     @property
     def dialect(self) -> Dialect:
@@ -48,4 +51,16 @@ def _peer(path: str, where: str, section: PoolSection, environ: Mapping[str, str
         raise InputError(
             path, f"{where}.api_key_env", f"the environment has no {name}", f"export {name}=…"
         )
-    return Peer(section.speaks, environ.get(name, "") if name else "")
+    return Peer(section.speaks, environ.get(name, "") if name else "", section.serves)
+
+
+def models_for(
+    serves: Serves, pools: Mapping[ReplicaId, Pool], peers: Mapping[ReplicaId, Peer]
+) -> tuple[ModelName, ...]:
+    """Return the models of which a replica takes such calls, in the order of replicas."""
+    found = [
+        pool.model.name
+        for replica_id, pool in pools.items()
+        if peers.get(replica_id, VLLM).serves in (serves, "both")
+    ]
+    return tuple(dict.fromkeys(found))
