@@ -3,17 +3,20 @@
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol, cast
 
 import httptools
 
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.openai_api import error_body, response
+from concertmaster.gateway.quotas import Quota
 
 _log = logging.getLogger(__name__)
 
 _MAX_PIPELINED = 16
 _MAX_HEADER_BYTES = 65_536
+_MAX_HEADERS = 128
 _OFFER_HEADERS = frozenset({b"connection", b"http2-settings", b"upgrade"})
 _LINGER_S = 1.0
 """How long a refused sender is read and ignored, so that it gets to see why."""
@@ -34,6 +37,13 @@ class Message(NamedTuple):
     takes_chunks: bool = True
 
 
+class Patience(NamedTuple):
+    """Seconds for the two parts of a message to come."""
+
+    head_s: float
+    body_s: float
+
+
 class Desk(Protocol):
     """Who takes the messages of agents."""
 
@@ -50,7 +60,11 @@ class Desk(Protocol):
 
 
 class AgentConnection(asyncio.Protocol):
-    """One connection from an agent."""
+    """One connection from an agent.
+
+    Attributes:
+        quota: The account of who sent the message that is answered; ``None`` without keys.
+    """
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -62,11 +76,14 @@ class AgentConnection(asyncio.Protocol):
         self._refusal: bytes | None = None
         self.busy = False
         self.exchange: Exchange | None = None
+        self.quota: Quota | None = None
+        self._since_s = 0.0
         self.on_message_begin()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport; asyncio and uvloop set TCP_NODELAY themselves."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
+        self._since_s = asyncio.get_running_loop().time()
         self._desk.opened(self)
 
     # httptools callbacks
@@ -74,7 +91,8 @@ class AgentConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Start a request."""
         self._in_head = self._begun = True
-        self._head_bytes = self._unended_bytes = 0
+        self._head_bytes = self._unended_bytes = self._fields = 0
+        self._whole = False
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
@@ -89,15 +107,19 @@ class AgentConnection(asyncio.Protocol):
         """Collect a header; of a repeated one the values are joined, as HTTP allows."""
         name = name.lower()
         self._head_bytes += len(name) + len(value)
+        self._fields += 1
         known = self._headers.get(name)
         self._headers[name] = value if known is None else known + b", " + value
 
     def on_headers_complete(self) -> None:
         """Refuse what is too large before its body is read."""
         self._in_head = False
+        self._since_s = 0.0
         length = self._headers.get(b"content-length", b"0")
         if self._head_bytes > _MAX_HEADER_BYTES:
             self._refuse_head()
+        elif self._fields > _MAX_HEADERS:
+            self._refuse(431, f"headers: expected at most {_MAX_HEADERS}, found {self._fields}")
         elif length.isdigit() and int(length) > self._desk.max_body_bytes:
             self._refuse_body(int(length))
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
@@ -113,6 +135,8 @@ class AgentConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Hand the message over, in turn."""
+        self._whole = True
+        self._since_s = 0.0
         if self._refusal is not None:
             return
         parser = self._parser
@@ -143,6 +167,8 @@ class AgentConnection(asyncio.Protocol):
             self._unended_bytes += len(data)
             if self._unended_bytes > _MAX_HEADER_BYTES:
                 self._refuse_head()
+        if not self._whole and not self._since_s:
+            self._since_s = asyncio.get_running_loop().time()
         self._go_on()
 
     def _feed(self, data: bytes) -> None:
@@ -163,6 +189,23 @@ class AgentConnection(asyncio.Protocol):
         """Tell the desk, which cancels what is under way."""
         self._closing = True
         self._desk.lost(self)
+
+    def hurry(self, now_s: float, patience: Patience) -> None:
+        """Refuse a message that has been coming for too long; close where none ever came.
+
+        Who is being answered, or not read for now, is left alone.
+        """
+        if not self._since_s or self.busy or self._paused or self._closing:
+            return
+        limit_s = patience.head_s if self._in_head else patience.body_s
+        if now_s - self._since_s <= limit_s:
+            return
+        if not self._head_bytes and not self._unended_bytes:
+            self.close()
+            return
+        part = "headers" if self._in_head else "body"
+        self._refuse(408, f"{part}: expected within {limit_s:g} s", "request_timeout")
+        self._go_on()
 
     def pause_writing(self) -> None:
         """Slow the engine down: the agent does not keep up."""
@@ -263,3 +306,12 @@ class AgentConnection(asyncio.Protocol):
         if self._refusal is None:
             body = error_body(message, "invalid_request_error", code=code)
             self._refusal = response(status, body, close=True)
+
+
+async def hurry(agents: Mapping[AgentConnection, None], patience: Patience) -> None:
+    """Look at all connections now and then, for ever: cheaper than a timer for each message."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(min(1.0, *patience) / 2)
+        for agent in list(agents):
+            agent.hurry(loop.time(), patience)

@@ -31,6 +31,7 @@ from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
 from concertmaster.gateway import dispatching, heads, openai_api
+from concertmaster.gateway import agent as agents
 from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
@@ -74,6 +75,8 @@ class Gateway:
         commands: What to run for replicas that are processes of this machine.
         controls: How engines load and unload their model; as vLLM does for those left out.
         hold_s: Longest time for which a call is held while its model does not run.
+        head_timeout_s: Wall seconds for a request's line and headers to come.
+        body_timeout_s: Wall seconds for its body to come.
     """
 
     def __init__(
@@ -95,10 +98,13 @@ class Gateway:
         controls: Mapping[ReplicaId, ControlKind] = _NO_CONTROLS,
         peers: Mapping[ReplicaId, Peer] = _NO_PEERS,
         hold_s: float = HOLD_S,
+        head_timeout_s: float = 10.0,
+        body_timeout_s: float = 60.0,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = GatewayMetrics()
         self.max_body_bytes = max_body_bytes
+        self._patience = agents.Patience(head_timeout_s, body_timeout_s)
         self.draining = False
         self._forecaster = Forecaster(predictor, self.metrics)
         self._clock = clock
@@ -151,6 +157,7 @@ class Gateway:
         """Begin to watch engines and to tell the core of progress."""
         duties = (
             self._tick(),
+            agents.hurry(self._agents, self._patience),
             self._service.hold(self._overdue),
             self._service.health.watch(),
             self.engines.watch(),
@@ -234,10 +241,14 @@ class Gateway:
                 taken=self._exchanges,
                 reads_prompts=self._forecaster.reads_prompts,
             )
+            if agent.quota is not None:
+                prompt_tokens = exchange.request.prompt_tokens
+                exchange.response_headers += agent.quota.begin(prompt_tokens)
+                exchange.quota = agent.quota
         except CallerError as error:
             status, body = openai_api.caller_error(error)
             self.metrics.answered(status, 0.0)
-            agent.answer(openai_api.response(status, body))
+            agent.answer(openai_api.response(status, body, error.headers))
             return
         agent.exchange = exchange
         exchange.may_hold = exchange.streams and message.takes_chunks
@@ -331,6 +342,7 @@ class Gateway:
         """Tell the core and the predictor that an answer is complete."""
         now_s = self._clock()
         request = exchange.request
+        exchange.tokens = output_tokens
         self._end(exchange, exchange.status)
         self.metrics.finished(now_s, exchange, output_tokens)
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
@@ -367,6 +379,8 @@ class Gateway:
         self._exchanges.pop(request.request_id, None)
         self._idle.settle(now_s, request.workflow_id)
         self.metrics.answered(status, now_s - exchange.arrived_s)
+        if exchange.quota is not None:
+            exchange.quota.end(exchange.tokens, (now_s - exchange.arrived_s) / self._speedup)
         if status != 200:
             self._forecaster.failed(request.request_id)
         if exchange.engine is not None:
