@@ -97,7 +97,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     path = tmp_path / "k.sqlite"
     acknowledged: dict[str, bool] = {}
     for most in (1, 7, 20):
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", CHILD, str(path)],
             stdout=subprocess.PIPE,
             text=True,

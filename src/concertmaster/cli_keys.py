@@ -42,7 +42,9 @@ def create(
     in_flight: InFlight = None,
     file: File = FILE,
 ) -> None:
-    """Make a key and print its secret, this once; limits, if any is given, replace the tenant's.
+    """Make a key and print its secret, this once.
+
+    If any limit is given, they replace those of the tenant.
 
     Example: concertmaster keys create --tenant team-a --tokens-per-min 200000
     """

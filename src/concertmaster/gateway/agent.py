@@ -72,7 +72,7 @@ class AgentConnection(asyncio.Protocol):
         self._ready: deque[Message] = deque()
         self._transport: asyncio.Transport | None = None
         self._keep_alive = True
-        self._closing = self._paused = False
+        self._closing = self._paused = self._spoken = False
         self._refusal: bytes | None = None
         self.busy = False
         self.exchange: Exchange | None = None
@@ -159,6 +159,7 @@ class AgentConnection(asyncio.Protocol):
         if self._closing or self._refusal is not None:
             return
         self._begun = False
+        self._spoken = True
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
@@ -200,7 +201,7 @@ class AgentConnection(asyncio.Protocol):
         limit_s = patience.head_s if self._in_head else patience.body_s
         if now_s - self._since_s <= limit_s:
             return
-        if not self._head_bytes and not self._unended_bytes:
+        if not self._spoken:
             self.close()
             return
         part = "headers" if self._in_head else "body"

@@ -30,8 +30,8 @@ from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
-from concertmaster.gateway import dispatching, heads, openai_api
 from concertmaster.gateway import agent as agents
+from concertmaster.gateway import dispatching, heads, openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.idle import IDLE_S, IdleWatch

@@ -6,11 +6,19 @@ is charged then and its output when it ends; a bucket may fall below zero for th
 until it has refilled.
 """
 
+import math
 from collections.abc import Callable
 
 from concertmaster.core.errors import QuotaError
 from concertmaster.state.keys import NO_LIMITS, Limits
 
+_LEFT = b"""\
+x-ratelimit-limit-UNIT: %d\r
+x-ratelimit-remaining-UNIT: %d\r
+x-ratelimit-reset-UNIT: %.3fs\r
+"""
+_REQUESTS_LEFT = _LEFT.replace(b"UNIT", b"requests")
+_TOKENS_LEFT = _LEFT.replace(b"UNIT", b"tokens")
 _SMOOTHING = 0.2
 _FIRST_S = 1.0
 """How long a request is taken to last before any has ended."""
@@ -43,6 +51,11 @@ class Bucket:
         """Seconds until so much is in it; who wants more than it holds waits until it is full."""
         missing = min(wanted, float(self.per_min)) - self.level(now_s)
         return max(0.0, missing * 60.0 / self.per_min)
+
+    def left(self, now_s: float) -> tuple[int, int, float]:
+        """Return its size, what is left, and the seconds until it is full."""
+        level, size = self.level(now_s), self.per_min
+        return size, max(0, int(level)), (size - level) * 60.0 / size
 
     def take(self, now_s: float, amount: float) -> None:
         """Take so much out, whether it is there or not."""
@@ -98,7 +111,7 @@ class Quota:
             self._requests.take(now_s, 1)
         if self._tokens is not None:
             self._tokens.take(now_s, prompt_tokens)
-        return b"".join(b"%b: %b\r\n" % header for header in self._headers(now_s))
+        return self._left(now_s)
 
     def end(self, output_tokens: int, lasted_s: float) -> None:
         """Charge what a request has written, however it ended."""
@@ -118,25 +131,19 @@ class Quota:
             self._refuse(now_s, next_end_s, f"{limits.in_flight} requests in flight")
 
     def _refuse(self, now_s: float, wait_s: float, limit: str) -> None:
+        lines = self._left(now_s).decode().splitlines()
+        left = [line.split(": ") for line in lines]
         headers = [
-            (b"retry-after", b"%d" % max(1, -int(-wait_s // 1))),
-            (b"retry-after-ms", b"%d" % max(1, -int(-1000 * wait_s // 1))),
-            *self._headers(now_s),
+            (b"retry-after", b"%d" % max(1, math.ceil(wait_s))),
+            (b"retry-after-ms", b"%d" % max(1, math.ceil(1000 * wait_s))),
+            *((name.encode(), value.encode()) for name, value in left),
         ]
         problem = f"the tenant is at its limit of {limit}: try again in {max(wait_s, 0.001):.3f} s"
         raise QuotaError(problem, headers=headers)
 
-    def _headers(self, now_s: float) -> list[tuple[bytes, bytes]]:
-        headers: list[tuple[bytes, bytes]] = []
-        for unit, bucket in ((b"requests", self._requests), (b"tokens", self._tokens)):
-            if bucket is not None:
-                left, full_s = bucket.level(now_s), bucket.wait_s(now_s, bucket.per_min)
-                headers += (
-                    (b"x-ratelimit-limit-" + unit, b"%d" % bucket.per_min),
-                    (b"x-ratelimit-remaining-" + unit, b"%d" % max(0, int(left))),
-                    (b"x-ratelimit-reset-" + unit, b"%.3fs" % full_s),
-                )
-        return headers
+    def _left(self, now_s: float) -> bytes:
+        left = b"" if self._requests is None else _REQUESTS_LEFT % self._requests.left(now_s)
+        return left if self._tokens is None else left + _TOKENS_LEFT % self._tokens.left(now_s)
 
 
 def _resized(bucket: Bucket | None, per_min: int | None, now_s: float) -> Bucket | None:
