@@ -38,10 +38,13 @@ class Message(NamedTuple):
 
 
 class Patience(NamedTuple):
-    """Seconds for the two parts of a message to come."""
+    """Wall seconds for the two parts of a message to come."""
 
     head_s: float
     body_s: float
+
+
+PATIENCE = Patience(10.0, 60.0)
 
 
 class Desk(Protocol):

@@ -30,9 +30,8 @@ from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
-from concertmaster.gateway import agent as agents
 from concertmaster.gateway import dispatching, heads, openai_api
-from concertmaster.gateway.agent import AgentConnection, Message
+from concertmaster.gateway.agent import PATIENCE, AgentConnection, Message, Patience, hurry
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.intake import Intake
@@ -75,8 +74,7 @@ class Gateway:
         commands: What to run for replicas that are processes of this machine.
         controls: How engines load and unload their model; as vLLM does for those left out.
         hold_s: Longest time for which a call is held while its model does not run.
-        head_timeout_s: Wall seconds for a request's line and headers to come.
-        body_timeout_s: Wall seconds for its body to come.
+        patience: How long messages may take to come.
     """
 
     def __init__(
@@ -98,13 +96,12 @@ class Gateway:
         controls: Mapping[ReplicaId, ControlKind] = _NO_CONTROLS,
         peers: Mapping[ReplicaId, Peer] = _NO_PEERS,
         hold_s: float = HOLD_S,
-        head_timeout_s: float = 10.0,
-        body_timeout_s: float = 60.0,
+        patience: Patience = PATIENCE,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = GatewayMetrics()
         self.max_body_bytes = max_body_bytes
-        self._patience = agents.Patience(head_timeout_s, body_timeout_s)
+        self._patience = patience
         self.draining = False
         self._forecaster = Forecaster(predictor, self.metrics)
         self._clock = clock
@@ -157,7 +154,7 @@ class Gateway:
         """Begin to watch engines and to tell the core of progress."""
         duties = (
             self._tick(),
-            agents.hurry(self._agents, self._patience),
+            hurry(self._agents, self._patience),
             self._service.hold(self._overdue),
             self._service.health.watch(),
             self.engines.watch(),
@@ -241,10 +238,6 @@ class Gateway:
                 taken=self._exchanges,
                 reads_prompts=self._forecaster.reads_prompts,
             )
-            if agent.quota is not None:
-                prompt_tokens = exchange.request.prompt_tokens
-                exchange.response_headers += agent.quota.begin(prompt_tokens)
-                exchange.quota = agent.quota
         except CallerError as error:
             status, body = openai_api.caller_error(error)
             self.metrics.answered(status, 0.0)

@@ -41,7 +41,7 @@ class Intake:
             reads_prompts: Whether the predictor wants to see the prompt.
 
         Raises:
-            CallerError: The message is no call.
+            CallerError: The message is no call, or its tenant is at a limit.
         """
         headers = message.headers
         call = openai_api.parse_call(message.body, chat=chat)
@@ -79,6 +79,9 @@ class Intake:
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)
+        if agent.quota is not None:
+            exchange.response_headers += agent.quota.begin(request.prompt_tokens)
+            exchange.quota = agent.quota
         if reads_prompts:
             exchange.prompt = read_prompt(call)
         return exchange, identity

@@ -10,7 +10,7 @@ from concertmaster.config import FleetFile, GatewaySection
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
-from concertmaster.gateway.agent import AgentConnection, Desk
+from concertmaster.gateway.agent import AgentConnection, Desk, Patience
 from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
 from concertmaster.gateway.driver import Gateway, Observer
@@ -61,8 +61,7 @@ async def running_gateway(
         controls=controls or {},
         peers=peers or {},
         hold_s=settings.hold_s,
-        head_timeout_s=settings.head_timeout_s,
-        body_timeout_s=settings.body_timeout_s,
+        patience=Patience(settings.head_timeout_s, settings.body_timeout_s),
     )
     routes.gateway = gateway
     async with AsyncExitStack() as stack:
