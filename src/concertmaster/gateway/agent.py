@@ -197,9 +197,12 @@ class AgentConnection(asyncio.Protocol):
     def hurry(self, now_s: float, patience: Patience) -> None:
         """Refuse a message that has been coming for too long; close where none ever came.
 
-        Who is being answered, or not read for now, is left alone.
+        While an answer is under way, or reading is paused, its time does not begin.
         """
-        if not self._since_s or self.busy or self._paused or self._closing:
+        if not self._since_s or self._closing:
+            return
+        if self.busy or self._paused:
+            self._since_s = now_s
             return
         limit_s = patience.head_s if self._in_head else patience.body_s
         if now_s - self._since_s <= limit_s:
