@@ -143,6 +143,55 @@ def test_no_credential_of_a_caller_reaches_an_engine_that_has_its_own(safe: Safe
     play(main())
 
 
+def test_a_stranger_is_refused_by_its_head_before_its_body_is_read(safe: Safe) -> None:
+    secret = safe.key()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 19000000\r\nx-api-key: "
+    )
+
+    async def main() -> None:
+        async with guarded(safe) as (rig, _):
+            known, stranger = await rig.wire(), await rig.wire()
+            known.send(f"{head}{secret}\r\n\r\n".encode())
+            assert (await known.head()).split()[1] == b"100"
+            stranger.send(f"{head}x\r\n\r\n".encode())
+            assert (await stranger.answer())[0] == 401
+
+    play(main())
+
+
+def test_a_key_stays_good_where_another_protocol_is_offered(safe: Safe) -> None:
+    secret = safe.key()
+    offer = {"x-api-key": secret, "connection": "upgrade", "upgrade": "h2c"}
+    body = b'{"model": "m", "messages": [{}]}'
+
+    async def main() -> None:
+        async with guarded(safe) as (rig, upstream):
+            wire = await rig.wire()
+            wire.send(a_message("POST", CHAT, body, offer))
+            assert (await wire.answer())[0] == 200
+            assert secret not in repr(upstream.heard)
+            wire.send(a_message("POST", CHAT, body, {**offer, "x-api-key": "x"}))
+            assert (await wire.answer())[0] == 401
+
+    play(main())
+
+
+def test_keys_of_messages_in_one_packet_are_not_mixed(safe: Safe) -> None:
+    one, other = safe.key("one", requests_per_min=1), safe.key("other", requests_per_min=9)
+    body = b'{"model": "m", "messages": [{}]}'
+
+    async def main() -> None:
+        async with guarded(safe) as (rig, _):
+            wire = await rig.wire()
+            keys = (one, other, one, other, "x")
+            wire.send(b"".join(a_message("POST", CHAT, body, {"x-api-key": k}) for k in keys))
+            found = [(await wire.answer())[0] for _ in keys]
+            assert found == [200, 200, 429, 200, 401]
+
+    play(main())
+
+
 def test_without_keys_a_callers_own_key_goes_to_its_engine() -> None:
     async def main() -> None:
         async with over_upstreams() as (rig, upstream):

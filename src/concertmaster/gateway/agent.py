@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, cast
 
 import httptools
 
+from concertmaster.core.errors import CallerError
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.openai_api import error_body, response
+from concertmaster.gateway.openai_api import caller_error, error_body, response
 from concertmaster.gateway.quotas import Quota
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Message(NamedTuple):
 
     Attributes:
         takes_chunks: Whether its answer may come in chunks, as since HTTP/1.1.
+        quota: The account of who sent it; ``None`` without keys.
     """
 
     method: bytes
@@ -35,6 +37,12 @@ class Message(NamedTuple):
     body: bytes
     keep_alive: bool
     takes_chunks: bool = True
+    quota: Quota | None = None
+
+
+Judge = Callable[[bytes, dict[bytes, bytes]], Quota | None]
+"""Told the target and headers of a message: returns whose account it is on, takes out what
+proves that, and raises ``CallerError`` if it may not come in."""
 
 
 class Patience(NamedTuple):
@@ -65,12 +73,15 @@ class Desk(Protocol):
 class AgentConnection(asyncio.Protocol):
     """One connection from an agent.
 
-    Attributes:
-        quota: The account of who sent the message that is answered; ``None`` without keys.
+    Args:
+        desk: Takes its messages.
+        judge: Asked of each before its body is read; ``None`` lets all in.
     """
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, judge: Judge | None = None) -> None:
         self._desk = desk
+        self._judge = judge
+        self._quota: Quota | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._ready: deque[Message] = deque()
         self._transport: asyncio.Transport | None = None
@@ -79,7 +90,6 @@ class AgentConnection(asyncio.Protocol):
         self._refusal: bytes | None = None
         self.busy = False
         self.exchange: Exchange | None = None
-        self.quota: Quota | None = None
         self._since_s = 0.0
         self.on_message_begin()
 
@@ -123,10 +133,22 @@ class AgentConnection(asyncio.Protocol):
             self._refuse_head()
         elif self._fields > _MAX_HEADERS:
             self._refuse(431, f"headers: expected at most {_MAX_HEADERS}, found {self._fields}")
+        elif self._judge is not None and not self._lets_in(self._judge):
+            pass
         elif length.isdigit() and int(length) > self._desk.max_body_bytes:
             self._refuse_body(int(length))
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _lets_in(self, judge: Judge) -> bool:
+        try:
+            self._quota = judge(self._target, self._headers)
+        except CallerError as error:
+            if self._refusal is None:
+                status, body = caller_error(error)
+                self._refusal = response(status, body, error.headers, close=True)
+            return False
+        return True
 
     def on_body(self, part: bytes) -> None:
         """Collect the body up to the limit."""
@@ -147,7 +169,13 @@ class AgentConnection(asyncio.Protocol):
         keep_alive, takes_chunks = parser.should_keep_alive(), parser.get_http_version() != "1.0"
         self._ready.append(
             Message(
-                parser.get_method(), self._target, self._headers, body, keep_alive, takes_chunks
+                parser.get_method(),
+                self._target,
+                self._headers,
+                body,
+                keep_alive,
+                takes_chunks,
+                self._quota,
             )
         )
         transport = self._transport
@@ -180,6 +208,8 @@ class AgentConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
+            if self._refusal is not None:
+                return
             message = self._ready.pop()
             if b"upgrade" not in message.headers:
                 raise httptools.HttpParserError("a request to connect elsewhere") from None
@@ -187,7 +217,10 @@ class AgentConnection(asyncio.Protocol):
             lines = b"".join(b"%b: %b\r\n" % header for header in kept.items())
             head = b"%b %b HTTP/1.1\r\n%b\r\n" % (message.method, message.target, lines)
             self._parser = httptools.HttpRequestParser(self)
-            self._feed(head + data[offer.args[0] :])
+            judge, self._judge = self._judge, None  # it has been let in, and its proof taken out
+            self._feed(head)
+            self._judge = judge
+            self._feed(data[offer.args[0] :])
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the desk, which cancels what is under way."""

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from concertmaster.core.errors import CallerError, ForbiddenError, UnauthorizedError
-from concertmaster.gateway.agent import AgentConnection, Desk, Message
-from concertmaster.gateway.openai_api import caller_error, response
 from concertmaster.gateway.quotas import Quota
 from concertmaster.state.keys import KeyStore, digest_of
 
@@ -60,13 +58,12 @@ class Keyring:
         self._blind = False
         self._read()
 
-    def holder(self, message: Message) -> Holder | None:
-        """Return who sent a message, and take the secret out of it: no engine shall see it.
+    def holder(self, headers: dict[bytes, bytes]) -> Holder | None:
+        """Return who sent a message, and take the secret out of its head: no engine shall see it.
 
         The secret is hashed and the hash looked up: a sender who could time the look-up would
         learn about hashes, which lead to no secret. The last comparison is constant-time.
         """
-        headers = message.headers
         bearer = headers.pop(b"authorization", b"")
         other = (headers.pop(b"x-api-key", b""), headers.pop(b"api-key", b""))
         secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else b""
@@ -116,45 +113,35 @@ class Keyring:
 
 
 class Gate:
-    """Stands before a desk and lets in who has a key.
+    """Lets in who has a key: the ``Judge`` of a gateway that has keys.
 
     Calls and what belongs to them (``/v1/…``) take any good key, all else an operator's.
 
     Args:
-        desk: Who takes the messages that come through.
         keyring: Knows the keys.
         count: Told of every refusal: its status, and 0 s.
     """
 
-    def __init__(self, desk: Desk, keyring: Keyring, count: Callable[[int, float], None]) -> None:
-        self._desk = desk
+    def __init__(self, keyring: Keyring, count: Callable[[int, float], None]) -> None:
         self._keyring = keyring
         self._count = count
-        self.max_body_bytes = desk.max_body_bytes
 
-    def opened(self, agent: AgentConnection) -> None:
-        """Note a connection."""
-        self._desk.opened(agent)
+    def __call__(self, target: bytes, headers: dict[bytes, bytes]) -> Quota | None:
+        """Return whose account a message is on.
 
-    def lost(self, agent: AgentConnection) -> None:
-        """Note that the agent is gone."""
-        self._desk.lost(agent)
-
-    def take(self, agent: AgentConnection, message: Message) -> None:
-        """Pass a message on, or answer 401 or 403."""
-        holder = self._keyring.holder(message)
-        path = message.target.partition(b"?")[0]
-        agent.quota = None if holder is None else holder.quota
+        Raises:
+            UnauthorizedError: It needs a key and has no good one.
+            ForbiddenError: It needs an operator's.
+        """
+        holder = self._keyring.holder(headers)
+        path = target.partition(b"?")[0]
         if path not in OPEN_PATHS:
             if holder is None:
-                self._refuse(agent, UnauthorizedError("expected a good API key"))
-                return
+                raise self._counted(UnauthorizedError("expected a good API key"))
             if not holder.operator and not path.startswith(b"/v1/"):
-                self._refuse(agent, ForbiddenError("expected an operator's API key"))
-                return
-        self._desk.take(agent, message)
+                raise self._counted(ForbiddenError("expected an operator's API key"))
+        return None if holder is None else holder.quota
 
-    def _refuse(self, agent: AgentConnection, error: CallerError) -> None:
-        status, body = caller_error(error)
-        self._count(status, 0.0)
-        agent.answer(response(status, body, error.headers))
+    def _counted(self, error: CallerError) -> CallerError:
+        self._count(error.status, 0.0)
+        return error

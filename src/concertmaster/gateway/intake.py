@@ -79,9 +79,9 @@ class Intake:
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)
-        if agent.quota is not None:
-            exchange.response_headers += agent.quota.begin(request.prompt_tokens)
-            exchange.quota = agent.quota
+        if message.quota is not None:
+            exchange.response_headers += message.quota.begin(request.prompt_tokens)
+            exchange.quota = message.quota
         if reads_prompts:
             exchange.prompt = read_prompt(call)
         return exchange, identity

@@ -10,7 +10,7 @@ from concertmaster.config import FleetFile, GatewaySection
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
-from concertmaster.gateway.agent import AgentConnection, Desk, Patience
+from concertmaster.gateway.agent import AgentConnection, Judge, Patience
 from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
 from concertmaster.gateway.driver import Gateway, Observer
@@ -66,9 +66,9 @@ async def running_gateway(
     routes.gateway = gateway
     async with AsyncExitStack() as stack:
         try:
-            desk = await stack.enter_async_context(_guarded(gateway, settings.keys))
+            judge = await stack.enter_async_context(_guarded(gateway, settings.keys))
             await gateway.open()
-            server = await _listen(desk, settings, tls)
+            server = await _listen(gateway, judge, settings, tls)
         except BaseException:
             await gateway.stop(drain_s=0.0)
             raise
@@ -83,23 +83,27 @@ async def running_gateway(
 
 
 async def _listen(
-    desk: Desk, settings: GatewaySection, tls: ssl.SSLContext | None
+    gateway: Gateway, judge: Judge | None, settings: GatewaySection, tls: ssl.SSLContext | None
 ) -> asyncio.Server:
     return await asyncio.get_running_loop().create_server(
-        lambda: AgentConnection(desk), settings.host, settings.port, backlog=_BACKLOG, ssl=tls
+        lambda: AgentConnection(gateway, judge),
+        settings.host,
+        settings.port,
+        backlog=_BACKLOG,
+        ssl=tls,
     )
 
 
 @asynccontextmanager
-async def _guarded(gateway: Gateway, keys: str) -> AsyncIterator[Desk]:
-    """Put a gate before a gateway that has keys, and follow their file."""
+async def _guarded(gateway: Gateway, keys: str) -> AsyncIterator[Judge | None]:
+    """Judge who comes in if there are keys, and follow their file."""
     if not keys:
-        yield gateway
+        yield None
         return
     keyring = Keyring(open_keys("", keys), time.monotonic)
     watching = asyncio.create_task(keyring.watch())
     try:
-        yield Gate(gateway, keyring, gateway.metrics.answered)
+        yield Gate(keyring, gateway.metrics.answered)
     finally:
         watching.cancel()
         with suppress(asyncio.CancelledError):
