@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from concertmaster.gateway.gate import Keyring
+from concertmaster.gateway.keyring import Keyring
 from concertmaster.gateway.quotas import Quota
 from concertmaster.state.key_file import KeyFile
 from concertmaster.state.keys import NO_LIMITS, Limits, new_key

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from concertmaster.core.errors import InputError
-from concertmaster.gateway import gate
-from concertmaster.gateway.gate import OPEN_PATHS, Keyring
+from concertmaster.gateway import keyring
+from concertmaster.gateway.keyring import OPEN_PATHS, Keyring
 from concertmaster.gateway.peers import Peer
 from concertmaster.state.key_file import KeyFile
 from concertmaster.state.keys import Limits, new_key
@@ -258,13 +258,13 @@ def test_a_key_opens_and_ends_within_a_second_while_serving(safe: Safe) -> None:
     async def main() -> None:
         async with guarded(safe) as (rig, _):
             secret = safe.key()
-            await asyncio.sleep(2 * gate.REREAD_S)
+            await asyncio.sleep(2 * keyring.REREAD_S)
             assert (await rig.call(x_api_key=secret)).status == 200
             safe.revoke(secret)
-            await asyncio.sleep(2 * gate.REREAD_S)
+            await asyncio.sleep(2 * keyring.REREAD_S)
             assert (await rig.call(x_api_key=secret)).status == 401
 
-    assert 2 * gate.REREAD_S < 1
+    assert 2 * keyring.REREAD_S < 1
     play(main())
 
 
@@ -278,7 +278,7 @@ def test_limits_change_while_serving_and_keep_what_is_in_flight(safe: Safe) -> N
             assert (await rig.call(x_api_key=secret)).status == 429
             with closing(KeyFile(safe.path)) as store:
                 store.limit("team", Limits(in_flight=2))
-            await asyncio.sleep(2 * gate.REREAD_S)
+            await asyncio.sleep(2 * keyring.REREAD_S)
             calls.append(asyncio.ensure_future(rig.call(x_api_key=secret)))
             await until(lambda: rig.gateway.open_exchanges == 2)
             assert (await rig.call(x_api_key=secret)).status == 429
@@ -293,14 +293,14 @@ def test_if_the_store_fails_keys_stay_good_and_the_log_says_so_once(
     safe: Safe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = KeyFile(safe.path)
-    keyring = Keyring(store, lambda: 0.0)
+    ring = Keyring(store, lambda: 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(store, "changes", _broken)
-        keyring.refresh()
-        keyring.refresh()
+        ring.refresh()
+        ring.refresh()
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "those last read stay good: disk I/O error" in caplog.text
-    keyring.close()
+    ring.close()
 
 
 def _broken() -> int:

@@ -14,7 +14,7 @@ from concertmaster.gateway.agent import AgentConnection, Judge, Patience
 from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
 from concertmaster.gateway.driver import Gateway, Observer
-from concertmaster.gateway.gate import Gate, Keyring
+from concertmaster.gateway.keyring import KeyCheck, Keyring
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.reach import check_reach, open_keys, tls_of
 from concertmaster.predictors.interface import Predictor
@@ -103,7 +103,7 @@ async def _guarded(gateway: Gateway, keys: str) -> AsyncIterator[Judge | None]:
     keyring = Keyring(open_keys("", keys), time.monotonic)
     watching = asyncio.create_task(keyring.watch())
     try:
-        yield Gate(keyring, gateway.metrics.answered)
+        yield KeyCheck(keyring, gateway.metrics.answered)
     finally:
         watching.cancel()
         with suppress(asyncio.CancelledError):

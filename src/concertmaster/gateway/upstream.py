@@ -138,7 +138,7 @@ class EngineConnection(asyncio.Protocol):
         if exchange.held:
             return self._follow(exchange, head, self._head[end + 2 :])
         ours = _OURS if exchange.quota is None else _OURS_WITH_LIMITS
-        if ours.search(head):
+        if exchange.response_headers and ours.search(head):
             self._head = ours.sub(b"", self._head[:end]) + self._head[end:]
             end = self._head.find(b"\r\n\r\n") + 2
         exchange.caller.write(self._head[:end] + exchange.response_headers + self._head[end:])

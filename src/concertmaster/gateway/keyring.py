@@ -112,7 +112,7 @@ class Keyring:
         self._seen = changes
 
 
-class Gate:
+class KeyCheck:
     """Lets in who has a key: the ``Judge`` of a gateway that has keys.
 
     Calls and what belongs to them (``/v1/…``) take any good key, all else an operator's.
