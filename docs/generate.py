@@ -5,7 +5,9 @@
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -19,25 +21,23 @@ WIDTH = 100
 
 
 def cli_help() -> str:
-    """Return the help of every command, a heading each."""
-    root = typer.main.get_command(app)
-    parts = []
-    with root.make_context("concertmaster", [], resilient_parsing=True) as context:
-        names = ["", *root.list_commands(context)]  # type: ignore[attr-defined]
-        for name in names:
-            command = root.get_command(context, name) if name else root  # type: ignore[attr-defined]
-            parent = context if name else None
-            inner = command.context_class(
-                command,
-                parent=parent,
-                info_name=name or "concertmaster",
-                terminal_width=WIDTH,
-                max_content_width=WIDTH,
-            )
-            title = f"concertmaster {name}".rstrip()
-            text = "\n".join(line.rstrip() for line in command.get_help(inner).splitlines())
-            parts.append(f"### `{title}`\n\n```text\n{text}\n```\n")
-    return "\n".join(parts)
+    """Return the help of every command, a heading each; those of a group follow it."""
+    root: Any = typer.main.get_command(app)
+    return "\n".join(_help_of(root, "concertmaster", None))
+
+
+def _help_of(command: Any, name: str, parent: Any) -> Iterator[str]:  # noqa: ANN401  # click's
+    context = command.context_class(
+        command,
+        parent=parent,
+        info_name=name,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+    )
+    text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    yield f"### `{context.command_path}`\n\n```text\n{text}\n```\n"
+    for inner, one in getattr(command, "commands", {}).items():
+        yield from _help_of(one, inner, context)
 
 
 def filled(page: str, content: str) -> str:

@@ -348,7 +348,11 @@ def parse(line: str) -> None:
     command = root.commands[name]
     if arguments:
         with root.make_context("concertmaster", [name]) as context:
-            command.make_context(name, arguments, parent=context)
+            inner = getattr(command, "commands", {})
+            if inner:
+                command, arguments = inner[arguments[0]], arguments[1:]
+            if arguments or not inner:
+                command.make_context(name, arguments, parent=context)
 
 
 @every_page
@@ -362,9 +366,20 @@ def test_every_command_that_a_page_quotes_can_be_read(page: Path) -> None:
 
 def test_a_command_that_does_not_exist_is_noticed() -> None:
     assert list(command_lines("```sh\n$ concertmaster simulat -f x\n```\n"))
-    for line in ("concertmaster simulat -f x", "concertmaster serve --config"):
-        with pytest.raises(Exception, match=r"simulat|argument"):
+    unknown = ("concertmaster simulat -f x", "concertmaster keys creat --tenant x")
+    for line in (*unknown, "concertmaster serve --config"):
+        with pytest.raises(Exception, match=r"simulat|creat|argument"):
             parse(line)
+
+
+# Proofs.
+
+
+def test_every_test_that_the_security_page_names_is_there() -> None:
+    named = re.findall(r"`(test_\w+)\.(test_\w+)`", (DOCS / "security.md").read_text())
+    assert len(named) > 30
+    for module, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / f"{module}.py").read_text(), name
 
 
 # Links and files.

@@ -136,7 +136,10 @@ def asks(words: str, tokens: int, model: str = "small", **more: Any) -> dict[str
     extra = {"ignore_eos": True, **more.pop("extra_body", {})}
     messages = [{"role": "user", "content": words}]
     return {
-        **{"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0.0},
+        "model": model,
+        "messages": messages,
+        "max_tokens": tokens,
+        "temperature": 0.0,
         **more,
         "extra_body": extra,
     }

@@ -8,6 +8,7 @@ import typer
 
 from concertmaster import (
     __version__,
+    cli_keys,
     commands,
     commands_learning,
     commands_reproduce,
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_keys.app, name="keys")
 
 Fleet = Annotated[Path, typer.Option("-f", "--fleet", help="Fleet file (TOML).")]
 Workloads = Annotated[

@@ -18,12 +18,13 @@ from msgspec.structs import replace
 
 from concertmaster import compose, forecaster
 from concertmaster import demo as demonstration
-from concertmaster.config import load_engine, load_fleet
+from concertmaster.config import GatewaySection, load_engine, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
 from concertmaster.gateway.peers import peers_of
+from concertmaster.gateway.reach import check_reach, open_keys, tls_of
 from concertmaster.gateway.replay import Replay
 from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
@@ -90,6 +91,7 @@ def serve(
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     _check_port(settings.port)
     _check_servable(settings.policy)
+    _check_safe(str(config), settings)
     fleet = compose.build_fleet(file, name=config.stem, served=True)
     urls = compose.endpoints(file, where=str(config))
     with ExitStack() as stack:
@@ -126,17 +128,27 @@ def serve(
             where = f"{settings.host}:{settings.port}"
             _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
             try:
+                url = f"http{'s' if settings.tls_cert else ''}://{settings.host}:{bound}"
                 show.say(
                     show.console(),
-                    f"http://{settings.host}:{bound}/v1   policy {settings.policy}   "
+                    f"{url}/v1   policy {settings.policy}   "
                     f"{len(urls)} replicas in {len(fleet.pools)} pools   "
-                    f"page http://{settings.host}:{bound}/   stop with Ctrl-C",
+                    f"page {url}/   {'with keys' if settings.keys else 'loopback only, no keys'}"
+                    "   stop with Ctrl-C",
                 )
                 await until_stopped()
             finally:
                 await gateway.__aexit__(None, None, None)
 
         compose.run_loop(run())
+
+
+def _check_safe(where: str, settings: GatewaySection) -> None:
+    """Refuse what the gateway would refuse to start with, before anything is loaded."""
+    check_reach(where, settings)
+    tls_of(where, settings)
+    if settings.keys:
+        open_keys(where, settings.keys).close()
 
 
 async def until_stopped() -> None:

@@ -134,6 +134,11 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     connect_timeout_s: float = 5.0
     health_interval_s: float = 2.0
     hold_s: float = 600.0
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    keys: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
 
 
 class EmulatorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -210,7 +215,8 @@ def load_fleet(path: Path) -> FleetFile:
     _check_shared(path, fleet)
     _check_scaling(path, fleet)
     check_positive(path, "emulator.speedup", fleet.emulator.speedup)
-    check_positive(path, "gateway.hold_s", fleet.gateway.hold_s)
+    for key in ("hold_s", "head_timeout_s", "body_timeout_s"):
+        check_positive(path, f"gateway.{key}", getattr(fleet.gateway, key))
     check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
     if fleet.gateway.window_s is not None:
         check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)

@@ -6,13 +6,16 @@
       InputError          a file, flag or name is wrong; exit code 2, one line, no traceback
       CallerError         the caller can mend it (4xx)
         InvalidRequestError   400
+        UnauthorizedError     401
+        ForbiddenError        403
         ModelNotFoundError    404
         TooLargeError         413
+        QuotaError            429
       FleetError          we can mend it (5xx, and 429 when the line is full)
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 
 class ConcertmasterError(Exception):
@@ -53,12 +56,18 @@ def unknown_name(file: str, where: str, kind: str, name: str, known: Collection[
 
 
 class CallerError(ConcertmasterError):
-    """The caller sent what cannot be served; ``status`` is the HTTP status to answer."""
+    """The caller sent what cannot be served.
+
+    Attributes:
+        status: HTTP status to answer.
+        headers: What goes with the answer.
+    """
 
     status = 400
     error_type = "invalid_request_error"
     code: str | None = None
     param: str | None = None
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -69,6 +78,22 @@ class InvalidRequestError(CallerError):
     """A field of the request is missing or wrong."""
 
     code = "invalid_request"
+
+
+class UnauthorizedError(CallerError):
+    """It came without an API key, or with one that is not good."""
+
+    status = 401
+    code = "invalid_api_key"
+    headers = ((b"www-authenticate", b"Bearer"),)
+
+
+class ForbiddenError(CallerError):
+    """The API key is good, but not for this."""
+
+    status = 403
+    error_type = "permission_error"
+    code = "permission_denied"
 
 
 class ModelNotFoundError(CallerError):
@@ -84,3 +109,15 @@ class TooLargeError(CallerError):
 
     status = 413
     code = "request_too_large"
+
+
+class QuotaError(CallerError):
+    """The caller has used what it may use for now; ``headers`` say when to try again."""
+
+    status = 429
+    error_type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        super().__init__(message)
+        self.headers = headers

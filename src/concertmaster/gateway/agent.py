@@ -3,17 +3,21 @@
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, cast
 
 import httptools
 
+from concertmaster.core.errors import CallerError
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.openai_api import error_body, response
+from concertmaster.gateway.openai_api import caller_error, error_body, response
+from concertmaster.gateway.quotas import Quota
 
 _log = logging.getLogger(__name__)
 
 _MAX_PIPELINED = 16
 _MAX_HEADER_BYTES = 65_536
+_MAX_HEADERS = 128
 _OFFER_HEADERS = frozenset({b"connection", b"http2-settings", b"upgrade"})
 _LINGER_S = 1.0
 """How long a refused sender is read and ignored, so that it gets to see why."""
@@ -24,6 +28,7 @@ class Message(NamedTuple):
 
     Attributes:
         takes_chunks: Whether its answer may come in chunks, as since HTTP/1.1.
+        quota: The account of who sent it; ``None`` without keys.
     """
 
     method: bytes
@@ -32,6 +37,22 @@ class Message(NamedTuple):
     body: bytes
     keep_alive: bool
     takes_chunks: bool = True
+    quota: Quota | None = None
+
+
+Judge = Callable[[bytes, dict[bytes, bytes]], Quota | None]
+"""Told the target and headers of a message: returns whose account it is on, takes out what
+proves that, and raises ``CallerError`` if it may not come in."""
+
+
+class Patience(NamedTuple):
+    """Wall seconds for the two parts of a message to come."""
+
+    head_s: float
+    body_s: float
+
+
+PATIENCE = Patience(10.0, 60.0)
 
 
 class Desk(Protocol):
@@ -50,23 +71,32 @@ class Desk(Protocol):
 
 
 class AgentConnection(asyncio.Protocol):
-    """One connection from an agent."""
+    """One connection from an agent.
 
-    def __init__(self, desk: Desk) -> None:
+    Args:
+        desk: Takes its messages.
+        judge: Asked of each before its body is read; ``None`` lets all in.
+    """
+
+    def __init__(self, desk: Desk, judge: Judge | None = None) -> None:
         self._desk = desk
+        self._judge = judge
+        self._quota: Quota | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._ready: deque[Message] = deque()
         self._transport: asyncio.Transport | None = None
         self._keep_alive = True
-        self._closing = self._paused = False
+        self._closing = self._paused = self._spoken = False
         self._refusal: bytes | None = None
         self.busy = False
         self.exchange: Exchange | None = None
+        self._since_s = 0.0
         self.on_message_begin()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport; asyncio and uvloop set TCP_NODELAY themselves."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
+        self._since_s = asyncio.get_running_loop().time()
         self._desk.opened(self)
 
     # httptools callbacks
@@ -74,7 +104,8 @@ class AgentConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Start a request."""
         self._in_head = self._begun = True
-        self._head_bytes = self._unended_bytes = 0
+        self._head_bytes = self._unended_bytes = self._fields = 0
+        self._whole = False
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
@@ -89,19 +120,35 @@ class AgentConnection(asyncio.Protocol):
         """Collect a header; of a repeated one the values are joined, as HTTP allows."""
         name = name.lower()
         self._head_bytes += len(name) + len(value)
+        self._fields += 1
         known = self._headers.get(name)
         self._headers[name] = value if known is None else known + b", " + value
 
     def on_headers_complete(self) -> None:
         """Refuse what is too large before its body is read."""
         self._in_head = False
+        self._since_s = 0.0
         length = self._headers.get(b"content-length", b"0")
         if self._head_bytes > _MAX_HEADER_BYTES:
             self._refuse_head()
+        elif self._fields > _MAX_HEADERS:
+            self._refuse(431, f"headers: expected at most {_MAX_HEADERS}, found {self._fields}")
+        elif self._judge is not None and not self._lets_in(self._judge):
+            pass
         elif length.isdigit() and int(length) > self._desk.max_body_bytes:
             self._refuse_body(int(length))
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _lets_in(self, judge: Judge) -> bool:
+        try:
+            self._quota = judge(self._target, self._headers)
+        except CallerError as error:
+            if self._refusal is None:
+                status, body = caller_error(error)
+                self._refusal = response(status, body, error.headers, close=True)
+            return False
+        return True
 
     def on_body(self, part: bytes) -> None:
         """Collect the body up to the limit."""
@@ -113,6 +160,8 @@ class AgentConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Hand the message over, in turn."""
+        self._whole = True
+        self._since_s = 0.0
         if self._refusal is not None:
             return
         parser = self._parser
@@ -120,7 +169,13 @@ class AgentConnection(asyncio.Protocol):
         keep_alive, takes_chunks = parser.should_keep_alive(), parser.get_http_version() != "1.0"
         self._ready.append(
             Message(
-                parser.get_method(), self._target, self._headers, body, keep_alive, takes_chunks
+                parser.get_method(),
+                self._target,
+                self._headers,
+                body,
+                keep_alive,
+                takes_chunks,
+                self._quota,
             )
         )
         transport = self._transport
@@ -135,6 +190,7 @@ class AgentConnection(asyncio.Protocol):
         if self._closing or self._refusal is not None:
             return
         self._begun = False
+        self._spoken = True
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
@@ -143,6 +199,8 @@ class AgentConnection(asyncio.Protocol):
             self._unended_bytes += len(data)
             if self._unended_bytes > _MAX_HEADER_BYTES:
                 self._refuse_head()
+        if not self._whole and not self._since_s:
+            self._since_s = asyncio.get_running_loop().time()
         self._go_on()
 
     def _feed(self, data: bytes) -> None:
@@ -150,6 +208,8 @@ class AgentConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
+            if self._refusal is not None:
+                return
             message = self._ready.pop()
             if b"upgrade" not in message.headers:
                 raise httptools.HttpParserError("a request to connect elsewhere") from None
@@ -157,12 +217,35 @@ class AgentConnection(asyncio.Protocol):
             lines = b"".join(b"%b: %b\r\n" % header for header in kept.items())
             head = b"%b %b HTTP/1.1\r\n%b\r\n" % (message.method, message.target, lines)
             self._parser = httptools.HttpRequestParser(self)
-            self._feed(head + data[offer.args[0] :])
+            judge, self._judge = self._judge, None  # it has been let in, and its proof taken out
+            self._feed(head)
+            self._judge = judge
+            self._feed(data[offer.args[0] :])
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the desk, which cancels what is under way."""
         self._closing = True
         self._desk.lost(self)
+
+    def hurry(self, now_s: float, patience: Patience) -> None:
+        """Refuse a message that has been coming for too long; close where none ever came.
+
+        While an answer is under way, or reading is paused, its time does not begin.
+        """
+        if not self._since_s or self._closing:
+            return
+        if self.busy or self._paused:
+            self._since_s = now_s
+            return
+        limit_s = patience.head_s if self._in_head else patience.body_s
+        if now_s - self._since_s <= limit_s:
+            return
+        if not self._spoken:
+            self.close()
+            return
+        part = "headers" if self._in_head else "body"
+        self._refuse(408, f"{part}: expected within {limit_s:g} s", "request_timeout")
+        self._go_on()
 
     def pause_writing(self) -> None:
         """Slow the engine down: the agent does not keep up."""
@@ -263,3 +346,12 @@ class AgentConnection(asyncio.Protocol):
         if self._refusal is None:
             body = error_body(message, "invalid_request_error", code=code)
             self._refusal = response(status, body, close=True)
+
+
+async def hurry(agents: Mapping[AgentConnection, None], patience: Patience) -> None:
+    """Look at all connections now and then, for ever: cheaper than a timer for each message."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(min(1.0, *patience) / 2)
+        for agent in list(agents):
+            agent.hurry(loop.time(), patience)

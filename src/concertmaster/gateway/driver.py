@@ -31,7 +31,7 @@ from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
 from concertmaster.gateway import dispatching, openai_api
-from concertmaster.gateway.agent import AgentConnection, Message
+from concertmaster.gateway.agent import PATIENCE, AgentConnection, Message, Patience, hurry
 from concertmaster.gateway.apis.desk import served
 from concertmaster.gateway.exchange import Caller, Exchange
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
@@ -74,6 +74,7 @@ class Gateway:
         commands: What to run for replicas that are processes of this machine.
         controls: How engines load and unload their model; as vLLM does for those left out.
         hold_s: Longest time for which a call is held while its model does not run.
+        patience: How long messages may take to come.
     """
 
     def __init__(
@@ -95,10 +96,12 @@ class Gateway:
         controls: Mapping[ReplicaId, ControlKind] = _NO_CONTROLS,
         peers: Mapping[ReplicaId, Peer] = _NO_PEERS,
         hold_s: float = HOLD_S,
+        patience: Patience = PATIENCE,
     ) -> None:
         self.scheduler = scheduler
         self.metrics = GatewayMetrics()
         self.max_body_bytes = max_body_bytes
+        self._patience = patience
         self.draining = False
         self._forecaster = Forecaster(predictor, self.metrics)
         self._clock = clock
@@ -143,6 +146,7 @@ class Gateway:
         """Begin to watch engines and to tell the core of progress."""
         duties = (
             self._tick(),
+            hurry(self._agents, self._patience),
             self._service.hold(self._overdue),
             self._service.health.watch(),
             self.engines.watch(),
@@ -235,7 +239,7 @@ class Gateway:
         except CallerError as error:
             status, body = openai_api.caller_error(error)
             self.metrics.answered(status, 0.0)
-            caller.write(openai_api.response(status, body))
+            caller.write(openai_api.response(status, body, error.headers))
             caller.finished(keep_alive=True)
             return
         agent.exchange, exchange.teaches = exchange, teaches
@@ -330,6 +334,7 @@ class Gateway:
         """Tell the core and the predictor that an answer is complete."""
         now_s = self._clock()
         request = exchange.request
+        exchange.tokens = output_tokens
         self._end(exchange, exchange.status)
         self.metrics.finished(now_s, exchange, output_tokens)
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
@@ -366,6 +371,8 @@ class Gateway:
         self._exchanges.pop(request.request_id, None)
         self._idle.settle(now_s, request.workflow_id)
         self.metrics.answered(status, now_s - exchange.arrived_s)
+        if exchange.quota is not None:
+            exchange.quota.end(exchange.tokens, (now_s - exchange.arrived_s) / self._speedup)
         if status != 200:
             self._forecaster.failed(request.request_id)
         if exchange.engine is not None:

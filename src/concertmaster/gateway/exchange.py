@@ -4,6 +4,7 @@ from typing import Protocol
 
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request
+from concertmaster.gateway.quotas import Quota
 from concertmaster.predictors.interface import NO_PROMPT, Prompt
 
 
@@ -27,6 +28,7 @@ class Exchange:
         head: Request head for the engine, without content-length and model.
         attempt: Current attempt, as the core counts; 0 before the first dispatch.
         tokens: Output tokens seen in the stream of this attempt.
+        quota: The account of its tenant, which its end is told to.
         prompt: What the predictor may read of it, until it has learnt what came of the call.
         forecast: What was predicted of it.
         started: True once the caller has been sent any byte of an answer.
@@ -54,6 +56,7 @@ class Exchange:
         "model_named",
         "over",
         "prompt",
+        "quota",
         "replica_id",
         "request",
         "response_headers",
@@ -84,6 +87,7 @@ class Exchange:
         self.model_named = model_named
         self.streams = streams
         self.prompt: Prompt = NO_PROMPT
+        self.quota: Quota | None = None
         self.forecast: Forecast = NO_FORECAST
         self.arrived_s = request.arrival_s
         self.dispatched_s: float | None = None

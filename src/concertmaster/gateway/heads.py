@@ -4,7 +4,7 @@ import re
 
 from concertmaster.core.actions import Dispatch
 from concertmaster.gateway.agent import Message
-from concertmaster.gateway.identity import Identity
+from concertmaster.gateway.identity import CALLERS_HEADERS, Identity
 from concertmaster.gateway.openai_api import error_body
 
 _DROPPED_HEADERS = frozenset(
@@ -28,15 +28,25 @@ _DROPPED_HEADERS = frozenset(
 )
 
 
+_OURS = b"x-concertmaster-"
 _CREDENTIALS = re.compile(rb"^(?:authorization|x-api-key|api-key): [^\r]*\r\n", re.MULTILINE)
 
 
 def engine_head(message: Message, request_id: str) -> bytes:
-    """Request line and the headers that go on to the engine."""
+    """Request line and the headers that go on to the engine.
+
+    Left out: what concerns one connection only (RFC 9110, section 7.6.1), what we set ourselves,
+    and names of ours that callers have no say in.
+    """
+    headers = message.headers
+    named = headers.get(b"connection", b"").lower()
+    hops = frozenset(one.strip() for one in named.split(b",")) if named else frozenset()
     lines = [
         name + b": " + value
-        for name, value in message.headers.items()
+        for name, value in headers.items()
         if name not in _DROPPED_HEADERS
+        and name not in hops
+        and (not name.startswith(_OURS) or name in CALLERS_HEADERS)
     ]
     lines.append(b"x-request-id: " + request_id.encode("latin-1"))
     return b"POST " + message.target + b" HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n"

@@ -123,6 +123,9 @@ _HINT_HEADERS = frozenset(
         b"x-smg-priority",
     }
 )
+CALLERS_HEADERS = _HINT_HEADERS | {b"x-concertmaster-workflow-id", b"x-concertmaster-agent"}
+"""Headers of ours that callers may set."""
+
 _SESSION_KEYS = (
     "workflow_id",
     "session_id",

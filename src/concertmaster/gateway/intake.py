@@ -47,7 +47,7 @@ class Intake:
             reads_prompts: Whether the predictor wants to see the prompt.
 
         Raises:
-            CallerError: A header of ours, or the model, is missing or wrong.
+            CallerError: A header of ours, or the model, is wrong, or its tenant is at a limit.
         """
         headers = message.headers
         text = call.text()
@@ -84,6 +84,9 @@ class Intake:
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)
+        if message.quota is not None:
+            exchange.response_headers += message.quota.begin(request.prompt_tokens)
+            exchange.quota = message.quota
         if reads_prompts:
             exchange.prompt = read_prompt(call)
         return exchange, identity

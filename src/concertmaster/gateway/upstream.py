@@ -19,7 +19,10 @@ _RETRIED_STATUS = 429
 _TAIL_BYTES = 4096
 _FRAMED = re.compile(rb"\r\n(content-length|transfer-encoding):")
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*chunked")
-_REQUEST_ID = re.compile(rb"\r\nx-request-id:[^\r]*", re.IGNORECASE)
+_OURS = re.compile(rb"\r\n(?:x-request-id:|x-concertmaster-)[^\r]*", re.IGNORECASE)
+_OURS_WITH_LIMITS = re.compile(
+    rb"\r\n(?:x-request-id:|x-concertmaster-|x-ratelimit-)[^\r]*", re.IGNORECASE
+)
 _END_OF_FRAME = b"\n\r\n"
 """Last bytes of a chunk that ends a frame: here a frame of our own could follow."""
 
@@ -134,8 +137,9 @@ class EngineConnection(asyncio.Protocol):
         self._ends_with_connection = not _FRAMED.search(head)
         if exchange.held:
             return self._follow(exchange, head, self._head[end + 2 :])
-        if b"\r\nx-request-id:" in head:
-            self._head = _REQUEST_ID.sub(b"", self._head, count=1)
+        ours = _OURS if exchange.quota is None else _OURS_WITH_LIMITS
+        if exchange.response_headers and ours.search(head):
+            self._head = ours.sub(b"", self._head[:end]) + self._head[end:]
             end = self._head.find(b"\r\n\r\n") + 2
         exchange.caller.write(self._head[:end] + exchange.response_headers + self._head[end:])
         exchange.started = True

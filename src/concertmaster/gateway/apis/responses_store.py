@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import msgspec
 
 from concertmaster.gateway.apis.chat_request import Fields
+from concertmaster.gateway.keyring import TENANT_HEADER
 
-_CREDENTIALS = (b"authorization", b"x-api-key", b"api-key")
+_CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", TENANT_HEADER)
 
 
 def owner_of(headers: Mapping[bytes, bytes]) -> bytes:
-    """Return a digest of the credentials of a call: with others its answers cannot be read.
+    """Return a digest of the credentials or tenant of a call, to whom its answers are kept.
 
     >>> owner_of({b"authorization": b"a"}) == owner_of({b"authorization": b"b"})
     False
