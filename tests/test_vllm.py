@@ -32,7 +32,7 @@ PYTHON = os.environ.get("VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="needs vLLM: make test-engines")
 
 BLOCK_TOKENS, BLOCKS, SEATS = 32, 20, 8
-START_S = 240.0
+START_S = 600.0
 
 
 @dataclass
