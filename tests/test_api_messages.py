@@ -316,6 +316,17 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     play(main())
 
 
+def test_a_body_that_is_too_large_is_refused_in_anthropics_words() -> None:
+    async def main() -> None:
+        async with over_upstreams(max_body_mb=0.001) as (rig, _), a_client(rig) as client:
+            with pytest.raises(anthropic.APIStatusError) as caught:
+                await client.messages.create(**asking(system="x" * 2000))
+            assert caught.value.status_code == 413
+            assert caught.value.body["error"]["type"] == "request_too_large"  # type: ignore[index]
+
+    play(main())
+
+
 def test_tools_that_anthropic_would_run_are_left_out_and_named() -> None:
     async def answers(_: Heard, out: asyncio.StreamWriter) -> None:
         out.write(an_answer(a_completion({"content": "no"})))

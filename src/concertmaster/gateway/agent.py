@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, cast
 
 import httptools
 
+from concertmaster.gateway.apis.anthropic_answer import worded
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.openai_api import error_body, response
 
@@ -262,4 +263,5 @@ class AgentConnection(asyncio.Protocol):
         """Read no further; what was read before is still answered, in turn."""
         if self._refusal is None:
             body = error_body(message, "invalid_request_error", code=code)
+            status, body = worded(self._target, status, body)
             self._refusal = response(status, body, close=True)
