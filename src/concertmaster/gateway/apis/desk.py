@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
@@ -88,7 +89,10 @@ class ApiDesk:
         Raises:
             CallerError: It is none, or cannot be served.
         """
-        return self._open[message.target.partition(b"?")[0]](agent, message)
+        try:
+            return self._open[message.target.partition(b"?")[0]](agent, message)
+        except RecursionError:
+            raise InvalidRequestError("body: expected JSON of less depth") from None
 
     def _messages(self, agent: AgentConnection, message: Message) -> Opening:
         chat, streams = messages_request(message.body)
