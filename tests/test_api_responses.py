@@ -267,6 +267,20 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     play(main())
 
 
+def test_json_of_any_depth_is_served_or_refused() -> None:
+    async def main() -> None:
+        async with over_upstreams(chats) as (rig, _):
+            found = set()
+            for depth in (10, *range(850, 1010, 8)):
+                nested = b'{"a":' * depth + b"1" + b"}" * depth
+                tool = b'{"type":"function","name":"t","parameters":%b}' % nested
+                body = b'{"model":"m","input":"x","tools":[%b]}' % tool
+                found.add((await rig.ask("POST", "/v1/responses", body)).status)
+            assert found == {200, 400}
+
+    play(main())
+
+
 def test_an_engine_error_and_an_unknown_model_keep_their_codes() -> None:
     async def refuses(_: Heard, out: asyncio.StreamWriter) -> None:
         error = {"message": "no", "type": "t", "param": None, "code": "engine_code"}

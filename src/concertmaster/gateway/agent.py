@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, cast
 import httptools
 
 from concertmaster.core.errors import CallerError
+from concertmaster.gateway.apis.anthropic_answer import worded
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.openai_api import caller_error, error_body, response
 from concertmaster.gateway.quotas import Quota
@@ -145,7 +146,7 @@ class AgentConnection(asyncio.Protocol):
             self._quota = judge(self._target, self._headers)
         except CallerError as error:
             if self._refusal is None:
-                status, body = caller_error(error)
+                status, body = worded(self._target, *caller_error(error))
                 self._refusal = response(status, body, error.headers, close=True)
             return False
         return True
@@ -345,6 +346,7 @@ class AgentConnection(asyncio.Protocol):
         """Read no further; what was read before is still answered, in turn."""
         if self._refusal is None:
             body = error_body(message, "invalid_request_error", code=code)
+            status, body = worded(self._target, status, body)
             self._refusal = response(status, body, close=True)
 
 

@@ -185,7 +185,7 @@ def _json(content: object) -> Response:
 
 
 def _owner(request: Request) -> bytes:
-    return owner_of(dict(request.headers.raw))
+    return owner_of(request.scope["message"])
 
 
 def _no_response(response_id: str) -> Response:

@@ -50,6 +50,7 @@ class SideDoor:
             "headers": list(message.headers.items()),
             "client": None,
             "server": None,
+            "message": message,
         }
         body: list[bytes] = [message.body]
         done = asyncio.Event()

@@ -9,6 +9,7 @@ from concertmaster.gateway.apis.chat_request import Fields
 from concertmaster.gateway.apis.events import named_event
 from concertmaster.gateway.openai_api import error_message
 
+MESSAGES = "/v1/messages"
 OVERLOADED = 529
 _STOPPED: Mapping[str, str] = {
     "stop": "end_turn",
@@ -42,6 +43,23 @@ def error_of(status: int, message: str, request_id: str = "") -> tuple[int, byte
     if request_id:
         fields["request_id"] = request_id
     return status, msgspec.json.encode(fields)
+
+
+def worded(target: bytes, status: int, body: bytes) -> tuple[int, bytes]:
+    """Return status and body of an error as the API of a target words it.
+
+    >>> body = b'{"error":{"message":"too large"}}'
+    >>> worded(b"/v1/chat/completions", 413, body) == (413, body)
+    True
+    >>> worded(b"/v1/messages?beta=true", 413, body)[1]
+    b'{"type":"error","error":{"type":"request_too_large","message":"too large"}}'
+    """
+    return error_of(status, error_message(body)) if speaks(target) else (status, body)
+
+
+def speaks(target: bytes) -> bool:
+    """Whether a target is one of Anthropic's API."""
+    return target.startswith(MESSAGES.encode())
 
 
 class MessageAnswer:

@@ -11,6 +11,7 @@ from concertmaster.gateway.apis.chat_request import (
     ChatRequest,
     Fields,
     chat_request,
+    check_depth,
     function_call,
     function_tool,
     kind_of,
@@ -66,6 +67,7 @@ def messages_request(body: bytes, *, counts: bool = False) -> tuple[ChatRequest,
         InvalidRequestError: A field is missing, wrong, or of a kind that engines cannot serve.
     """
     asked = read_fields(body, _decode)
+    check_depth(msgspec.structs.replace(asked, messages=[]))
     _refuse_what_is_not_served(asked)
     streams = asked.stream and not counts
     tools, left_out = _tools(asked.tools or ())

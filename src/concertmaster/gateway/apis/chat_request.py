@@ -10,6 +10,9 @@ from concertmaster.core.errors import InvalidRequestError
 from concertmaster.gateway.openai_api import CallBody
 
 Fields = dict[str, Any]
+_DEPTH_TO_SPARE = 100
+"""Levels that an answer and the stack it is written on may add."""
+
 _UNFIT_FOR_HEADERS = re.compile(r"[^a-zA-Z0-9_. -]")
 STREAM_FIELDS: Mapping[str, object] = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -44,6 +47,21 @@ def chat_request(fields: Fields, left_out: Iterable[str] = (), **naming: object)
             setattr(call, name, msgspec.Raw(msgspec.json.encode(value)) if is_raw else value)
     kinds = dict.fromkeys(_UNFIT_FOR_HEADERS.sub("", kind)[:64] for kind in left_out)
     return ChatRequest(body, call, tuple(kinds))
+
+
+def check_depth(asked: object) -> None:
+    """Refuse what is nested so deeply that an answer could not repeat it.
+
+    Raises:
+        InvalidRequestError: It is.
+    """
+    buried = asked
+    for _ in range(_DEPTH_TO_SPARE):
+        buried = [buried]
+    try:
+        msgspec.json.encode(buried)
+    except RecursionError:
+        raise InvalidRequestError("body: expected JSON of less depth") from None
 
 
 def wrong(where: str, expected: str, found: object) -> InvalidRequestError:

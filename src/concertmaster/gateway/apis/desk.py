@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.agent import AgentConnection, Message
-from concertmaster.gateway.apis.anthropic_answer import MessageAnswer, TokenCount
+from concertmaster.gateway.apis.anthropic_answer import MESSAGES, MessageAnswer, TokenCount, speaks
 from concertmaster.gateway.apis.anthropic_request import messages_request
 from concertmaster.gateway.apis.chat_request import ChatRequest, Fields
 from concertmaster.gateway.apis.embeddings import embeddings_call
@@ -22,7 +23,6 @@ from concertmaster.gateway.exchange import Caller
 from concertmaster.gateway.openai_api import CallBody
 from concertmaster.gateway.peers import VLLM, Peer, models_for
 
-MESSAGES = "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
 RESPONSES = "/v1/responses"
 EMBEDDINGS = "/v1/embeddings"
@@ -76,7 +76,7 @@ class ApiDesk:
 
     def caller(self, agent: AgentConnection, message: Message) -> Caller:
         """Return who words errors as the API of a message does."""
-        if not message.target.startswith(MESSAGES.encode()):
+        if not speaks(message.target):
             return agent
         request_id = message.headers.get(b"x-request-id", b"").decode("latin-1")
         takes_chunks = message.takes_chunks
@@ -89,7 +89,10 @@ class ApiDesk:
         Raises:
             CallerError: It is none, or cannot be served.
         """
-        return self._open[message.target.partition(b"?")[0]](agent, message)
+        try:
+            return self._open[message.target.partition(b"?")[0]](agent, message)
+        except RecursionError:
+            raise InvalidRequestError("body: expected JSON of less depth") from None
 
     def _messages(self, agent: AgentConnection, message: Message) -> Opening:
         chat, streams = messages_request(message.body)
@@ -105,7 +108,7 @@ class ApiDesk:
 
     def _responses(self, agent: AgentConnection, message: Message) -> Opening:
         body = response_body(message.body)
-        owner = owner_of(message.headers)
+        owner = owner_of(message)
         earlier: Sequence[Fields] = ()
         workflow_id = ""
         if body.previous_response_id is not None:

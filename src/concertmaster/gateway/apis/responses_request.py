@@ -10,6 +10,7 @@ from concertmaster.gateway.apis.chat_request import (
     ChatRequest,
     Fields,
     chat_request,
+    check_depth,
     function_call,
     function_tool,
     kind_of,
@@ -87,6 +88,7 @@ def response_body(body: bytes) -> ResponseBody:
         InvalidRequestError: A field is missing, wrong, or asks for what no engine serves.
     """
     asked = read_fields(body, _decode)
+    check_depth(msgspec.structs.replace(asked, input=""))
     for name in _NOT_SERVED:
         if value := getattr(asked, name):
             raise wrong(name, "none: the gateway does not serve it", value)

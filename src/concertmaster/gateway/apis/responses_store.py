@@ -2,24 +2,21 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from concertmaster.gateway.agent import Message
 from concertmaster.gateway.apis.chat_request import Fields
 from concertmaster.gateway.keyring import TENANT_HEADER
 
 _CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", TENANT_HEADER)
 
 
-def owner_of(headers: Mapping[bytes, bytes]) -> bytes:
-    """Return a digest of the credentials or tenant of a call, to whom its answers are kept.
-
-    >>> owner_of({b"authorization": b"a"}) == owner_of({b"authorization": b"b"})
-    False
-    """
-    said = b"\n".join(headers.get(name, b"") for name in _CREDENTIALS)
+def owner_of(message: Message) -> bytes:
+    """Return a digest of the credentials of a call, or its tenant, to whom its answers are kept."""
+    said = b"\n".join(message.headers.get(name, b"") for name in _CREDENTIALS)
     return hashlib.sha256(said).digest()
 
 

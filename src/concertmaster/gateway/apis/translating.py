@@ -134,7 +134,7 @@ class TranslatingCaller:
                 self._conclude_whole(b"".join(self._body))
             else:
                 self._refuse(self._status, b"".join(self._body))
-        except BrokenAnswerError as error:
+        except (BrokenAnswerError, RecursionError) as error:
             self._break(str(error))
         self._over = True
 
