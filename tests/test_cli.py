@@ -23,17 +23,7 @@ REPO = Path(__file__).parents[1]
 FLEET = str(REPO / "examples/fleets/local.toml")
 SCRIPT = (sys.executable, "-c", "from concertmaster.cli import main; main()")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO / "src"), "PYTHONUNBUFFERED": "1"}
-COMMANDS = (
-    "demo",
-    "serve",
-    "engine",
-    "simulate",
-    "compare",
-    "replay",
-    "explain",
-    "reproduce",
-    "keys",
-)
+COMMANDS = ("demo", "serve", "engine", "simulate", "compare", "replay", "explain", "reproduce")
 SUMMARY = {"mean", "p50", "p90", "p95", "p99"}
 CONTRACT: dict[str, set[str] | None] = {
     "policy": None,
