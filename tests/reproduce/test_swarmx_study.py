@@ -19,7 +19,7 @@ from concertmaster.reproduce import swarmx_scaling as scaled
 from concertmaster.reproduce import swarmx_world as world
 from concertmaster.reproduce.results import Cell, Results
 from concertmaster.reproduce.search import MOST_STEPS, highest
-from concertmaster.reproduce.swarmx import DEFAULT_WORLDS, STUDY
+from concertmaster.reproduce.swarmx import DEFAULT_WORLDS, STUDY, finished_rps
 from concertmaster.reproduce.swarmx_arms import (
     ARMS,
     BLIND,
@@ -149,6 +149,12 @@ def test_the_search_finds_the_highest_rate(limit: float, off: float) -> None:
     found = highest(lambda rate: rate <= limit, start=limit * off, tolerance=0.02)
 
     assert limit / 1.021 <= found <= limit
+
+
+def test_flat_out_is_the_pace_of_the_middle_half_of_the_ends() -> None:
+    ends = [a_record(i, 0.0, end_s) for i, end_s in enumerate((1, 10, 12, 14, 16, 18, 20, 99))]
+
+    assert finished_rps(a_run(*ends, a_record(9, 0.0, None))) == pytest.approx(4 / (20 - 12))
 
 
 def test_a_search_gives_up_where_every_rate_or_none_will_do() -> None:
@@ -329,7 +335,7 @@ def figures_of(cell: Cell) -> dict[str, float | list[float]]:
     question = cell.setting.partition("/")[0]
     if question == "rate":
         rates = {BLIND: 1.0, LATE: 1.1, TWO: 1.5, LATE_TWO: 1.4}
-        return {"rate_rps": rates.get(cell.arm, 2.4) + 0.01 * cell.seed}
+        return {"rate_rps": rates.get(cell.arm, 2.4) + 0.01 * cell.seed, "flat_out_rps": 3.0}
     if question == "drift":
         starts_s = [drifts.STEP_S * at for at in range(80)]
         near_s = drifts.STRICKEN_S + (480.0 if cell.arm == FROZEN else 20.0 + 10.0 * cell.seed)

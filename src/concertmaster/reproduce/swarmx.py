@@ -13,6 +13,7 @@ from concertmaster.reproduce.swarmx_arms import (
     FROZEN,
     MORE_ROUTERS,
     MORE_SEARCHED,
+    ROLES,
     ROUTERS,
     SCALED,
     SEARCHED,
@@ -30,9 +31,13 @@ from concertmaster.reproduce.swarmx_summary import (
 )
 from concertmaster.reproduce.swarmx_world import DEEP
 from concertmaster.reproduce.window import figures, makespans_s, middle, quantiles
+from concertmaster.workload.records import RunRecords
 
-HORIZON_S, FEWEST, MOST = 500.0, 250, 1200
+HORIZON_S, FEWEST, MOST = 350.0, 200, 1200
 """A search runs each rate for so long, but with no fewer and no more workflows."""
+
+FLOOD = 3.0
+"""Times load 1 at which a fleet shows what it finishes flat out."""
 
 KEPT = 0.95
 """Share of workflows that must keep the promise where throughput is compared."""
@@ -97,7 +102,7 @@ class SwarmX:
         if question == ROUTING:
             return route(name, cell)
         if question == RATES:
-            return {"rate_rps": reach_rps(name, cell.arm, seed=cell.seed)}
+            return reach(name, cell.arm, seed=cell.seed)
         if question == SCALING:
             return scale(DEEP, name, cell.arm, seed=cell.seed)
         return drift(DRIFTING, name, cell.arm, seed=cell.seed)
@@ -118,6 +123,24 @@ def route(name: str, cell: Cell) -> Figures:
         "attained_ratio": world.attained_ratio(run, world.slo_s(name)),
         "makespans_s": quantiles(makespans_s(middle(run))),
     }
+
+
+def reach(name: str, arm: str, *, seed: int) -> Figures:
+    """Find how much an arm carries; of the recipe also what the fleet finishes flat out."""
+    rate_rps = reach_rps(name, arm, seed=seed)
+    if arm != ROLES:
+        return {"rate_rps": rate_rps}
+    flooded = world.play(
+        name, arm, rate_rps=FLOOD * world.rate_of(name), workflows=world.WORKFLOWS, seed=seed
+    )
+    return {"rate_rps": rate_rps, "flat_out_rps": finished_rps(flooded)}
+
+
+def finished_rps(run: RunRecords) -> float:
+    """Workflows a second that a run finished between a quarter and three quarters of them."""
+    ends_s = sorted(one.finished_s for one in run.workflows if one.finished_s is not None)
+    quarter = len(ends_s) // 4
+    return 2 * quarter / (ends_s[3 * quarter] - ends_s[quarter])
 
 
 def reach_rps(name: str, arm: str, *, seed: int) -> float:

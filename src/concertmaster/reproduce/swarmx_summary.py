@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from concertmaster.observe.compare import mean
+from concertmaster.observe.console import number
 from concertmaster.observe.plot_kinds import CdfPlot, Plot
 from concertmaster.reproduce import swarmx_drift_summary as drift
 from concertmaster.reproduce import swarmx_scaling_summary as scaling
@@ -116,6 +117,7 @@ def _gains(results: Results, setting: str) -> bool:
 
 def _reach(results: Results) -> tuple[Claim, ...]:
     setting = f"{RATES}/{DEEP}"
+    flat_out_rps = mean(results.values("flat_out_rps", setting=setting, arm=ROLES, load=0.0))
 
     def claim(name: str, rival: str, known_as: str, target: float) -> Claim:
         return Claim.over_seeds(
@@ -124,6 +126,7 @@ def _reach(results: Results) -> tuple[Claim, ...]:
             results.ratios("rate_rps", ROLES, rival, settings=[setting], loads=[0.0]),
             "at least",
             target,
+            note=f"flat out the fleet finishes {number(flat_out_rps)} workflows/s",
         )
 
     def best(*forms: str) -> str:
