@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from concertmaster import __version__, cli
 from concertmaster.cli import app
+from concertmaster.state.key_file import KeyFile
 
 REPO = Path(__file__).parents[1]
 FLEET = str(REPO / "examples/fleets/local.toml")
@@ -176,12 +177,16 @@ def test_a_port_in_use_is_said_by_gateway_and_engine(shell: Shell) -> None:
         assert shell.refuses("engine", "-c", engine, "--port", port) == line
 
 
-def test_an_impossible_address_to_listen_on_is_said(shell: Shell) -> None:
+def test_an_impossible_address_to_listen_on_is_said(shell: Shell, tmp_path: Path) -> None:
     line = "port: expected 0 to 65535, found 70000"
     assert shell.refuses("serve", "-c", FLEET, "--port", 70_000) == line
     assert shell.refuses("engine", "-c", REPO / "examples/engine.toml", "--port", 70_000) == line
     assert shell.refuses("demo", "--port", -1) == "port: expected 0 to 65535, found -1"
-    assert shell.refuses("serve", "-c", FLEET, "--host", "192.0.2.1").startswith(
+    KeyFile(tmp_path / "k.sqlite").close()
+    fleet = tmp_path / "fleet.toml"
+    keys = f"\n[gateway]\nkeys = '{tmp_path / 'k.sqlite'}'\n"
+    fleet.write_text(Path(FLEET).read_text() + keys)
+    assert shell.refuses("serve", "-c", fleet, "--host", "192.0.2.1").startswith(
         "192.0.2.1:8000: cannot listen: "
     )
 

@@ -293,6 +293,7 @@ def test_limits_change_while_serving_and_keep_what_is_in_flight(safe: Safe) -> N
 def test_if_the_store_fails_keys_stay_good_and_the_log_says_so_once(
     safe: Safe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    safe.key(in_flight=1)
     store = KeyFile(safe.path)
     ring = Keyring(store, lambda: 0.0)
     with monkeypatch.context() as patch:
@@ -301,6 +302,11 @@ def test_if_the_store_fails_keys_stay_good_and_the_log_says_so_once(
         ring.refresh()
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "those last read stay good: disk I/O error" in caplog.text
+    ring.refresh()
+    with closing(sqlite3.connect(safe.path)) as db, db:
+        db.execute("UPDATE tenants SET in_flight = 0")
+    ring.refresh()
+    assert "--in-flight: expected at least 1, found 0" in caplog.text
     ring.close()
 
 

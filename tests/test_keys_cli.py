@@ -108,3 +108,8 @@ def test_serve_refuses_a_file_of_keys_that_is_not_there(tmp_path: Path) -> None:
     fleet.write_text(f'{Path(FLEET).read_text()}\n[gateway]\nkeys = "/no/keys.sqlite"\n')
     with pytest.raises(InputError, match=r"fleet\.toml: gateway\.keys: no such file"):
         serve(config=str(fleet))
+
+
+@pytest.mark.parametrize("command", ["create", "limit", "list", "revoke"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    assert f"Example: concertmaster keys {command}" in said("keys", command, "--help")

@@ -254,7 +254,7 @@ def test_workflows_over_two_models_are_all_answered(engines: dict[str, Vllm]) ->
                 **asks(f"{name} {stage}", 16, model), extra_headers={"x-workflow-id": name}
             )
             served.append(raw.headers["x-concertmaster-model"])
-            assert raw.parse().usage.completion_tokens == 16  # type: ignore[union-attr]
+            assert raw.parse().usage.completion_tokens == 16
         return served
 
     async def main() -> list[list[str]]:

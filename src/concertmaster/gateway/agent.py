@@ -219,8 +219,10 @@ class AgentConnection(asyncio.Protocol):
             head = b"%b %b HTTP/1.1\r\n%b\r\n" % (message.method, message.target, lines)
             self._parser = httptools.HttpRequestParser(self)
             judge, self._judge = self._judge, None  # it has been let in, and its proof taken out
-            self._feed(head)
-            self._judge = judge
+            try:
+                self._feed(head)
+            finally:
+                self._judge = judge
             self._feed(data[offer.args[0] :])
 
     def connection_lost(self, exc: Exception | None) -> None:

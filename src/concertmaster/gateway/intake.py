@@ -84,11 +84,11 @@ class Intake:
             streams=bool(call.stream),
         )
         exchange.response_headers = heads.identity_headers(request_id, identity)
+        if reads_prompts:
+            exchange.prompt = read_prompt(call)
         if message.quota is not None:
             exchange.response_headers += message.quota.begin(request.prompt_tokens)
             exchange.quota = message.quota
-        if reads_prompts:
-            exchange.prompt = read_prompt(call)
         return exchange, identity
 
     def note_tool_calls(

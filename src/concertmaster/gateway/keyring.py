@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import NamedTuple
 
-from concertmaster.core.errors import CallerError, ForbiddenError, UnauthorizedError
+from concertmaster.core.errors import CallerError, ForbiddenError, InputError, UnauthorizedError
 from concertmaster.gateway.quotas import Quota
 from concertmaster.state.keys import KeyStore, digest_of
 
@@ -85,7 +85,7 @@ class Keyring:
         """Read the store if somebody has changed it."""
         try:
             self._read()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, InputError) as error:
             if not self._blind:
                 _log.error("keys cannot be read, those last read stay good: %s", error)
             self._blind = True
