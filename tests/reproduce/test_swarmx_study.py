@@ -84,7 +84,7 @@ def a_run(*workflows: WorkflowRecord) -> RunRecords:
 @needs_recipe
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_policy(arm: str) -> None:
-    policy(ARMS[arm].policy)
+    assert policy(ARMS[arm].policy).name
 
 
 def test_every_arm_that_is_run_or_claimed_is_known() -> None:
@@ -309,7 +309,7 @@ def test_the_default_grid_scales_where_claims_are_made() -> None:
 
 @pytest.mark.parametrize("shape", scaled.SHAPES)
 def test_every_shape_is_an_arrival_process(shape: str) -> None:
-    ArrivalSpec.parse(scaled.SHAPES[shape].arrivals)
+    assert ArrivalSpec.parse(scaled.SHAPES[shape].arrivals).rhythm is not None
 
 
 def test_scaling_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Where an engine's API begins, and how it is reached."""
 
 import ssl
+from functools import cache
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ class Address(NamedTuple):
         return self.host if self.port == usual else f"{self.host}:{self.port}"
 
     @classmethod
+    @cache  # roots take milliseconds to read, and probes ask for the same few engines for ever
     def of(cls, url: str) -> Self:
         """Read a URL; certificates are checked against the system's roots.
 

@@ -130,13 +130,13 @@ DIALECTS: Mapping[EngineKind, Dialect] = {
         ),
         Dialect(
             "llama.cpp",
-            "b11434",
+            "11434",
             {
                 "running": ("llamacpp:requests_processing",),
                 "waiting": ("llamacpp:requests_deferred",),
             },
         ),
-        Dialect("ollama", "0.14", {}),
+        Dialect("ollama", "any", {}),
         Dialect("openai", "any", {}, health_path="/v1/models"),
     )
 }

@@ -47,9 +47,6 @@ from concertmaster.predictors.rates import PaceWatch
 PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
 
-_NO_COMMANDS: Mapping[ReplicaId, Sequence[str]] = {}
-_NO_CONTROLS: Mapping[ReplicaId, ControlKind] = {}
-_NO_PEERS: Mapping[ReplicaId, Peer] = {}
 HOLD_S = 600.0
 LINGER_S = 1.0
 _CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
@@ -92,9 +89,9 @@ class Gateway:
         health_interval_s: float = 2.0,
         workflow_idle_s: float = IDLE_S,
         follow_pace: bool = True,
-        commands: Mapping[ReplicaId, Sequence[str]] = _NO_COMMANDS,
-        controls: Mapping[ReplicaId, ControlKind] = _NO_CONTROLS,
-        peers: Mapping[ReplicaId, Peer] = _NO_PEERS,
+        commands: Mapping[ReplicaId, Sequence[str]] = {},
+        controls: Mapping[ReplicaId, ControlKind] = {},
+        peers: Mapping[ReplicaId, Peer] = {},
         hold_s: float = HOLD_S,
         patience: Patience = PATIENCE,
     ) -> None:

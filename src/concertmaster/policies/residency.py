@@ -95,21 +95,13 @@ class Expected:
         return callers * want.owing_workflows * ready_s > self.hysteresis * price_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LruSwap:
-    """Swap on demand and end the model that was used longest ago, as llama-swap does."""
+class OnDemand:
+    """Swaps as soon as a call asks for it, and for nothing else."""
 
-    horizon_s: float = 86_400.0
-    colocates: bool = True
-
-    def price_s(self, step: Step, want: Want) -> float | None:
-        """Ask more for what was used later."""
-        if step.kind in ("shrink", "drop"):
-            return 0.0
-        return max(0.0, self.horizon_s - step.unused_s) + step.busy_s
+    __slots__ = ()
 
     def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Agree at once."""
+        """Agree: what may not be given up has no price."""
         return True
 
     def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
@@ -122,7 +114,21 @@ class LruSwap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qlm:
+class LruSwap(OnDemand):
+    """Swap on demand and end the model that was used longest ago, as llama-swap does."""
+
+    horizon_s: float = 86_400.0
+    colocates: bool = True
+
+    def price_s(self, step: Step, want: Want) -> float | None:
+        """Ask more for what was used later."""
+        if step.kind in ("shrink", "drop"):
+            return 0.0
+        return max(0.0, self.horizon_s - step.unused_s) + step.busy_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qlm(OnDemand):
     """A queue for each model, earliest deadline first; a swap serves a whole group (QLM).
 
     A model is swapped out once its calls have ended, and made to end them only for a call with
@@ -139,21 +145,9 @@ class Qlm:
             return None
         return 1 / (1 + step.unused_s) + step.busy_s
 
-    def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Agree: what may not be swapped has no price."""
-        return True
-
-    def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Take memory that is free, once waits are as long as the load."""
-        return price_s == 0.0 and want.oldest_s >= ready_s
-
-    def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Wait to be asked."""
-        return False
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoColocation:
+class NoColocation(OnDemand):
     """One model a node, the hottest first: those with the most calls so far.
 
     A model that runs gives way to one that does not only if that was asked for more often by
@@ -170,15 +164,3 @@ class NoColocation:
         lead = want.calls - step.want.calls
         hotter = lead > 2 * math.sqrt(want.calls + step.want.calls)
         return 1.0 if step.replicas > 1 or hotter else None
-
-    def worth(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Agree: what may not be given up has no price."""
-        return True
-
-    def spreads(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Take memory that is free, once waits are as long as the load."""
-        return price_s == 0.0 and want.oldest_s >= ready_s
-
-    def prefetches(self, want: Want, ready_s: float, price_s: float) -> bool:
-        """Wait to be asked."""
-        return False
