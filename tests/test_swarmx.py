@@ -26,8 +26,8 @@ from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
 from concertmaster.core.sketch import (
     MASSES,
     RANKS,
+    Bar,
     Measure,
-    Overshoot,
     add,
     add_in_step,
     first_of,
@@ -125,14 +125,17 @@ def test_the_first_of_many_is_that_of_a_monte_carlo() -> None:
         )
 
 
-@given(bar=laws, law=laws)
-def test_what_passes_a_bar_is_what_a_double_loop_says(bar: Quantiles, law: Quantiles) -> None:
-    limits = sketch_of(bar)
-    for value, found in zip(law.values, Overshoot(limits).over(law.values), strict=True):
-        slow = sum(
-            mass * max(0.0, value - limit) for mass, limit in zip(MASSES, limits, strict=True)
+@given(bar=laws, law=laws, now_s=st.floats(0.0, 1200.0))
+def test_what_passes_a_bar_is_what_a_double_loop_says(
+    bar: Quantiles, law: Quantiles, now_s: float
+) -> None:
+    ends_s = sketch_of(bar)
+    for seconds in law.values:
+        slow_s = sum(
+            mass * max(0.0, now_s + seconds - max(now_s, end_s))
+            for mass, end_s in zip(MASSES, ends_s, strict=True)
         )
-        assert found == pytest.approx(slow, abs=1e-6)
+        assert Bar(ends_s).passed_s(now_s, seconds) == pytest.approx(slow_s, abs=1e-6)
 
 
 def test_a_certain_quantity_costs_itself_by_every_measure() -> None:
@@ -195,7 +198,7 @@ def test_a_call_that_ends_before_its_sibling_costs_nothing() -> None:
     scorer, replica = TailCompletion(measures), a_replica("p-0")
     call = a_waiting_call(forecast=a_forecast(100.0))
     alone_s = scorer.cost_s(0.0, call, replica)
-    call.workflow.ends[RequestId("sibling")] = (1000.0,)
+    call.workflow.ends[RequestId("sibling")] = Bar((1000.0,))
 
     assert alone_s > 0
     assert scorer.cost_s(0.0, call, replica) == 0.0

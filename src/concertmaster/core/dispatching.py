@@ -14,7 +14,7 @@ from concertmaster.core.residency import Residents
 from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
 from concertmaster.core.service import service_on
-from concertmaster.core.sketch import affine
+from concertmaster.core.sketch import Bar, affine
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -145,7 +145,7 @@ class Dispatcher:
             self._routing.commit(call, model)
         if self._policy.siblings:
             law = service_on(now_s, call, replica).law(call.output_sketch(model))
-            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
+            call.workflow.ends[request.request_id] = Bar(affine(law, 1.0, now_s))
         expected_tokens = call.expected_tokens(model)
         hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         in_flight = InFlight(

@@ -17,7 +17,7 @@ from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import Request, RequestId
 from concertmaster.core.service import service_on
-from concertmaster.core.sketch import affine
+from concertmaster.core.sketch import Bar, affine
 from concertmaster.core.workflow import Workflow, Workflows
 
 HostPolicy = Callable[[Request, Sequence[ReplicaId]], ReplicaId]
@@ -114,7 +114,7 @@ class SchedulerAgent:
         self._running[request.request_id] = (call.workflow, replica)
         if self._policy.siblings:
             law = service_on(now_s, call, replica).law(call.output_sketch(model))
-            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
+            call.workflow.ends[request.request_id] = Bar(affine(law, 1.0, now_s))
 
     def streamed(self, request_id: RequestId, tokens: int) -> None:
         """Take in how many output tokens a call has so far."""
