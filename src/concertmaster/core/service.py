@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from concertmaster.core.fleet import Replica
 from concertmaster.core.queue import Waiting
+from concertmaster.core.request import Request
 from concertmaster.core.sketch import Sketch, affine
 
 MOST_PREFILL = 0.8
@@ -21,13 +22,18 @@ class Service(NamedTuple):
         return affine(tokens, self.token_s, self.first_s)
 
 
+def lacking_tokens(request: Request, replica: Replica) -> int:
+    """Prompt tokens that the replica does not hold: what it would have to compute, at least 1."""
+    hashes = replica.pool.cacheable(request)
+    return max(1, request.prompt_tokens - (replica.prefixes.hit_tokens(hashes) if hashes else 0))
+
+
 def service_on(now_s: float, call: Waiting, replica: Replica) -> Service:
     """Look at one replica: prefill ahead, what it lacks of the prompt, the batch with the call."""
     pool, request, pace = replica.pool, call.request, replica.pace
-    hashes = pool.cacheable(request)
     prefill_s = pool.curve.prefill_s(
         request.prompt_tokens,
-        cached_tokens=replica.prefixes.hit_tokens(hashes) if hashes else 0,
+        cached_tokens=request.prompt_tokens - lacking_tokens(request, replica),
         chunk_tokens=pool.max_batch_tokens,
     )
     step_s = pool.curve.step_s(

@@ -67,13 +67,16 @@ class World(NamedTuple):
 DEEP = "research/a100+a40/16"
 """Where claims on deep research are measured."""
 
+CODING, CODING_ONE = "coding/h20+l20/16", "coding-one-model/h20/16"
+"""Recorded sessions: one model plans and another acts, or one does both."""
+
 PLANNING_MODEL = "qwen3-30b-a3b-instruct-2507"
 
 
 def _coding(fleet: str, more: str = "") -> World:
     """Return a world of recorded sessions, each measured or learnt from, never both."""
     measured, learnt = (f"coding:part={part}{more}" for part in ("test", "train"))
-    return World(fleet, 1, measured, 0.1, learnt=learnt, workflows=120)
+    return World(fleet, 1, measured, 0.03, learnt=learnt, workflows=120)
 
 
 WORLDS: Mapping[str, World] = {
@@ -85,8 +88,8 @@ WORLDS: Mapping[str, World] = {
     "research/h20+l20/16": World("research-h20-l20", 1, "research:told=0.85"),
     "four-peak/a100+a40/32": World("research-a100-a40", 2, "research:fanout=four-peak"),
     "video/h20+l20/32": World("video-h20-l20", 2, "video:told=0.9", 0.3),
-    "coding/h20+l20/16": _coding("coding-h20-l20"),
-    "coding-one-model/h20/16": _coding("coding-single-h20", f",actor={PLANNING_MODEL}"),
+    CODING: _coding("coding-h20-l20"),
+    CODING_ONE: _coding("coding-single-h20", f",actor={PLANNING_MODEL}"),
 }
 """Worlds by name: workload, GPUs and how many."""
 

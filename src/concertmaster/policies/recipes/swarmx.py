@@ -19,7 +19,7 @@ from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.policy import Ordering, Policy, Scorer, View
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ServiceClass
-from concertmaster.core.service import Service, service_on
+from concertmaster.core.service import Service, lacking_tokens, service_on
 from concertmaster.core.sketch import Measure, Sketch, add, add_in_step
 from concertmaster.core.wait import Crew
 from concertmaster.policies.admission import BoundedLine
@@ -84,6 +84,7 @@ class TailCompletion:
 class OthersDelay:
     """What the call takes from those that run there: its prefill, and a longer step while it runs.
 
+    Of its prefill only what the replica does not hold counts.
     Calls that leave meanwhile are taken to be replaced by as many.
 
     Attributes:
@@ -105,7 +106,8 @@ class OthersDelay:
         tokens = call.measured_tokens(pool.model.name, self.measures[request.service_class])
         joined_s = curve.step_s(running + 1, held_tokens + request.prompt_tokens)
         growth_s = joined_s - curve.step_s(running, held_tokens)
-        own_s = request.prompt_tokens * pool.prefill_token_s + tokens * growth_s
+        prefill_s = lacking_tokens(request, replica) * pool.prefill_token_s
+        own_s = prefill_s + tokens * growth_s
         return self.weight * replica.pace * running * own_s
 
 
