@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import a_replica, a_request, a_waiting_call
-from concertmaster.core.fleet import PREFILL_MEMORY_S, InFlight, Replica
+from concertmaster.core.fleet import InFlight, Replica
+from concertmaster.core.prefill_share import PREFILL_MEMORY_S
 from concertmaster.core.service import MOST_PREFILL, service_on, stretch
 
 PROMPT_TOKENS = 500
@@ -35,17 +36,17 @@ def busy(every_s: float, until_s: float = 300.0) -> Replica:
 def test_a_steady_stream_of_prompts_takes_its_share(share: float) -> None:
     prefill_s = PROMPT_TOKENS * a_replica().pool.prefill_token_s
 
-    assert busy(prefill_s / share).prefill_busy_ratio_at(300.0) == pytest.approx(share, rel=0.05)
+    assert busy(prefill_s / share).prefill_share.ratio(300.0) == pytest.approx(share, rel=0.05)
 
 
 def test_what_was_long_ago_counts_for_little_and_never_for_less_than_nothing() -> None:
     replica = a_replica()
-    assert replica.prefill_busy_ratio_at(5.0) == 0.0
+    assert replica.prefill_share.ratio(5.0) == 0.0
     hand(replica, 5.0, "a")
-    fresh = replica.prefill_busy_ratio_at(5.0)
+    fresh = replica.prefill_share.ratio(5.0)
 
-    assert replica.prefill_busy_ratio_at(5.0 + PREFILL_MEMORY_S) == pytest.approx(fresh / 2.71828)
-    assert 0.0 <= replica.prefill_busy_ratio_at(1e6) < 1e-9
+    assert replica.prefill_share.ratio(5.0 + PREFILL_MEMORY_S) == pytest.approx(fresh / 2.71828)
+    assert 0.0 <= replica.prefill_share.ratio(1e6) < 1e-9
 
 
 def test_of_two_equal_batches_the_one_amid_prompts_decodes_more_slowly() -> None:
@@ -56,7 +57,7 @@ def test_of_two_equal_batches_the_one_amid_prompts_decodes_more_slowly() -> None
     quiet_s, amid_s = (service_on(299.9, call, one).token_s for one in (quiet, amid))
 
     assert len(quiet.in_flight) == len(amid.in_flight)
-    share = amid.prefill_busy_ratio_at(299.9)
+    share = amid.prefill_share.ratio(299.9)
     assert share > 0.1
     assert amid_s == pytest.approx(quiet_s / (1 - share), rel=0.01)
 

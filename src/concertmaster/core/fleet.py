@@ -1,6 +1,5 @@
 """Models, clusters, pools and replicas: what there is, and what each replica has in flight."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,10 +8,8 @@ from typing import NewType
 from concertmaster.core.cost import RateCurve
 from concertmaster.core.hbm import NOTHING, Footprint, Holding, NodeMemory, both
 from concertmaster.core.memory import KvLedger, PrefixIndex
+from concertmaster.core.prefill_share import PrefillShare
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName, Request, RequestId
-
-PREFILL_MEMORY_S = 30.0
-"""Prefill of so long ago counts for a third in the share of time that it takes."""
 
 PoolId = NewType("PoolId", str)
 ReplicaId = NewType("ReplicaId", str)
@@ -184,8 +181,7 @@ class Replica:
         context_tokens: KV tokens that the calls in flight hold by forecast.
         prefill_clear_s: Instant by which the prefill handed over so far should be done, at the
             pace of each dispatch.
-        prefill_busy_ratio: Share of its time that prefill took, as of the latest call that it was
-            handed; above 1 if it fell behind.
+        prefill_share: Share of its time that prefill takes.
         last_dispatch: Serial number of the last dispatch to it, over the whole fleet; 0 if none.
         last_used_s: When it was last given a call.
         pace: Factor on the seconds of its rate curve, as completions show; above 0.
@@ -194,7 +190,6 @@ class Replica:
     """
 
     __slots__ = (
-        "_admitted_s",
         "ahead_tokens",
         "alive",
         "context_tokens",
@@ -209,8 +204,8 @@ class Replica:
         "node",
         "pace",
         "pool",
-        "prefill_busy_ratio",
         "prefill_clear_s",
+        "prefill_share",
         "prefill_tokens",
         "prefixes",
         "readiness",
@@ -246,7 +241,7 @@ class Replica:
         self.last_dispatch = 0
         self.last_used_s = 0.0
         self.pace = 1.0
-        self.prefill_busy_ratio = self._admitted_s = 0.0
+        self.prefill_share = PrefillShare()
         if memory is not None:
             memory.hold(replica_id, self.holding())
 
@@ -301,12 +296,7 @@ class Replica:
         self.context_tokens += request.prompt_tokens + call.expected_tokens
         backlog_s = call.prefill_tokens * self.pool.prefill_token_s * self.pace
         self.prefill_clear_s = max(now_s, self.prefill_clear_s) + backlog_s
-        self.prefill_busy_ratio = self.prefill_busy_ratio_at(now_s) + backlog_s / PREFILL_MEMORY_S
-        self._admitted_s = now_s
-
-    def prefill_busy_ratio_at(self, now_s: float) -> float:
-        """Share of its time that prefill takes now; calls that decode stand still for it."""
-        return self.prefill_busy_ratio * math.exp((self._admitted_s - now_s) / PREFILL_MEMORY_S)
+        self.prefill_share.add(now_s, backlog_s)
 
     def stream(self, request_id: RequestId, streamed_tokens: int) -> int:
         """Take in that a call has now produced this many tokens; return how many are new."""

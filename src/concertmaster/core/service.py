@@ -40,7 +40,7 @@ def service_on(now_s: float, call: Waiting, replica: Replica) -> Service:
         len(replica.in_flight) + 1, replica.context_tokens + request.prompt_tokens
     )
     backlog_s = max(0.0, replica.prefill_clear_s - now_s)
-    token_s = pace * step_s * stretch(replica.prefill_busy_ratio_at(now_s))
+    token_s = pace * step_s * stretch(replica.prefill_share.ratio(now_s))
     return Service(replica.network_s + backlog_s + pace * prefill_s, token_s)
 
 

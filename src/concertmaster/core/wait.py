@@ -115,7 +115,7 @@ def crew_of(pool: Pool, replicas: Sequence[Replica], now_s: float, window_s: flo
     count, running = len(sampled), sum(len(one.in_flight) for one in sampled)
     held_tokens = sum(one.context_tokens for one in sampled)
     pace = sum(one.pace for one in sampled) / count
-    busy_ratio = sum(one.prefill_busy_ratio for one in sampled) / count
+    busy_ratio = sum(one.prefill_share.latest_ratio for one in sampled) / count
     step_s = pace * pool.curve.step_s(max(1, running // count), held_tokens // count)
     closed_s = (
         one.prefill_clear_s
