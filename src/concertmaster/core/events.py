@@ -7,7 +7,7 @@ that is over (cancelled, or lost with its replica) is known as stale and ignored
 from typing import Literal, TypeAlias
 
 from concertmaster.core.facts import fact
-from concertmaster.core.fleet import Readiness, ReplicaId
+from concertmaster.core.fleet import Node, PoolId, Readiness, ReplicaId
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 
@@ -90,6 +90,20 @@ class ReplicaDraining:
 
 
 @fact(frozen=True, slots=True)
+class ReplicaJoined:
+    """A pool has one replica more; it takes calls once it is reported ready.
+
+    Attributes:
+        replica_id: A name that no replica has or had.
+        node: What it stands on, alone.
+    """
+
+    replica_id: ReplicaId
+    pool_id: PoolId
+    node: Node
+
+
+@fact(frozen=True, slots=True)
 class PaceObserved:
     """Completions show how far replicas are from their rate curves.
 
@@ -122,6 +136,7 @@ Event: TypeAlias = (
     | ReplicaReady
     | ReplicaDemoted
     | ReplicaDraining
+    | ReplicaJoined
     | PaceObserved
     | WorkflowClosed
     | TimerFired

@@ -46,6 +46,19 @@ class Window:
             self._open.setdefault(replica.pool.pool_id, {})
             self.update(0.0, replica)
 
+    def adopt(
+        self,
+        now_s: float,
+        replicas: Iterable[Replica],
+        window_s: float,
+        filters: Sequence[Filter],
+    ) -> None:
+        """Go by other settings from here on."""
+        self._window_s = window_s
+        self._filters = filters
+        for replica in replicas:
+            self.update(now_s, replica)
+
     def open_replicas(self, pool_id: PoolId) -> Collection[Replica]:
         """Replicas of a pool that can take one more call now, if its KV fits."""
         return self._open[pool_id].values()

@@ -13,6 +13,7 @@ from concertmaster.core.events import (
     PaceObserved,
     ReplicaDemoted,
     ReplicaDied,
+    ReplicaReady,
     RequestCancelled,
     RequestFailed,
     RequestFinished,
@@ -234,6 +235,8 @@ class PaceWatch:
                 self._end(now_s, request_id, None, 0)
             case ReplicaDied(replica_id) | ReplicaDemoted(replica_id):
                 self._restart(replica_id)
+            case ReplicaReady(replica_id) if replica_id not in self._meters:
+                self._meet(replica_id)
             case _:
                 pass
 
@@ -302,6 +305,12 @@ class PaceWatch:
         meter = watched.meter
         meter.end(now_s, watched, 0 if is_unheard else output_tokens)
         self._heard[meter.replica_id] = None
+
+    def _meet(self, replica_id: ReplicaId) -> None:
+        """Begin with a replica that joined the fleet."""
+        replica = self._scheduler.replicas[replica_id]
+        self._meters[replica_id] = _Meter(replica)
+        self._tracker.add(replica_id, replica.pool.pool_id)
 
     def _restart(self, replica_id: ReplicaId) -> None:
         """Begin anew with a replica that is gone; its calls are not watched any more."""
