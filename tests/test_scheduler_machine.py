@@ -39,6 +39,7 @@ from concertmaster.core.events import (
     ReplicaDraining,
     ReplicaJoined,
     ReplicaReady,
+    ReplicaRemoved,
     RequestCancelled,
     RequestFailed,
     RequestFinished,
@@ -166,6 +167,7 @@ class Driver(RuleBasedStateMachine):
         self.running: dict[RequestId, Attempt] = {}
         self.over: list[tuple[RequestId, int]] = []
         self.joined: list[ReplicaId] = []
+        self.removed: dict[ReplicaId, None] = {}
         self.waking: set[ReplicaId] = set()
         self.stopping: set[ReplicaId] = set()
         self.outcomes: dict[RequestId, str] = {}
@@ -183,6 +185,7 @@ class Driver(RuleBasedStateMachine):
         for action in actions:
             match action:
                 case Dispatch(request_id, replica_id, attempt):
+                    assert replica_id not in self.removed, "sent to a replica that was removed"
                     assert replica_id not in self.stopping, "sent to a replica that stops"
                     del self.waiting[request_id]
                     self.running[request_id] = Attempt(attempt, replica_id)
@@ -417,6 +420,24 @@ class Driver(RuleBasedStateMachine):
     @rule(data=st.data())
     def make_joined_ready(self, data: st.DataObject) -> None:
         self.make_ready(data.draw(st.sampled_from(self.joined)))
+
+    @precondition(lambda self: self.joined)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        """It finishes what it has; no news brings it back but that it joins again."""
+        replica_id = data.draw(st.sampled_from(self.joined))
+        self.feed(ReplicaRemoved(replica_id))
+        self.removed[replica_id] = None
+
+    @precondition(lambda self: self.removed)
+    @rule(data=st.data())
+    def join_again(self, data: st.DataObject) -> None:
+        replica_id = data.draw(st.sampled_from(list(self.removed)))
+        replica = self.core.replicas[replica_id]
+        busy = replica_id in self.waking or replica_id in self.stopping
+        if not replica.in_flight and not busy:
+            del self.removed[replica_id]
+            self.feed(ReplicaJoined(replica_id, replica.pool.pool_id, a_node(replica_id)))
 
     @precondition(lambda self: self.joined)
     @rule(data=st.data())

@@ -94,13 +94,20 @@ class ReplicaJoined:
     """A pool has one replica more; it takes calls once it is reported ready.
 
     Attributes:
-        replica_id: A name that no replica has or had.
+        replica_id: A name that no replica has, unless it was removed and has nothing in flight.
         node: What it stands on, alone.
     """
 
     replica_id: ReplicaId
     pool_id: PoolId
     node: Node
+
+
+@fact(frozen=True, slots=True)
+class ReplicaRemoved:
+    """A replica takes no further calls, whatever is reported of it, but finishes those it has."""
+
+    replica_id: ReplicaId
 
 
 @fact(frozen=True, slots=True)
@@ -137,6 +144,7 @@ Event: TypeAlias = (
     | ReplicaDemoted
     | ReplicaDraining
     | ReplicaJoined
+    | ReplicaRemoved
     | PaceObserved
     | WorkflowClosed
     | TimerFired

@@ -23,6 +23,7 @@ from concertmaster.core.events import (
     ReplicaDraining,
     ReplicaJoined,
     ReplicaReady,
+    ReplicaRemoved,
     RequestArrived,
     RequestCancelled,
     RequestFailed,
@@ -255,6 +256,9 @@ class Scheduler:
             case ReplicaJoined(replica_id, pool_id, node):
                 self._join(now_s, Replica(replica_id, self.pools[pool_id], node))
                 return []
+            case ReplicaRemoved(replica_id):
+                self._waking.remove(now_s, self.replicas[replica_id])
+                return [*self._waking.wake_all(now_s, self.line.lanes)]
             case PaceObserved(paces):
                 for replica_id, pace in paces:
                     self.replicas[replica_id].pace = pace
@@ -269,11 +273,17 @@ class Scheduler:
                 assert_never(event)
 
     def _join(self, now_s: float, replica: Replica) -> None:
-        assert replica.replica_id not in self.replicas, f"{replica.replica_id} is there already"
         assert replica.pool.footprint is None, f"{replica.pool.pool_id} shares nodes"
+        siblings = self._by_pool[replica.pool.pool_id]
+        known = self.replicas.get(replica.replica_id)
+        if known is not None:
+            assert known.removed, f"{known.replica_id} is there already"
+            assert not known.in_flight, f"{known.replica_id} is not done yet"
+            siblings.remove(known)
+            self._window.forget(known)
         replica.alive = False
         self.replicas[replica.replica_id] = replica
-        self._by_pool[replica.pool.pool_id].append(replica)
+        siblings.append(replica)
         self._window.update(now_s, replica)
 
     def _arrive(self, now_s: float, request: Request, forecast: Forecast) -> list[Action]:

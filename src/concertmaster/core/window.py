@@ -86,6 +86,12 @@ class Window:
             heapq.heappush(self._reopening, (reopens_s, replica.replica_id, replica))
         in_pool.pop(replica.replica_id, None)
 
+    def forget(self, replica: Replica) -> None:
+        """Drop what is planned for a replica whose name another takes."""
+        self._open[replica.pool.pool_id].pop(replica.replica_id, None)
+        self._reopening = [entry for entry in self._reopening if entry[2] is not replica]
+        heapq.heapify(self._reopening)
+
     def note(self, replica: Replica) -> None:
         """Take in a change that neither opens a replica nor closes it: tokens seen, its pace."""
         self.changes[replica.pool.pool_id] += 1
