@@ -22,6 +22,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
+from concertmaster.gateway.admin import AdminRoutes
 from concertmaster.gateway.replay import Replay
 from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
@@ -31,6 +32,7 @@ from concertmaster.observe.report import Report, build_report
 from concertmaster.observe.trace import Header, TraceReader, TraceWriter
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
+from concertmaster.reloading import Reloader, followed
 from concertmaster.serving import check_servable, prepared
 from concertmaster.sim.driver import engine_settings
 from concertmaster.workload.arrivals import ArrivalSpec
@@ -100,6 +102,7 @@ def serve(
         )
 
         predictor = forecaster.serving_predictor(settings, fleet)
+        admin = AdminRoutes()
 
         async def run() -> None:
             gateway = running_gateway(
@@ -112,9 +115,14 @@ def serve(
                 commands=compose.commands(file),
                 controls=controls_of(file),
                 peers=served.peers,
+                admin=admin,
             )
             where = f"{settings.host}:{settings.port}"
-            _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
+            live, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
+            reloader = Reloader(
+                config, changes, os.environ, served, live, traced=writer is not None
+            )
+            admin.reload = reloader.reload
             try:
                 url = f"http{'s' if settings.tls_cert else ''}://{settings.host}:{bound}"
                 show.say(
@@ -124,7 +132,8 @@ def serve(
                     f"page {url}/   {'with keys' if settings.keys else 'loopback only, no keys'}"
                     "   stop with Ctrl-C",
                 )
-                await until_stopped()
+                async with followed(reloader):
+                    await until_stopped()
             finally:
                 await gateway.__aexit__(None, None, None)
 

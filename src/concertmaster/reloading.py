@@ -6,9 +6,10 @@ A file that is wrong changes nothing: what was read last stays good.
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -17,6 +18,7 @@ from concertmaster.config import FleetFile, GatewaySection, PoolSection
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import TimerFired
 from concertmaster.core.fleet import NodeId, PoolId, ReplicaId
+from concertmaster.gateway.admin import Outcome
 from concertmaster.gateway.control import Engine
 from concertmaster.gateway.driver import Gateway
 from concertmaster.gateway.roster import Roster
@@ -31,20 +33,6 @@ LIVE = frozenset({"policy", "window_s", "max_body_mb", "health_interval_s", "hol
 """Settings of ``[gateway]`` that a gateway takes up while it serves."""
 
 _MEMBERS = frozenset({"endpoints", "replicas", "least_replicas"})
-
-
-class Outcome(NamedTuple):
-    """What came of a reload.
-
-    Attributes:
-        changed: Keys that were taken up, with what they are by now.
-        kept: Keys that need a restart: what was read before stays.
-        problem: Why nothing was taken up; empty if the file is good.
-    """
-
-    changed: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    problem: str = ""
 
 
 class Reloader:
@@ -172,6 +160,20 @@ class Reloader:
             node = dataclasses.replace(node, node_id=NodeId(url))
         engine = Engine(url, pool.model.name, section.controlled_by)
         return self._roster.join(pool.pool_id, node, engine, fresh.peers[planned])
+
+
+@asynccontextmanager
+async def followed(reloader: Reloader) -> AsyncIterator[None]:
+    """Reload when the file changes and at SIGHUP, until the block ends."""
+    loop = asyncio.get_running_loop()
+    watching = loop.create_task(reloader.watch())
+    loop.add_signal_handler(signal.SIGHUP, reloader.reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 def _is_open(file: FleetFile, old: PoolSection, new: PoolSection) -> bool:

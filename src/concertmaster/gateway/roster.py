@@ -46,9 +46,9 @@ class Roster:
         """Return the name that this address had, if it is free again, else one never used."""
         for replica_id, known in self._urls.items():
             replica = self._replica(replica_id)
-            if known == url and replica.pool.pool_id == pool_id:
-                if replica.removed and not replica.in_flight:
-                    return replica_id
+            is_free = replica.removed and not replica.in_flight
+            if is_free and known == url and replica.pool.pool_id == pool_id:
+                return replica_id
         number = 0
         while ReplicaId(f"{pool_id}-{number}") in self._urls:
             number += 1
