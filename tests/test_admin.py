@@ -246,7 +246,7 @@ def test_reload_answers_what_came_of_it() -> None:
     ],
 )
 def test_a_door_that_would_stand_open_is_refused_at_the_start(
-    settings: dict[str, str], message: str
+    settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError) as refused:
         admin_door("f", GatewaySection(**settings), ENVIRON)
