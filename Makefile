@@ -33,6 +33,10 @@ layers: setup ## who may import whom
 test: setup ## tests, doctests and golden traces
 	$(BIN)/pytest --numprocesses 2
 
+.PHONY: audit
+audit: setup ## known faults of what is pinned, from an advisory service (needs a network)
+	$(BIN)/uvx pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 fix: setup ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PAGE = Path(__file__).parents[1] / "docs" / "agents.md"
 TRIP = Workflow(workflow_id="trip-7", app="travel", deadline_ms=60_000)
-KEY = {"api_key": "x"}
+KEY: Any = {"api_key": "x"}
 AUTOGEN = {
     "model": "m",
     "model_info": {
@@ -319,7 +319,7 @@ def test_autogen_runs_a_tool_loop_and_names_its_workflow_with_its_adapter() -> N
         async with serving() as (rig, _):
             settings: Any = {**AUTOGEN, **KEY, "base_url": f"{rig.url}/v1"}
             done = await an_assistant(OpenAIChatCompletionClient(**settings)).run(task="Weather?")
-            assert done.messages[-1].content == "It is sunny in Oslo."  # type: ignore[union-attr]
+            assert done.messages[-1].content == "It is sunny in Oslo."
             assert is_one_inferred_workflow(rig)
         async with serving() as (rig, _):
             settings["base_url"] = f"{rig.url}/v1"
