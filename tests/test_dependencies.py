@@ -33,6 +33,7 @@ ACCEPTED = (
 """Licences that let anybody run and ship this; MPL's share-alike is per file, and we ship none."""
 
 WORDS = {
+    "GPL": r"GPL|GNU",
     "MIT": r"\bMIT\b",
     "Apache-2.0": r"Apache",
     "BSD": r"\bBSD\b",
@@ -95,11 +96,11 @@ def licences(found: Distribution) -> list[str]:
     name = canonicalize_name(about["Name"])
     if name in KNOWN:
         return [KNOWN[name]]
-    expression = about.get("License-Expression")
-    if expression:
-        return re.split(r" (?:AND|OR) ", expression.strip("() "))
+    expressions = about.get_all("License-Expression")
+    if expressions:
+        return re.split(r" (?:AND|OR) ", expressions[0].strip("() "))
     classifiers = [c for c in about.get_all("Classifier") or () if c.startswith("License ::")]
-    said = " ".join([*classifiers, (about.get("License") or "")[:300]])
+    said = " ".join([*classifiers, *(one[:300] for one in about.get_all("License") or ())])
     return [licence for licence, word in WORDS.items() if re.search(word, said)]
 
 
