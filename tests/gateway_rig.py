@@ -23,6 +23,7 @@ from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.emulator_api import EmulatorServer, serve
+from concertmaster.gateway.admin import AdminRoutes
 from concertmaster.gateway.driver import Gateway
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.server import running_gateway
@@ -37,9 +38,9 @@ PATIENCE_S = 5.0
 _T = TypeVar("_T")
 
 
-def play(main: Coroutine[Any, Any, _T]) -> _T:
+def play(main: Coroutine[Any, Any, _T], *, seconds: float = 30.0) -> _T:
     """Run a test on the event loop that the product runs on."""
-    return uvloop.run(asyncio.wait_for(main, 30.0))
+    return uvloop.run(asyncio.wait_for(main, seconds))
 
 
 def a_body(**fields: object) -> dict[str, Any]:
@@ -359,6 +360,8 @@ async def a_rig(
     commands: Mapping[ReplicaId, Sequence[str]] | None = None,
     controls: Mapping[ReplicaId, ControlKind] | None = None,
     peers: Mapping[ReplicaId, Peer] | None = None,
+    admin_routes: AdminRoutes | None = None,
+    environ: Mapping[str, str] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[Rig]:
     """Start a gateway; whatever goes wrong unseen in its event loop fails the test."""
@@ -390,6 +393,8 @@ async def a_rig(
                 commands=commands,
                 controls=controls,
                 peers=peers,
+                admin=admin_routes,
+                environ=environ or {},
             ) as (gateway, port),
             aiohttp.ClientSession(
                 f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=10)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from concertmaster.compose import build_fleet, commands, endpoints
-from concertmaster.config import EngineFile, FleetFile, load_engine, load_fleet
+from concertmaster.config import EngineFile, FleetFile
+from concertmaster.config_files import load_engine, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
 from concertmaster.core.request import ModelName
@@ -37,9 +38,9 @@ GPUS_HINT = "it must hold what runs at the start, and least_replicas of each poo
 SCALING_KEYS = "known: cooldown_s, gpus, most_changes"
 COUNT_HINT = "leave replicas out to count endpoints"
 GATEWAY_KEYS = (
-    "body_timeout_s, connect_timeout_s, feedback, forecast_budget_ms, head_timeout_s, "
-    "health_interval_s, hold_s, host, keys, max_body_mb, models, policy, port, seed, tls_cert, "
-    "tls_key, window_s"
+    "admin, admin_key_env, body_timeout_s, connect_timeout_s, feedback, forecast_budget_ms, "
+    "head_timeout_s, health_interval_s, hold_s, host, keys, max_body_mb, models, policy, port, "
+    "seed, tls_cert, tls_key, window_s"
 )
 FAULTS = ("[faults]\nstall = 1", "[faults]\nerror_ratio = 2.0")
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "fleets").glob("*.toml"))
@@ -260,15 +261,15 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
             '[[clusters]]\nname = "c"\nnetwork = 2',
             f'clusters[0]: unknown key "network" (did you mean "network_ms"? {CLUSTER_KEYS})',
         ),
-        ("replicas = 0", "pools[0].replicas: expected >= 1, found 0"),
+        ("replicas = 0", "pools[0].replicas: expected at least 1, found 0"),
         ('replicas = "4"', "pools[0].replicas: expected `int | null`, got `str` (found '4')"),
         ("replicas = true", "pools[0].replicas: expected `int | null`, got `bool` (found True)"),
         ("replicas = 2.5", "pools[0].replicas: expected `int | null`, got `float` (found 2.5)"),
-        ("tensor_parallel = 0", "pools[0].tensor_parallel: expected a number above 0, found 0"),
-        ("block_tokens = 0", "pools[0].block_tokens: expected a number above 0, found 0"),
-        ("max_sequences = -1", "pools[0].max_sequences: expected a number above 0, found -1"),
-        ("max_batch_tokens = 0", "pools[0].max_batch_tokens: expected a number above 0, found 0"),
-        ("kv_blocks = 0", "pools[0].kv_blocks: expected a number above 0, found 0"),
+        ("tensor_parallel = 0", "pools[0].tensor_parallel: expected at least 1, found 0"),
+        ("block_tokens = 0", "pools[0].block_tokens: expected at least 1, found 0"),
+        ("max_sequences = -1", "pools[0].max_sequences: expected at least 1, found -1"),
+        ("max_batch_tokens = 0", "pools[0].max_batch_tokens: expected at least 1, found 0"),
+        ("kv_blocks = 0", "pools[0].kv_blocks: expected at least 1, found 0"),
         ("block_tokens = 24", "pools[0].block_tokens: expected a divisor of 256, found 24"),
         (
             "max_batch_tokens = 100",
@@ -318,7 +319,7 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
                 '(set stopped = "disk")'
             ),
         ),
-        ("[gateway]\nhold_s = 0", "gateway.hold_s: expected a number above 0, found 0.0"),
+        ("[gateway]\nhold_s = 0", "gateway.hold_s: expected a number above 0, found 0"),
         (
             'stopped = "running"',
             f"pools[0].stopped: a stopped replica does not run ({STOPPED_HINT})",
@@ -328,13 +329,13 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
             f'pools[0].stopped: unknown stopped "asleep" (did you mean "sleeping"? {STATES})',
         ),
         ("least_replicas = 2", "pools[0].least_replicas: expected 0 to replicas (1), found 2"),
-        ("least_replicas = -1", "pools[0].least_replicas: expected 0 to replicas (1), found -1"),
+        ("least_replicas = -1", "pools[0].least_replicas: expected at least 0, found -1"),
         (
             "[scaling]\ngpu = 2",
             f'scaling: unknown key "gpu" (did you mean "gpus"? {SCALING_KEYS})',
         ),
         ("[scaling]\nmost_changes = 0", "scaling.most_changes: expected at least 1, found 0"),
-        ("[scaling]\ncooldown_s = -1", "scaling.cooldown_s: expected at least 0, found -1.0"),
+        ("[scaling]\ncooldown_s = -1", "scaling.cooldown_s: expected at least 0, found -1"),
         (
             "replicas = 3\n[scaling]\ngpus = 2",
             f"scaling.gpus: expected at least 3, found 2 ({GPUS_HINT})",
@@ -343,18 +344,18 @@ def test_every_example_fleet_can_be_built(path: Path) -> None:
             'state = "disk"\ntensor_parallel = 2\n[scaling]\ngpus = 1',
             f"scaling.gpus: expected at least 2, found 1 ({GPUS_HINT})",
         ),
-        ("[emulator]\nspeedup = 0", "emulator.speedup: expected a number above 0, found 0.0"),
-        ("[gateway]\nwindow_s = -1", "gateway.window_s: expected at least 0, found -1.0"),
+        ("[emulator]\nspeedup = 0", "emulator.speedup: expected a number above 0, found 0"),
+        ("[gateway]\nwindow_s = -1", "gateway.window_s: expected at least 0, found -1"),
         (
             '[[clusters]]\nname = "c"\nnetwork_ms = -4',
-            "clusters[0].network_ms: expected at least 0, found -4.0",
+            "clusters[0].network_ms: expected at least 0, found -4",
         ),
         (
             '[[nodes]]\nname = "n"\ngpu = "h100"\ngpus = 0',
-            "nodes[0].gpus: expected a number above 0, found 0",
+            "nodes[0].gpus: expected at least 1, found 0",
         ),
-        ("memory_ratio = 1.5", "pools[0].memory_ratio: expected 0 to 1, found 1.5"),
-        ("memory_ratio = 0", "pools[0].memory_ratio: expected 0 to 1, found 0.0"),
+        ("memory_ratio = 1.5", "pools[0].memory_ratio: expected at most 1, found 1.5"),
+        ("memory_ratio = 0", "pools[0].memory_ratio: expected a number above 0, found 0"),
         (
             'endpoints = "http://x:1"',
             "pools[0].endpoints: expected `array`, got `str` (found 'http://x:1')",
@@ -496,9 +497,9 @@ def test_an_engine_file_is_checked_too(tmp_path: Path) -> None:
         messages.append(str(refused.value).replace(f"{tmp_path}/", "").partition("? known")[0])
 
     assert messages == [
-        "engine.toml: speedup: expected a number above 0, found 0.0",
+        "engine.toml: speedup: expected a number above 0, found 0",
         'engine.toml: unknown key "speedups" (did you mean "speedup"',
-        "engine.toml: kv_blocks: expected a number above 0, found 0",
+        "engine.toml: kv_blocks: expected at least 1, found 0",
         'engine.toml: faults: unknown key "stall" (did you mean "stall_s"',
         "engine.toml: faults: error_ratio must be between 0 and 1, got 2.0",
     ]

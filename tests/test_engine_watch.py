@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import a_fleet, a_pool
-from concertmaster.config import load_fleet
+from concertmaster.config_files import load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.engines.dialects import DIALECTS, EngineKind, with_priority

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from concertmaster.compose import build_emulator, build_fleet, endpoints, simulate
-from concertmaster.config import load_engine, load_fleet
+from concertmaster.config_files import load_engine, load_fleet
 from concertmaster.core.fleet import Fleet, Readiness
 from concertmaster.observe.report import build_report
 from concertmaster.workload.load import load_workloads

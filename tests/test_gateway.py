@@ -401,7 +401,7 @@ def test_small_packets_are_sent_at_once_on_both_sides() -> None:
             wire.send(a_call())
             await wire.answer()
             (caller,) = rig.gateway._agents
-            (link,) = rig.gateway._links.values()
+            (link,) = rig.gateway.links.values()
             (engine,) = link._all
             for side in (caller, engine):
                 assert side._transport is not None

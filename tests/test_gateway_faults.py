@@ -182,7 +182,7 @@ def test_an_engine_too_busy_for_a_health_check_or_two_is_not_dead(
 ) -> None:
     async def main() -> None:
         async with over_upstreams(health_interval_s=0.001) as (rig, upstream):
-            watch = rig.gateway._service.health
+            watch = rig.gateway.service.health
             upstream.healthy = None
             await until(lambda: watch._silent_probes[rig.replica().replica_id] == 2)
             assert rig.replica().alive

@@ -141,7 +141,7 @@ def test_a_stream_that_was_held_hears_that_it_waits_for_room() -> None:
             assert sorted(": waiting for room\n\n" in text for text in texts) == [False, True]
             assert [text.count("[DONE]") for text in texts] == [1, 1]
             await rig.idle()
-            await until(lambda: not rig.gateway._service.holding._told)
+            await until(lambda: not rig.gateway.service.holding._told)
 
     play(main())
 
@@ -288,7 +288,7 @@ def test_tries_to_wake_an_engine_that_does_not_come_further_and_further_apart() 
     async def main() -> None:
         async with asleep(wakes="fails", health_interval_s=0.01) as (rig, _):
             assert (await rig.call()).status == 503
-            watch, name = rig.gateway._service.health, ReplicaId("p-0")
+            watch, name = rig.gateway.service.health, ReplicaId("p-0")
             await until(lambda: watch.pause_s(name) >= 0.08)
             assert rig.history.count(ReplicaDied(name)) <= 5
             assert float((await rig.call()).headers["retry-after-ms"]) > 1000
@@ -308,7 +308,7 @@ def test_calls_that_expire_while_others_are_routed_anew_are_answered_once(
             now_s = gateway._clock()
             once = iter([now_s])
             monkeypatch.setattr(gateway, "_clock", lambda: next(once, now_s + 200.0))
-            gateway._service._hear(ReplicaDied(ReplicaId("p-0")))
+            gateway.service._hear(ReplicaDied(ReplicaId("p-0")))
             replies = await asyncio.gather(*calls)
             assert {reply.status for reply in replies} == {503}
             assert gateway.metrics.by_status == {503: 3}

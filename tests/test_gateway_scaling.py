@@ -78,7 +78,7 @@ async def over_processes(
 
 
 def running(rig: Rig) -> list[asyncio.subprocess.Process]:
-    return list(rig.gateway._service.control._processes.values())  # type: ignore[attr-defined]
+    return list(rig.gateway.service.control._processes.values())  # type: ignore[attr-defined]
 
 
 async def burst(rig: Rig, calls: int, tokens: int) -> None:
@@ -101,7 +101,7 @@ def test_processes_start_for_a_burst_and_end_after_it_to_zero_and_back(name: str
             await burst(rig, 6 * SEATS, 1500)
             assert ReplicaReady(ReplicaId("p-1")) in rig.history
             await until(lambda: not running(rig), "all processes ended", seconds=10.0)
-            await until(lambda: not rig.gateway._service.control._errands._tasks, "stopped")  # type: ignore[attr-defined]
+            await until(lambda: not rig.gateway.service.control._errands._tasks, "stopped")  # type: ignore[attr-defined]
             assert all(one.alive for one in rig.gateway.scheduler.replicas.values())
             ups = sum(isinstance(event, ReplicaReady) for event in rig.history)
             await burst(rig, 1, 20)
@@ -149,7 +149,7 @@ def test_a_process_that_can_sleep_sleeps_to_stay_near_and_ends_to_go_to_disk() -
             ReplicaId("p-1"): "vllm",
         }
         async with over_processes(1, controls=controls, drain_s=1.0) as rig:
-            service, name = rig.gateway._service, ReplicaId("p-0")
+            service, name = rig.gateway.service, ReplicaId("p-0")
             (process,) = running(rig)
             service.control.stop(name, Readiness.SLEEPING)
             await until(lambda: ReplicaDemoted(name, Readiness.SLEEPING) in rig.history)
@@ -171,7 +171,7 @@ def test_a_vllm_of_somebody_else_that_sleeps_stays_where_it_is(
 ) -> None:
     async def main() -> None:
         async with over_engines(fleet=a_sleepy_fleet()) as (rig, (engine,)):
-            service, name = rig.gateway._service, ReplicaId("p-0")
+            service, name = rig.gateway.service, ReplicaId("p-0")
             near = ReplicaDemoted(name, Readiness.SLEEPING)
             for to, count in ((Readiness.SLEEPING, 1), (Readiness.DISK, 2), (Readiness.DISK, 3)):
                 service.control.stop(name, to)

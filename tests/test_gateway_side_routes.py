@@ -25,6 +25,7 @@ FAMILIES = {
     "concertmaster_requests",
     "concertmaster_refusals",
     "concertmaster_output_tokens",
+    "concertmaster_config_reloads",
     "concertmaster_grades",
     "concertmaster_request_duration_seconds",
     "concertmaster_time_to_first_token_seconds",

@@ -6,6 +6,7 @@ replica idles beside a call it could serve, and the same history gives the same 
 """
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,9 @@ from concertmaster.core.events import (
     ReplicaDemoted,
     ReplicaDied,
     ReplicaDraining,
+    ReplicaJoined,
     ReplicaReady,
+    ReplicaRemoved,
     RequestCancelled,
     RequestFailed,
     RequestFinished,
@@ -44,12 +47,25 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import Fleet, PoolId, Readiness, Replica, ReplicaId, ScalingLimits
+from concertmaster.core.fleet import (
+    Cluster,
+    ClusterId,
+    Fleet,
+    Node,
+    NodeId,
+    PoolId,
+    Readiness,
+    Replica,
+    ReplicaId,
+    ScalingLimits,
+)
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, RequestId, ServiceClass, WorkflowId
+from concertmaster.core.scheduler import Scheduler
 from concertmaster.core.standing import FleetStanding, Scaling
 from concertmaster.policies.admission import BoundedLine
+from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.policies.scaling import Foreseen, Reactive
 
 POLICIES = (
@@ -84,6 +100,10 @@ FORECASTS = (
 )
 
 
+def a_node(name: str) -> Node:
+    return Node(node_id=NodeId(name), cluster=Cluster(cluster_id=ClusterId("c")), gpu="g", gpus=1)
+
+
 def a_small_fleet() -> Fleet:
     """Tight everywhere: few sequences, little KV, and a pool that sleeps."""
     return a_fleet(
@@ -107,6 +127,9 @@ class Erratic:
         step = int(now_s)
         return {one: (step * 7 + 3 * i) % 4 - 1 for i, one in enumerate(view.pools)}
 
+
+ADOPTED = ("las", "least-requests+sjf", "prefix-affinity+edf", "chimera", "swarmx", "cascade")
+"""Policies that may take over from one another."""
 
 SCALINGS: dict[str, tuple[Scaling, ScalingLimits]] = {
     "erratic": (Erratic(), ScalingLimits(cooldown_s=0.0)),
@@ -143,6 +166,8 @@ class Driver(RuleBasedStateMachine):
         self.waiting: dict[RequestId, None] = {}
         self.running: dict[RequestId, Attempt] = {}
         self.over: list[tuple[RequestId, int]] = []
+        self.joined: list[ReplicaId] = []
+        self.removed: dict[ReplicaId, None] = {}
         self.waking: set[ReplicaId] = set()
         self.stopping: set[ReplicaId] = set()
         self.outcomes: dict[RequestId, str] = {}
@@ -160,6 +185,7 @@ class Driver(RuleBasedStateMachine):
         for action in actions:
             match action:
                 case Dispatch(request_id, replica_id, attempt):
+                    assert replica_id not in self.removed, "sent to a replica that was removed"
                     assert replica_id not in self.stopping, "sent to a replica that stops"
                     del self.waiting[request_id]
                     self.running[request_id] = Attempt(attempt, replica_id)
@@ -381,6 +407,44 @@ class Driver(RuleBasedStateMachine):
     def drain(self, name: str) -> None:
         self.feed(ReplicaDraining(ReplicaId(name)))
 
+    @precondition(lambda self: len(self.joined) < 3)
+    @rule(pool=st.sampled_from(("p", "q")))
+    def join(self, pool: str) -> None:
+        """One replica more takes no call before it is ready."""
+        name = ReplicaId(f"{pool}-new-{len(self.joined)}")
+        self.joined.append(name)
+        self.feed(ReplicaJoined(name, PoolId(pool), a_node(name)))
+        assert not self.core.replicas[name].in_flight
+
+    @precondition(lambda self: self.joined)
+    @rule(data=st.data())
+    def make_joined_ready(self, data: st.DataObject) -> None:
+        self.make_ready(data.draw(st.sampled_from(self.joined)))
+
+    @precondition(lambda self: self.joined)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        """It finishes what it has; no news brings it back but that it joins again."""
+        replica_id = data.draw(st.sampled_from(self.joined))
+        self.feed(ReplicaRemoved(replica_id))
+        self.removed[replica_id] = None
+
+    @precondition(lambda self: self.removed)
+    @rule(data=st.data())
+    def join_again(self, data: st.DataObject) -> None:
+        replica_id = data.draw(st.sampled_from(list(self.removed)))
+        replica = self.core.replicas[replica_id]
+        busy = replica_id in self.waking or replica_id in self.stopping
+        if not replica.in_flight and not busy:
+            del self.removed[replica_id]
+            self.feed(ReplicaJoined(replica_id, replica.pool.pool_id, a_node(replica_id)))
+
+    @precondition(lambda self: self.joined)
+    @rule(data=st.data())
+    def lose_joined(self, data: st.DataObject) -> None:
+        replica_id = data.draw(st.sampled_from(self.joined))
+        self.lose(replica_id, ReplicaDied(replica_id))
+
     # Time.
 
     @rule(by_s=st.sampled_from((0.05, 0.3, 5.0, 150.0, 4000.0, -0.1, -60.0)))
@@ -439,7 +503,7 @@ class Driver(RuleBasedStateMachine):
             assert serving or woken or over or not leaving, "a call waits beside one that leaves"
 
     def teardown(self) -> None:
-        for name in REPLICAS:
+        for name in (*REPLICAS, *self.joined):
             self.make_ready(name)
         rounds = 0
         while self.running or self.waiting:
@@ -487,3 +551,41 @@ def test_any_history_keeps_every_promise_while_replicas_come_and_go(name: str) -
     run_state_machine_as_test(
         ScalingDriver, settings=settings(max_examples=60, stateful_step_count=60)
     )
+
+
+def test_any_history_keeps_every_promise_while_policies_take_over() -> None:
+    class AdoptingDriver(Driver):
+        policy = ADOPTED[0]
+
+        @rule(name=st.sampled_from(ADOPTED))
+        def adopt(self, name: str) -> None:
+            admission = self.core.policy.admission
+            self.core.adopt(replace(policy_named(name), admission=admission))
+            self.feed(TimerFired())
+
+        def check_replay(self) -> None:
+            """A history does not hold who decided when."""
+
+    run_state_machine_as_test(
+        AdoptingDriver, settings=settings(max_examples=80, stateful_step_count=60)
+    )
+
+
+def test_a_policy_with_other_bones_is_refused() -> None:
+    scheduler = Scheduler(a_small_fleet(), policy_named("las"), random.Random(0))
+    for name in ("round-robin@arrival", "las/reactive", "fcfs/static:kv=worst-case"):
+        with pytest.raises(AssertionError, match="needs a scheduler of its own"):
+            scheduler.adopt(policy_named(name))
+
+
+def test_calls_that_wait_take_their_places_by_the_policy_that_takes_over() -> None:
+    fleet = a_fleet(a_pool("p", max_sequences=1), replicas=1)
+    scheduler = CheckedScheduler(fleet, a_policy("fcfs"))
+    scheduler.arrive("runs", 0.0)
+    scheduler.arrive("late", 1.0, deadline_s=5000.0)
+    scheduler.arrive("urgent", 2.0, deadline_s=3.0)
+
+    scheduler.core.adopt(policy_named("edf"))
+    actions = scheduler.at(2.5, RequestFinished(RequestId("runs"), 1, 3))
+
+    assert [one.request_id for one in actions if isinstance(one, Dispatch)] == ["urgent"]

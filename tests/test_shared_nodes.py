@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from concertmaster.compose import build_fleet
-from concertmaster.config import FleetFile, load_fleet
+from concertmaster.config import FleetFile
+from concertmaster.config_files import load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet, Readiness, Replica
 from concertmaster.core.scheduler import Scheduler

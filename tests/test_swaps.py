@@ -8,7 +8,7 @@ import pytest
 
 from builders import a_fleet, a_pool
 from concertmaster.compose import build_fleet
-from concertmaster.config import load_fleet
+from concertmaster.config_files import load_fleet
 from concertmaster.core.events import Event, ReplicaDemoted, ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import Fleet, Readiness, ReplicaId, ScalingLimits
 from concertmaster.engines import control

@@ -14,7 +14,9 @@ from concertmaster.core.events import (
     ReplicaDemoted,
     ReplicaDied,
     ReplicaDraining,
+    ReplicaJoined,
     ReplicaReady,
+    ReplicaRemoved,
     RequestArrived,
     RequestCancelled,
     RequestFailed,
@@ -23,7 +25,15 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import Readiness, ReplicaId
+from concertmaster.core.fleet import (
+    Cluster,
+    ClusterId,
+    Node,
+    NodeId,
+    PoolId,
+    Readiness,
+    ReplicaId,
+)
 from concertmaster.core.forecast import Quantiles
 from concertmaster.core.request import ModelName, RequestId, ServiceClass, WorkflowId
 from concertmaster.observe.trace import Entry, Header, TraceReader, TraceWriter
@@ -63,6 +73,12 @@ EVENTS: list[Event] = [
     ReplicaReady(P0),
     ReplicaDemoted(P0, Readiness.SLEEPING),
     ReplicaDraining(P0),
+    ReplicaJoined(
+        P1,
+        PoolId("p"),
+        Node(node_id=NodeId("n"), cluster=Cluster(cluster_id=ClusterId("c")), gpu="g", gpus=2),
+    ),
+    ReplicaRemoved(P1),
     PaceObserved(((P0, 1.3), (P1, 0.25))),
     WorkflowClosed(WorkflowId("w1")),
     TimerFired(),

@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from concertmaster.compose import build_fleet
-from concertmaster.config import load_fleet
+from concertmaster.config_files import load_fleet
 from concertmaster.core.actions import Action
 from concertmaster.core.errors import InputError
 from concertmaster.core.facts import fact

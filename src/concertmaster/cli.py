@@ -8,6 +8,7 @@ import typer
 
 from concertmaster import (
     __version__,
+    cli_config,
     cli_keys,
     commands,
     commands_learning,
@@ -26,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_keys.app, name="keys")
+app.command()(cli_config.check)
+app.command()(cli_config.schema)
 
 Fleet = Annotated[Path, typer.Option("-f", "--fleet", help="Fleet file (TOML).")]
 Workloads = Annotated[

@@ -1,7 +1,6 @@
 """What each command does; ``cli`` says how it is called."""
 
 import asyncio
-import dataclasses
 import logging
 import os
 import random
@@ -18,13 +17,12 @@ from msgspec.structs import replace
 
 from concertmaster import compose, forecaster
 from concertmaster import demo as demonstration
-from concertmaster.config import GatewaySection, load_engine, load_fleet
+from concertmaster.config_files import load_engine, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
-from concertmaster.gateway.peers import peers_of
-from concertmaster.gateway.reach import check_reach, open_keys, tls_of
+from concertmaster.gateway.admin import AdminRoutes
 from concertmaster.gateway.replay import Replay
 from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
@@ -34,6 +32,8 @@ from concertmaster.observe.report import Report, build_report
 from concertmaster.observe.trace import Header, TraceReader, TraceWriter
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
+from concertmaster.reloading import Reloader, followed
+from concertmaster.serving import check_servable, prepared
 from concertmaster.sim.driver import engine_settings
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.load import load_workloads
@@ -70,7 +70,7 @@ def demo(
     _check_port(port)
     chosen = policies or list(demonstration.POLICIES)
     for name in chosen:
-        _check_servable(name)
+        check_servable(name)
     demonstration.run(chosen, workflows=workflows, keep=keep, port=port, json=json)
 
 
@@ -85,33 +85,24 @@ def serve(
 ) -> None:
     """Run the gateway until it is told to stop."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    file = load_fleet(config)
-    settings = file.gateway
     changes = {"host": host, "port": port, "policy": policy, "models": models}
-    settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
-    _check_port(settings.port)
-    _check_servable(settings.policy)
-    _check_safe(str(config), settings)
-    fleet = compose.build_fleet(file, name=config.stem, served=True)
-    urls = compose.endpoints(file, where=str(config))
+    _check_port(port or 0)
+    served = prepared(config, changes, os.environ)
+    file, settings, fleet, urls = served.file, served.settings, served.fleet, served.urls
     with ExitStack() as stack:
         writer = None
         if trace is not None:
             header = Header(trace=1, fleet=fleet.name, policy=settings.policy, seed=settings.seed)
             writer = stack.enter_context(TraceWriter(trace, header))
-        policy_used = policy_named(settings.policy)
-        if settings.window_s is not None:
-            policy_used = dataclasses.replace(policy_used, window_s=settings.window_s)
-        compose.check_residency(fleet, policy_used)
         scheduler = Scheduler(
             fleet,
-            policy_used,
+            served.policy,
             random.Random(settings.seed),
             record_candidates=writer is not None,
         )
 
         predictor = forecaster.serving_predictor(settings, fleet)
-        peers = peers_of(str(config), file, os.environ)
+        admin = AdminRoutes()
 
         async def run() -> None:
             gateway = running_gateway(
@@ -123,10 +114,15 @@ def serve(
                 observe=writer,
                 commands=compose.commands(file),
                 controls=controls_of(file),
-                peers=peers,
+                peers=served.peers,
+                admin=admin,
             )
             where = f"{settings.host}:{settings.port}"
-            _, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
+            live, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
+            reloader = Reloader(
+                config, changes, os.environ, served, live, traced=writer is not None
+            )
+            admin.reload = reloader.reload
             try:
                 url = f"http{'s' if settings.tls_cert else ''}://{settings.host}:{bound}"
                 show.say(
@@ -136,19 +132,12 @@ def serve(
                     f"page {url}/   {'with keys' if settings.keys else 'loopback only, no keys'}"
                     "   stop with Ctrl-C",
                 )
-                await until_stopped()
+                async with followed(reloader):
+                    await until_stopped()
             finally:
                 await gateway.__aexit__(None, None, None)
 
         compose.run_loop(run())
-
-
-def _check_safe(where: str, settings: GatewaySection) -> None:
-    """Refuse what the gateway would refuse to start with, before anything is loaded."""
-    check_reach(where, settings)
-    tls_of(where, settings)
-    if settings.keys:
-        open_keys(where, settings.keys).close()
 
 
 async def until_stopped() -> None:
@@ -158,13 +147,6 @@ async def until_stopped() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     await stopped.wait()
-
-
-def _check_servable(name: str) -> None:
-    if policy_named(name).clairvoyant:
-        raise InputError(
-            "policy", name, "an oracle reads the truth, so it cannot serve", "use it in simulate"
-        )
 
 
 def _check_port(port: int) -> None:

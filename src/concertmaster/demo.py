@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from concertmaster import compose, local
-from concertmaster.config import FleetFile, load_fleet
+from concertmaster.config import FleetFile
+from concertmaster.config_files import load_fleet
 from concertmaster.gateway.replay import Replay
 from concertmaster.observe import console as show
 from concertmaster.observe.compare import compare_reports

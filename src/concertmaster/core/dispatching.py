@@ -67,6 +67,10 @@ class Dispatcher:
         self._record_candidates = record_candidates
         self._dispatches = 0
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by another policy from here on."""
+        self._policy = policy
+
     def key(self, call: Waiting) -> float:
         """Place of a call in the line."""
         return key_of(self._policy, call, self._pools[call.pools[0]])

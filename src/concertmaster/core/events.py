@@ -7,7 +7,7 @@ that is over (cancelled, or lost with its replica) is known as stale and ignored
 from typing import Literal, TypeAlias
 
 from concertmaster.core.facts import fact
-from concertmaster.core.fleet import Readiness, ReplicaId
+from concertmaster.core.fleet import Node, PoolId, Readiness, ReplicaId
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 
@@ -90,6 +90,27 @@ class ReplicaDraining:
 
 
 @fact(frozen=True, slots=True)
+class ReplicaJoined:
+    """A pool has one replica more; it takes calls once it is reported ready.
+
+    Attributes:
+        replica_id: A name that no replica has, unless it was removed and has nothing in flight.
+        node: What it stands on, alone.
+    """
+
+    replica_id: ReplicaId
+    pool_id: PoolId
+    node: Node
+
+
+@fact(frozen=True, slots=True)
+class ReplicaRemoved:
+    """A replica takes no further calls, whatever is reported of it, but finishes those it has."""
+
+    replica_id: ReplicaId
+
+
+@fact(frozen=True, slots=True)
 class PaceObserved:
     """Completions show how far replicas are from their rate curves.
 
@@ -122,6 +143,8 @@ Event: TypeAlias = (
     | ReplicaReady
     | ReplicaDemoted
     | ReplicaDraining
+    | ReplicaJoined
+    | ReplicaRemoved
     | PaceObserved
     | WorkflowClosed
     | TimerFired

@@ -176,6 +176,7 @@ class Replica:
     Attributes:
         alive: False from its death until it is reported ready again.
         draining: True if it takes no further calls.
+        removed: True if it never shall.
         prefill_tokens: Prompt tokens in flight that are not computed yet.
         decode_tokens: Predicted output tokens in flight.
         context_tokens: KV tokens that the calls in flight hold by forecast.
@@ -209,6 +210,7 @@ class Replica:
         "prefill_tokens",
         "prefixes",
         "readiness",
+        "removed",
         "replica_id",
     )
 
@@ -226,7 +228,7 @@ class Replica:
         self.network_s = node.cluster.network_s
         self.readiness = readiness
         self.alive = True
-        self.draining = False
+        self.draining = self.removed = False
         self.memory = memory
         self.ahead_tokens = 0
         kv_blocks = pool.kv_blocks if pool.footprint is None else pool.footprint.least_kv_blocks

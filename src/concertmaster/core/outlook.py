@@ -43,14 +43,18 @@ class Outlook:
     ) -> None:
         self.now_s = 0.0
         self.traffic = Traffic()
-        self._policy = policy
         self._by_pool = by_pool
         self._line = line
         self._running = running
         self._workflows = workflows
         self._window = window
+        self.adopt(policy)
+
+    def adopt(self, policy: Policy) -> None:
+        """Go by another policy from here on."""
+        self._policy = policy
         window_s = math.inf if policy.binds == "early" else policy.window_s
-        self._crews = Crews(by_pool, running, window, window_s)
+        self._crews = Crews(self._by_pool, self._running, self._window, window_s)
 
     def pools_of(self, model: ModelName) -> list[Pool]:
         """Pools of a model."""

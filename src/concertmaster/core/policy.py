@@ -239,6 +239,11 @@ class Policy:
         if self.reroute_s is not None and self.reroute_s <= 0:
             raise ValueError(f"policy {self.name!r}: reroute_s must be above 0")
 
+    @property
+    def bones(self) -> tuple[object, ...]:
+        """What a scheduler has built in: another policy can take over only if it agrees."""
+        return (self.binds, self.kv, self.residency, self.scaling)
+
     def costs_s(self, now_s: float, call: Waiting, replica: Replica) -> Mapping[str, float]:
         """Seconds by scorer, for the record."""
         return {scorer.name: scorer.cost_s(now_s, call, replica) for scorer in self.scorers}

@@ -50,6 +50,10 @@ class Routing:
         self._outlook = outlook
         self._rng = rng
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by another policy from here on."""
+        self._policy = policy
+
     def able(self, request: Request) -> list[Pool] | RejectReason:
         """Return the pools that can hold a call, or why there is none."""
         pools: Iterable[Pool] = self._pools.values()

@@ -21,7 +21,9 @@ from concertmaster.core.events import (
     ReplicaDemoted,
     ReplicaDied,
     ReplicaDraining,
+    ReplicaJoined,
     ReplicaReady,
+    ReplicaRemoved,
     RequestArrived,
     RequestCancelled,
     RequestFailed,
@@ -75,12 +77,10 @@ class Scheduler:
         self._by_pool = {one: [r for r in replicas if r.pool.pool_id == one] for one in self.pools}
         self.line = WaitingLine()
         self.workflows = Workflows()
-        filters: tuple[Filter, ...] = policy.filters
         self._promises: Promises | None = None
         if policy.kv is not None and policy.binds == "late":
             self._promises = Promises(policy.kv, self._by_pool, self.workflows)
-            filters = (*filters, self._promises)
-        self._window = Window(replicas, policy.window_s, filters, policy.binds)
+        self._window = Window(replicas, policy.window_s, self._filters(), policy.binds)
         self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
         self._outlook = Outlook(
             policy,
@@ -179,6 +179,41 @@ class Scheduler:
         running = self._running.get(request_id)
         return None if running is None else running[1].replica_id
 
+    def _filters(self) -> tuple[Filter, ...]:
+        return (
+            self.policy.filters
+            if self._promises is None
+            else (
+                *self.policy.filters,
+                self._promises,
+            )
+        )
+
+    def adopt(self, policy: Policy) -> None:
+        """Decide by another policy from here on; calls that wait take their places by it.
+
+        What calls were promised and routed to stays. The next event dispatches by it.
+
+        Args:
+            policy: One that ``Policy.bones`` are alike of; what they say is built in.
+        """
+        assert policy.bones == self.policy.bones, f"{policy.name} needs a scheduler of its own"
+        looked_again = self.policy.reroute_s is not None
+        self.policy = policy
+        self._outlook.adopt(policy)
+        self._routing.adopt(policy)
+        self._dispatcher.adopt(policy)
+        replicas = self.replicas.values()
+        self._window.adopt(self._now_s, replicas, policy.window_s, self._filters())
+        waiting = list(self.line)
+        for call in waiting:
+            self.line.leave(call)
+        for call in waiting:
+            call.key = self._dispatcher.key(call)
+            self.line.enter(call)
+            if not looked_again:
+                self._routing.plan_review(self._now_s, call, self.line)
+
     # Events
 
     def _take_in(  # noqa: C901, PLR0911, PLR0912  # one case an event reads best in one place
@@ -218,6 +253,12 @@ class Scheduler:
             case ReplicaDraining(replica_id):
                 self._waking.disown(now_s, self.replicas[replica_id])
                 return [*self._waking.wake_all(now_s, self.line.lanes)]
+            case ReplicaJoined(replica_id, pool_id, node):
+                self._join(now_s, Replica(replica_id, self.pools[pool_id], node))
+                return []
+            case ReplicaRemoved(replica_id):
+                self._waking.remove(now_s, self.replicas[replica_id])
+                return [*self._waking.wake_all(now_s, self.line.lanes)]
             case PaceObserved(paces):
                 for replica_id, pace in paces:
                     self.replicas[replica_id].pace = pace
@@ -230,6 +271,20 @@ class Scheduler:
                 return []
             case _:
                 assert_never(event)
+
+    def _join(self, now_s: float, replica: Replica) -> None:
+        assert replica.pool.footprint is None, f"{replica.pool.pool_id} shares nodes"
+        siblings = self._by_pool[replica.pool.pool_id]
+        known = self.replicas.get(replica.replica_id)
+        if known is not None:
+            assert known.removed, f"{known.replica_id} is there already"
+            assert not known.in_flight, f"{known.replica_id} is not done yet"
+            siblings.remove(known)
+            self._window.forget(known)
+        replica.alive = False
+        self.replicas[replica.replica_id] = replica
+        siblings.append(replica)
+        self._window.update(now_s, replica)
 
     def _arrive(self, now_s: float, request: Request, forecast: Forecast) -> list[Action]:
         request_id = request.request_id

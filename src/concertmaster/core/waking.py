@@ -43,7 +43,7 @@ class Waking:
 
     def came_up(self, now_s: float, replica: Replica) -> list[Action]:
         """Take in that a replica serves."""
-        replica.alive, replica.draining = True, False
+        replica.alive, replica.draining = True, replica.removed
         return self._moved(now_s, replica, Readiness.RUNNING)
 
     def went(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
@@ -62,11 +62,16 @@ class Waking:
         replica.draining = True
         self._window.update(now_s, replica)
 
+    def remove(self, now_s: float, replica: Replica) -> None:
+        """Take in that a replica shall serve no more, whatever is heard of it."""
+        replica.removed = True
+        self.disown(now_s, replica)
+
     def _moved(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
         replica_id = replica.replica_id
         replica.readiness = readiness
         if self.leaves(replica):
-            replica.draining = False
+            replica.draining = replica.removed
         self.starting.pop(replica_id, None)
         self.leaving.pop(replica_id, None)
         self._bound.pop(replica_id, None)

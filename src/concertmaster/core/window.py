@@ -46,6 +46,19 @@ class Window:
             self._open.setdefault(replica.pool.pool_id, {})
             self.update(0.0, replica)
 
+    def adopt(
+        self,
+        now_s: float,
+        replicas: Iterable[Replica],
+        window_s: float,
+        filters: Sequence[Filter],
+    ) -> None:
+        """Go by other settings from here on."""
+        self._window_s = window_s
+        self._filters = filters
+        for replica in replicas:
+            self.update(now_s, replica)
+
     def open_replicas(self, pool_id: PoolId) -> Collection[Replica]:
         """Replicas of a pool that can take one more call now, if its KV fits."""
         return self._open[pool_id].values()
@@ -72,6 +85,12 @@ class Window:
                 return
             heapq.heappush(self._reopening, (reopens_s, replica.replica_id, replica))
         in_pool.pop(replica.replica_id, None)
+
+    def forget(self, replica: Replica) -> None:
+        """Drop what is planned for a replica whose name another takes."""
+        self._open[replica.pool.pool_id].pop(replica.replica_id, None)
+        self._reopening = [entry for entry in self._reopening if entry[2] is not replica]
+        heapq.heapify(self._reopening)
 
     def note(self, replica: Replica) -> None:
         """Take in a change that neither opens a replica nor closes it: tokens seen, its pace."""

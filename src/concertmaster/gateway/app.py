@@ -1,7 +1,7 @@
 """Everything of the gateway that is no call to a model: health, models, metrics, the page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +16,18 @@ from concertmaster import __version__
 from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import Replica
 from concertmaster.core.request import WorkflowId
+from concertmaster.gateway.answers import JSON, json_answer, problem_answer
 from concertmaster.gateway.apis.desk import PATHS
 from concertmaster.gateway.apis.responses_store import owner_of
 from concertmaster.gateway.identity import MAX_ID_CHARS
 from concertmaster.gateway.metrics import exposition
-from concertmaster.gateway.openai_api import AUTO, caller_error, error_body
+from concertmaster.gateway.openai_api import AUTO, caller_error
 
 if TYPE_CHECKING:
     from concertmaster.gateway.driver import Gateway
 
 PAGE_PERIOD_S = 0.5
 CALL_PATHS = ("/v1/chat/completions", "/v1/completions", *PATHS)
-_JSON = "application/json"
 
 
 class SideRoutes:
@@ -41,27 +41,44 @@ class SideRoutes:
         assert self.gateway is not None, "the side door opened before the gateway"
         return self.gateway
 
-    def app(self) -> Starlette:
-        """Build the app."""
+    def app(self, *, shows_fleet: bool = True) -> Starlette:
+        """Build the app for callers.
+
+        Args:
+            shows_fleet: Whether it has what shows the whole fleet; not beside an admin door.
+        """
+        fleet = self._fleet() if shows_fleet else []
+        return _app([*self._open(), *fleet, *self._calls()])
+
+    def admin_app(self, routes: Sequence[Route]) -> Starlette:
+        """Build the app of the admin door: health, what shows the fleet, what changes it."""
+        return _app([*self._open(), *self._fleet(), *routes])
+
+    def _open(self) -> list[Route]:
         live = ("/livez", "/health/live", "/liveness", "/healthz", "/health")
         ready = ("/readyz", "/health/ready", "/readiness")
-        return Starlette(
-            routes=[
-                *(Route(path, self.live) for path in live),
-                *(Route(path, self.ready) for path in ready),
-                Route("/version", self.version),
-                Route("/v1/models", self.models),
-                Route("/v1/workflows/{workflow_id:path}/grade", self.grade, methods=["POST"]),
-                Route("/metrics", self.metrics),
-                Route("/state", self.state),
-                Route("/events", self.events),
-                Route("/", self.page),
-                *(Route(path, self.call, methods=["POST"]) for path in CALL_PATHS),
-                Route("/v1/responses/{response_id}", self.response),
-                Route("/v1/responses/{response_id}", self.forget_response, methods=["DELETE"]),
-            ],
-            exception_handlers={HTTPException: _http_error, Exception: _internal_error},
-        )
+        return [
+            *(Route(path, self.live) for path in live),
+            *(Route(path, self.ready) for path in ready),
+        ]
+
+    def _fleet(self) -> list[Route]:
+        return [
+            Route("/version", self.version),
+            Route("/metrics", self.metrics),
+            Route("/state", self.state),
+            Route("/events", self.events),
+            Route("/", self.page),
+        ]
+
+    def _calls(self) -> list[Route]:
+        return [
+            Route("/v1/models", self.models),
+            Route("/v1/workflows/{workflow_id:path}/grade", self.grade, methods=["POST"]),
+            *(Route(path, self.call, methods=["POST"]) for path in CALL_PATHS),
+            Route("/v1/responses/{response_id}", self.response),
+            Route("/v1/responses/{response_id}", self.forget_response, methods=["DELETE"]),
+        ]
 
     async def live(self, _: Request) -> Response:
         """Answer that the process runs."""
@@ -71,21 +88,21 @@ class SideRoutes:
         """Answer whether calls are taken: not while draining, not without a replica."""
         replicas = self._gateway.scheduler.replicas.values()
         if self._gateway.draining:
-            return _problem(503, "the gateway is shutting down", "draining")
+            return problem_answer(503, "the gateway is shutting down", "draining")
         if not any(replica.alive for replica in replicas):
-            return _problem(503, "no replica is alive", "no_replica")
+            return problem_answer(503, "no replica is alive", "no_replica")
         return Response()
 
     async def version(self, _: Request) -> Response:
         """Answer the version."""
-        return _json({"version": __version__})
+        return json_answer({"version": __version__})
 
     async def models(self, _: Request) -> Response:
         """List the models, and ``auto`` for any of them."""
         pools = self._gateway.scheduler.pools.values()
         contexts: dict[str, int] = {p.model.name: p.model.context_tokens for p in pools}
         listed = {AUTO: max(contexts.values()), **contexts}
-        return _json(
+        return json_answer(
             {
                 "object": "list",
                 "data": [
@@ -108,9 +125,9 @@ class SideRoutes:
             success = _success_in(await request.body())
         except InvalidRequestError as error:
             status, body = caller_error(error)
-            return Response(body, status_code=status, media_type=_JSON)
+            return Response(body, status_code=status, media_type=JSON)
         self._gateway.grade(WorkflowId(workflow_id), success)
-        return _json({"workflow_id": workflow_id, "success": success})
+        return json_answer({"workflow_id": workflow_id, "success": success})
 
     async def metrics(self, _: Request) -> Response:
         """Answer a scrape."""
@@ -120,7 +137,7 @@ class SideRoutes:
 
     async def state(self, _: Request) -> Response:
         """Answer what every replica has in flight."""
-        return _json(self._snapshot())
+        return json_answer(self._snapshot())
 
     async def events(self, _: Request) -> Response:
         """Stream the state to the page."""
@@ -136,14 +153,14 @@ class SideRoutes:
         found = self._gateway.apis.responses.find(response_id, owner)
         if found is None:
             return _no_response(response_id)
-        return Response(found.body, media_type=_JSON)
+        return Response(found.body, media_type=JSON)
 
     async def forget_response(self, request: Request) -> Response:
         """Forget an answer of the Responses API."""
         owner, response_id = _owner(request), request.path_params["response_id"]
         if not self._gateway.apis.responses.delete(response_id, owner):
             return _no_response(response_id)
-        return _json({"id": response_id, "object": "response.deleted", "deleted": True})
+        return json_answer({"id": response_id, "object": "response.deleted", "deleted": True})
 
     async def page(self, _: Request) -> Response:
         """Show the fleet at work."""
@@ -167,21 +184,28 @@ class SideRoutes:
         }
 
 
+def _state(replica: Replica) -> str:
+    if not replica.alive:
+        return "dead"
+    return "draining" if replica.removed else replica.readiness.value
+
+
+def _app(routes: Sequence[Route]) -> Starlette:
+    handlers = {HTTPException: _http_error, Exception: _internal_error}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
 def _view(replica: Replica) -> dict[str, Any]:
     ledger = replica.kv
     return {
         "replica": replica.replica_id,
         "model": replica.pool.model.name,
         "gpu": replica.pool.gpu,
-        "state": replica.readiness.value if replica.alive else "dead",
+        "state": _state(replica),
         "running": len(replica.in_flight),
         "decode_tokens": replica.decode_tokens,
         "kv_reserved_ratio": ledger.reserved_blocks / ledger.capacity_blocks,
     }
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type=_JSON)
 
 
 def _owner(request: Request) -> bytes:
@@ -189,7 +213,7 @@ def _owner(request: Request) -> bytes:
 
 
 def _no_response(response_id: str) -> Response:
-    return _problem(404, f"no response {response_id[:100]} is kept", "not_found")
+    return problem_answer(404, f"no response {response_id[:100]} is kept", "not_found")
 
 
 def _success_in(body: bytes) -> float | None:
@@ -215,25 +239,15 @@ def _success_in(body: bytes) -> float | None:
     return float(success)
 
 
-_KINDS = {404: "not_found_error", 500: "server_error", 503: "overloaded_error"}
-
-
-def _problem(
-    status: int, message: str, code: str, headers: Mapping[str, str] | None = None
-) -> Response:
-    body = error_body(message, _KINDS.get(status, "invalid_request_error"), code=code)
-    return Response(body, status_code=status, headers=headers, media_type=_JSON)
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = f"{request.method} {request.url.path}"
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "GET")
         message = f"{path}: expected {allowed}"
-        return _problem(405, message, "method_not_allowed", {"allow": allowed})
-    return _problem(error.status_code, f"{path}: no such address", "not_found")
+        return problem_answer(405, message, "method_not_allowed", {"allow": allowed})
+    return problem_answer(error.status_code, f"{path}: no such address", "not_found")
 
 
 async def _internal_error(_: Request, __: Exception) -> Response:
-    return _problem(500, "internal error; the log says more", "internal")
+    return problem_answer(500, "internal error; the log says more", "internal")

@@ -6,6 +6,7 @@ from concertmaster.core.actions import Dispatch
 from concertmaster.core.fleet import Replica, ReplicaId
 from concertmaster.gateway import heads, openai_api, stream
 from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.links import Links
 from concertmaster.gateway.peers import VLLM, Peer
 from concertmaster.gateway.upstream import EngineLink, Outcomes
 
@@ -16,18 +17,22 @@ def links(
     peers: Mapping[ReplicaId, Peer],
     *,
     connect_timeout_s: float,
-) -> dict[ReplicaId, EngineLink]:
+) -> Links:
     """Prepare the connections to every replica."""
-    return {
-        replica_id: EngineLink(
+
+    def link(url: str, peer: Peer) -> EngineLink:
+        return EngineLink(
             url,
             outcomes,
             heads.error_frame,
-            peer=peers.get(replica_id, VLLM),
+            peer=peer,
             connect_timeout_s=connect_timeout_s,
         )
-        for replica_id, url in urls.items()
-    }
+
+    found = Links(link)
+    for replica_id, url in urls.items():
+        found.add(replica_id, url, peers.get(replica_id, VLLM))
+    return found
 
 
 def send(exchange: Exchange, action: Dispatch, replica: Replica, link: EngineLink) -> None:

@@ -109,9 +109,9 @@ class Gateway:
         self._intake = Intake(chat_models)
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
-        self._links = dispatching.links(urls, self, peers, connect_timeout_s=connect_timeout_s)
+        self.links = dispatching.links(urls, self, peers, connect_timeout_s=connect_timeout_s)
         self._exchanges: dict[RequestId, Exchange] = {}
-        self._service = Service(
+        self.service = Service(
             scheduler,
             urls,
             self.feed,
@@ -124,9 +124,9 @@ class Gateway:
             health_interval_s=health_interval_s,
             hold_s=hold_s,
         )
-        self.engines = self._service.engines
+        self.engines = self.service.engines
         self._refusals = Refusals(
-            scheduler, self._service.holding, self.metrics, clock=clock, end=self._end
+            scheduler, self.service.holding, self.metrics, clock=clock, end=self._end
         )
         self._agents: dict[AgentConnection, None] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -137,15 +137,15 @@ class Gateway:
 
     async def open(self) -> None:
         """Bring up the engines that are ours to run; call it before ``start``."""
-        await self._service.open()
+        await self.service.open()
 
     def start(self) -> None:
         """Begin to watch engines and to tell the core of progress."""
         duties = (
             self._tick(),
             hurry(self._agents, self._patience),
-            self._service.hold(self._overdue),
-            self._service.health.watch(),
+            self.service.hold(self._overdue),
+            self.service.health.watch(),
             self.engines.watch(),
             self._forecaster.watch(),
         )
@@ -166,9 +166,9 @@ class Gateway:
         if self._timer is not None:
             self._timer.cancel()
         await self._see_off()
-        for link in self._links.values():
+        for link in self.links.values():
             link.close()
-        await self._service.control.close()
+        await self.service.control.close()
         await self._forecaster.stop()
 
     def _turn_all_away(self) -> None:
@@ -295,9 +295,9 @@ class Gateway:
             case Cancel():
                 pass  # the exchange dropped its engine connection when its caller went
             case Wake(replica_id):
-                self._service.wake(now_s, replica_id)
+                self.service.wake(now_s, replica_id)
             case Demote(replica_id, readiness):
-                self._service.control.stop(replica_id, readiness)
+                self.service.control.stop(replica_id, readiness)
             case Resize():
                 pass  # engines keep the KV that they were started with
             case _:
@@ -310,7 +310,7 @@ class Gateway:
             exchange.dispatched_s = now_s
         policy, model = self.scheduler.policy.name, replica.pool.model.name
         dispatching.tell_decision(exchange, policy, model, action)
-        dispatching.send(exchange, action, replica, self._links[action.replica_id])
+        dispatching.send(exchange, action, replica, self.links[action.replica_id])
         if self._pace is not None and not exchange.streams:
             self._pace.unheard(now_s, action.request_id)
         self.metrics.dispatched(now_s - exchange.arrived_s, self._clock() - now_s)

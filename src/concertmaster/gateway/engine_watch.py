@@ -48,7 +48,7 @@ class EngineWatch:
         self._peers = peers
         self._replicas = replicas
         self._answers = answers
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._known: set[ReplicaId] = set()
         self._told: dict[ReplicaId, str] = {}
         self.readings: dict[ReplicaId, Reading] = {}
@@ -57,7 +57,7 @@ class EngineWatch:
         """Look for ever; cancel the task to stop."""
         while True:
             await asyncio.gather(*(self._look(replica_id) for replica_id in self._urls))
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(self.interval_s)
 
     async def _look(self, replica_id: ReplicaId) -> None:
         if not (self._answers(replica_id) and self._replicas[replica_id].alive):
@@ -102,13 +102,17 @@ class EngineWatch:
 
     async def _get(self, replica_id: ReplicaId, path: str) -> tuple[int, bytes]:
         key = self._peers.get(replica_id, VLLM).api_key
-        return await fetch("GET", self._urls[replica_id], path, api_key=key, timeout_s=TIMEOUT_S)
+        url = self._urls.get(replica_id)
+        if url is None:
+            raise ConnectionError(f"{replica_id} was removed")
+        return await fetch("GET", url, path, api_key=key, timeout_s=TIMEOUT_S)
 
     def _tell(self, replica_id: ReplicaId, problem: str) -> None:
         """Log a problem once, until another takes its place."""
         if problem and self._told.get(replica_id) != problem:
             self._told[replica_id] = problem
-            _log.warning("engine of %s at %s: %s", replica_id, self._urls[replica_id], problem)
+            url = self._urls.get(replica_id, "?")
+            _log.warning("engine of %s at %s: %s", replica_id, url, problem)
 
     def families(self) -> Iterator[Metric]:
         """Yield what a scrape of the gateway says of its engines."""

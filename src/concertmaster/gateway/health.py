@@ -43,21 +43,21 @@ class HealthWatch:
         self._is_alive = is_alive
         self._control = control
         self._peers = peers
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._silent_probes: Counter[ReplicaId] = Counter()
         self._pauses: dict[ReplicaId, int] = {}
         self._skipped: Counter[ReplicaId] = Counter()
 
     def pause_s(self, replica_id: ReplicaId) -> float:
         """Seconds of the wall's clock until a replica that is dead is looked at again, at most."""
-        return self._interval_s * self._pauses.get(replica_id, 1)
+        return self.interval_s * self._pauses.get(replica_id, 1)
 
     async def watch(self) -> None:
         """Probe for ever; cancel the task to stop."""
         while True:
             answering = [one for one in self._urls.items() if self._control.answers(one[0])]
             await asyncio.gather(*(self._probe(*entry) for entry in answering))
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(self.interval_s)
 
     async def _probe(self, replica_id: ReplicaId, url: str) -> None:
         peer = self._peers.get(replica_id, VLLM)
@@ -75,8 +75,8 @@ class HealthWatch:
         except OSError as error:
             problem = str(error)
         self._silent_probes[replica_id] = 0
-        if not self._control.answers(replica_id):
-            return  # it was stopped meanwhile
+        if replica_id not in self._urls or not self._control.answers(replica_id):
+            return  # it was stopped or removed meanwhile
         if problem and self._is_alive(replica_id):
             _log.warning("replica %s at %s is not serving: %s", replica_id, url, problem)
             self._feed(ReplicaDied(replica_id))

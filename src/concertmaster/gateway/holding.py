@@ -59,11 +59,16 @@ class Holding:
         self._problem = problem
         self._pause_s = pause_s
         self._speedup = speedup
-        self._hold_s = hold_s
+        self.hold_s = hold_s
         self._due_s: dict[ReplicaId, float] = {}
         self._told: dict[RequestId, None] = {}
-        self._by_pool: dict[PoolId, list[Replica]] = {pool_id: [] for pool_id in scheduler.pools}
-        for replica in scheduler.replicas.values():
+        self._by_pool: dict[PoolId, list[Replica]] = {}
+        self.recount()
+
+    def recount(self) -> None:
+        """Take in which replicas there are."""
+        self._by_pool = {pool_id: [] for pool_id in self._scheduler.pools}
+        for replica in self._scheduler.replicas.values():
             self._by_pool[replica.pool.pool_id].append(replica)
 
     def woken(self, now_s: float, replica_id: ReplicaId) -> None:
@@ -85,7 +90,7 @@ class Holding:
             for call in lane:
                 exchange = exchanges[call.request.request_id]
                 waited_s = (now_s - exchange.arrived_s) / self._speedup
-                if waited_s >= self._hold_s:
+                if waited_s >= self.hold_s:
                     overdue.append(exchange)
                 elif exchange.held or (exchange.may_hold and waited_s >= FIRST_S):
                     self._comment(now_s, exchange, state)

@@ -34,6 +34,14 @@ TENANT_HEADER = b"x-concertmaster-tenant"
 _log = logging.getLogger(__name__)
 
 
+def secret_in(headers: dict[bytes, bytes]) -> bytes:
+    """Take the secret out of a head; empty if there is none."""
+    bearer = headers.pop(b"authorization", b"")
+    other = (headers.pop(b"x-api-key", b""), headers.pop(b"api-key", b""))
+    secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else b""
+    return secret or other[0] or other[1]
+
+
 class Holder(NamedTuple):
     """Who a good key belongs to."""
 
@@ -68,10 +76,10 @@ class Keyring:
         The secret is hashed and the hash looked up: a sender who could time the look-up would
         learn about hashes, which lead to no secret. The last comparison is constant-time.
         """
-        bearer = headers.pop(b"authorization", b"")
-        other = (headers.pop(b"x-api-key", b""), headers.pop(b"api-key", b""))
-        secret = bearer[7:].strip() if bearer[:7].lower() == b"bearer " else b""
-        digest = digest_of(secret or other[0] or other[1])
+        return self.known(digest_of(secret_in(headers)))
+
+    def known(self, digest: bytes) -> Holder | None:
+        """Return whose secret this is the hash of."""
         holder = self._good.get(digest)
         return holder if holder and hmac.compare_digest(holder.digest, digest) else None
 

@@ -89,6 +89,7 @@ class GatewayMetrics:
         self.refusals: Counter[str] = Counter()
         self.output_tokens = 0
         self.grades = 0
+        self.reloads: Counter[str] = Counter()
         self.forecasts: Counter[str] = Counter()
         self.forecast_s = Histogram(_MICRO)
         self.learner: Counted | None = None
@@ -163,6 +164,12 @@ class _Exposition(Collector):
         yield CounterMetricFamily(
             "concertmaster_grades", "Workflows that callers ended or graded.", value=metrics.grades
         )
+        reloads = CounterMetricFamily(
+            "concertmaster_config_reloads", "Readings of the fleet file.", labels=["outcome"]
+        )
+        for outcome in ("taken_up", "partly", "refused"):
+            reloads.add_metric([outcome], metrics.reloads[outcome])
+        yield reloads
         for name, text, histogram in (
             ("request_duration_seconds", "Acceptance to last byte.", metrics.duration_s),
             ("time_to_first_token_seconds", "Acceptance to first token.", metrics.ttft_s),

@@ -1,22 +1,25 @@
 """Starts and stops a gateway on a port."""
 
 import asyncio
+import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from concertmaster.config import FleetFile, GatewaySection
+from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
-from concertmaster.gateway.agent import AgentConnection, Judge, Patience
+from concertmaster.gateway.admin import AdminCheck, AdminDesk, AdminRoutes
+from concertmaster.gateway.agent import AgentConnection, Desk, Judge, Patience
 from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
 from concertmaster.gateway.driver import Gateway, Observer
 from concertmaster.gateway.keyring import KeyCheck, Keyring
 from concertmaster.gateway.peers import Peer
-from concertmaster.gateway.reach import check_reach, open_keys, tls_of
+from concertmaster.gateway.reach import AdminDoor, admin_door, check_reach, open_keys, tls_of
 from concertmaster.predictors.interface import Predictor
 
 _BACKLOG = 1024
@@ -35,6 +38,8 @@ async def running_gateway(
     commands: Mapping[ReplicaId, Sequence[str]] | None = None,
     controls: Mapping[ReplicaId, ControlKind] | None = None,
     peers: Mapping[ReplicaId, Peer] | None = None,
+    admin: AdminRoutes | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> AsyncIterator[tuple[Gateway, int]]:
     """Serve until the block ends; yields the gateway and the port it listens on.
 
@@ -45,7 +50,10 @@ async def running_gateway(
     check_reach("", settings)
     tls = tls_of("", settings)
     routes = SideRoutes()
-    side_door = SideDoor(routes.app())
+    admin = admin or AdminRoutes()
+    door = admin_door("", settings, environ)
+    side_door = SideDoor(routes.app(shows_fleet=door is None))
+    admins = SideDoor(routes.admin_app(admin.routes()))
     gateway = Gateway(
         scheduler,
         predictor,
@@ -63,47 +71,66 @@ async def running_gateway(
         hold_s=settings.hold_s,
         patience=Patience(settings.head_timeout_s, settings.body_timeout_s),
     )
-    routes.gateway = gateway
+    routes.gateway = admin.gateway = gateway
+    servers: list[asyncio.Server] = []
     async with AsyncExitStack() as stack:
         try:
-            judge = await stack.enter_async_context(_guarded(gateway, settings.keys))
+            keyring = await stack.enter_async_context(_keyring(settings.keys))
             await gateway.open()
-            server = await _listen(gateway, judge, settings, tls)
+            count = gateway.metrics.answered
+            judge = None if keyring is None else KeyCheck(keyring, count)
+            at = (settings.host, settings.port)
+            servers.append(await _listen(at, gateway, judge, tls))
+            if door is not None:
+                check = AdminCheck(door, keyring, count)
+                desk = AdminDesk(gateway, admins)
+                servers.append(await _listen_to_admins(door, desk, check, tls))
         except BaseException:
+            for server in servers:
+                server.close()
             await gateway.stop(drain_s=0.0)
             raise
         gateway.start()
         try:
-            yield gateway, server.sockets[0].getsockname()[1]
+            yield gateway, servers[0].sockets[0].getsockname()[1]
         finally:
+            admin.ending = True
             await gateway.stop(drain_s=drain_s)  # still listening: a load balancer asks /readyz
-            server.close()
-            await side_door.close()
-            await server.wait_closed()
+            for server in servers:
+                server.close()
+            await asyncio.gather(side_door.close(), admins.close())
+            for server in servers:
+                await server.wait_closed()
 
 
 async def _listen(
-    gateway: Gateway, judge: Judge | None, settings: GatewaySection, tls: ssl.SSLContext | None
+    at: tuple[str, int], desk: Desk, judge: Judge | None, tls: ssl.SSLContext | None
 ) -> asyncio.Server:
     return await asyncio.get_running_loop().create_server(
-        lambda: AgentConnection(gateway, judge),
-        settings.host,
-        settings.port,
-        backlog=_BACKLOG,
-        ssl=tls,
+        lambda: AgentConnection(desk, judge), *at, backlog=_BACKLOG, ssl=tls
     )
 
 
+async def _listen_to_admins(
+    door: AdminDoor, desk: AdminDesk, check: AdminCheck, tls: ssl.SSLContext | None
+) -> asyncio.Server:
+    try:
+        return await _listen((door.host, door.port), desk, check, tls)
+    except OSError as error:
+        problem = f"cannot listen on {door.host}:{door.port}: {error.strerror}"
+        raise InputError("", "gateway.admin", problem) from None
+
+
 @asynccontextmanager
-async def _guarded(gateway: Gateway, keys: str) -> AsyncIterator[Judge | None]:
-    """Judge who comes in if there are keys, and follow their file."""
+async def _keyring(keys: str) -> AsyncIterator[Keyring | None]:
+    """Read the keys if there are any, and follow their file."""
     if not keys:
         yield None
         return
     keyring = Keyring(open_keys("", keys), time.monotonic)
     watching = asyncio.create_task(keyring.watch())
     try:
-        yield KeyCheck(keyring, gateway.metrics.answered)
+        yield keyring
     finally:
         watching.cancel()
         with suppress(asyncio.CancelledError):

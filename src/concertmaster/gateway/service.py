@@ -62,16 +62,26 @@ class Service:
         self._exchanges = exchanges
         self._clock = clock
         self._speedup = speedup
-        engines = {
+        self._urls, self._peers = dict(urls), dict(peers)
+        self._engines = {
             one: Engine(url, self._replicas[one].pool.model.name, controls.get(one, "vllm"))
             for one, url in urls.items()
         }
-        self.control = controller(engines, commands, self._hear, self._standing)
+        self.control = controller(self._engines, commands, self._hear, self._standing)
         self.health = HealthWatch(
-            urls, feed, self._is_alive, self.control, peers, interval_s=health_interval_s
+            self._urls,
+            feed,
+            self._is_alive,
+            self.control,
+            self._peers,
+            interval_s=health_interval_s,
         )
         self.engines = EngineWatch(
-            urls, peers, self._replicas, self.control.answers, interval_s=health_interval_s
+            self._urls,
+            self._peers,
+            self._replicas,
+            self.control.answers,
+            interval_s=health_interval_s,
         )
         self.holding = Holding(
             scheduler, self.control.problem, self.health.pause_s, speedup=speedup, hold_s=hold_s
@@ -83,6 +93,22 @@ class Service:
         await self.control.open(
             [one.replica_id for one in replicas if one.readiness is Readiness.RUNNING]
         )
+
+    def join(self, replica_id: ReplicaId, engine: Engine, peer: Peer) -> None:
+        """Watch over one replica more; it takes calls once its engine has answered."""
+        self._engines[replica_id], self._peers[replica_id] = engine, peer
+        self._urls[replica_id] = engine.url
+        self.holding.recount()
+
+    def leave(self, replica_id: ReplicaId) -> None:
+        """Watch no longer over a replica that was removed."""
+        self._urls.pop(replica_id, None)
+        self.engines.readings.pop(replica_id, None)
+
+    def adopt(self, *, health_interval_s: float, hold_s: float) -> None:
+        """Go by other times from here on."""
+        self.health.interval_s = self.engines.interval_s = health_interval_s
+        self.holding.hold_s = hold_s
 
     def wake(self, now_s: float, replica_id: ReplicaId) -> None:
         """Bring a replica into service."""

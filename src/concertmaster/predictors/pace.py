@@ -72,6 +72,10 @@ class PaceTracker:
         self._recent: dict[PoolId, dict[ReplicaId, _Recent]] = {}
         self._pool_log: dict[PoolId, tuple[float, float]] = {}
 
+    def add(self, replica_id: ReplicaId, pool_id: PoolId) -> None:
+        """Follow one replica more."""
+        self._pools[replica_id] = pool_id
+
     def observe(
         self, now_s: float, replica_id: ReplicaId, expected_s: float, actual_s: float
     ) -> None:

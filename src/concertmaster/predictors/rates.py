@@ -13,6 +13,7 @@ from concertmaster.core.events import (
     PaceObserved,
     ReplicaDemoted,
     ReplicaDied,
+    ReplicaReady,
     RequestCancelled,
     RequestFailed,
     RequestFinished,
@@ -87,7 +88,7 @@ class _Meter:
 
     def __init__(self, replica: Replica) -> None:
         self.replica_id = replica.replica_id
-        self._replica = replica
+        self.replica = replica
         self._batch = 0
         self._kv_tokens = 0
         self._grown_tokens = 0.0  # since the latest news of how far calls have come
@@ -162,7 +163,7 @@ class _Meter:
         if sample is None:
             return
         expected_s, actual_s = sample
-        if _differ(actual_s, self._replica.pace * expected_s, SURPRISING_RATIO):
+        if _differ(actual_s, self.replica.pace * expected_s, SURPRISING_RATIO):
             self._keep(sample)
             watched.mark(now_s)
 
@@ -176,15 +177,15 @@ class _Meter:
             return
         self._now_s = now_s
         if self._batch:
-            grown_tokens = self._batch * span_s / (self._step_s * self._replica.pace)
+            grown_tokens = self._batch * span_s / (self._step_s * self.replica.pace)
             kv_tokens = self._kv_tokens + self._grown_tokens + grown_tokens / 2
-            self._step_s = self._replica.pool.curve.step_s(self._batch, round(kv_tokens))
+            self._step_s = self.replica.pool.curve.step_s(self._batch, round(kv_tokens))
             self.steps += span_s / self._step_s
             self._grown_tokens += grown_tokens
 
     def _charge(self, now_s: float, prompt_tokens: int, prefill_tokens: int) -> None:
         """Count what a prefill added to steps; prefills that end at once shared the last one."""
-        pool, curve = self._replica.pool, self._replica.pool.curve
+        pool, curve = self.replica.pool, self.replica.pool.curve
         if now_s - self._fresh_s > self._step_s / 2:
             self._settle(now_s)
             self._fresh = []
@@ -234,6 +235,8 @@ class PaceWatch:
                 self._end(now_s, request_id, None, 0)
             case ReplicaDied(replica_id) | ReplicaDemoted(replica_id):
                 self._restart(replica_id)
+            case ReplicaReady(replica_id):
+                self._meet(replica_id)
             case _:
                 pass
 
@@ -302,6 +305,14 @@ class PaceWatch:
         meter = watched.meter
         meter.end(now_s, watched, 0 if is_unheard else output_tokens)
         self._heard[meter.replica_id] = None
+
+    def _meet(self, replica_id: ReplicaId) -> None:
+        """Begin with a replica that joined the fleet, if it did."""
+        replica, meter = self._scheduler.replicas[replica_id], self._meters.get(replica_id)
+        if meter is None or meter.replica is not replica:
+            self._meters[replica_id] = _Meter(replica)
+            self._tracker.add(replica_id, replica.pool.pool_id)
+            self._tracker.forget(replica_id)
 
     def _restart(self, replica_id: ReplicaId) -> None:
         """Begin anew with a replica that is gone; its calls are not watched any more."""

@@ -6,7 +6,8 @@ from importlib.resources import as_file, files
 import msgspec
 
 from concertmaster.compose import build_fleet
-from concertmaster.config import ClusterSection, FleetFile, load_fleet
+from concertmaster.config import ClusterSection, FleetFile
+from concertmaster.config_files import load_fleet
 from concertmaster.core.fleet import Fleet
 
 
