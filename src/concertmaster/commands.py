@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import logging
 import os
 import random
 import signal
@@ -30,6 +29,7 @@ from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
 from concertmaster.observe import plots
 from concertmaster.observe.compare import compare_reports
+from concertmaster.observe.logs import log_to
 from concertmaster.observe.report import Report, build_report
 from concertmaster.observe.trace import Header, TraceReader, TraceWriter
 from concertmaster.physics.reference import ReferenceEngine
@@ -84,9 +84,9 @@ def serve(
     trace: Path | None,
 ) -> None:
     """Run the gateway until it is told to stop."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     file = load_fleet(config)
     settings = file.gateway
+    log_to(settings.log)
     changes = {"host": host, "port": port, "policy": policy, "models": models}
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     _check_port(settings.port)
@@ -108,6 +108,7 @@ def serve(
             policy_used,
             random.Random(settings.seed),
             record_candidates=writer is not None,
+            weighs=True,
         )
 
         predictor = forecaster.serving_predictor(settings, fleet)

@@ -20,6 +20,7 @@ from concertmaster.core.request import PREFIX_CHUNK_TOKENS
 from concertmaster.engines.control import ControlKind, control_misfit
 from concertmaster.engines.dialects import EngineKind
 from concertmaster.engines.faults import Faults
+from concertmaster.observe.logs import LogForm
 from concertmaster.physics.hardware import GPUS
 from concertmaster.physics.models import MODELS
 
@@ -139,6 +140,11 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     keys: str = ""
     tls_cert: str = ""
     tls_key: str = ""
+    receipts: str = ""
+    receipts_kept: int = 100_000
+    otel_url: str = ""
+    log: LogForm = "text"
+    log_calls: bool = False
 
 
 class EmulatorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -217,6 +223,7 @@ def load_fleet(path: Path) -> FleetFile:
     check_positive(path, "emulator.speedup", fleet.emulator.speedup)
     for key in ("hold_s", "head_timeout_s", "body_timeout_s"):
         check_positive(path, f"gateway.{key}", getattr(fleet.gateway, key))
+    check_positive(path, "gateway.receipts_kept", fleet.gateway.receipts_kept)
     check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
     if fleet.gateway.window_s is not None:
         check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
@@ -263,6 +270,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "stopped": tuple(Readiness),
     "control": get_args(ControlKind),
     "scheduling": ("fcfs", "priority"),
+    "log": get_args(LogForm),
 }
 
 

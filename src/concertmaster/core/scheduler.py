@@ -48,6 +48,7 @@ from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
 from concertmaster.core.waking import Waking
 from concertmaster.core.wants import Wants
+from concertmaster.core.weighing import Weighing
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -63,12 +64,20 @@ class Scheduler:
         policy: How to decide.
         rng: Source of all randomness; the same seed and events give the same actions.
         record_candidates: Keep the costs of every candidate with a dispatch, for traces.
+        weighs: Keep what was weighed at a dispatch until ``weighing`` is asked, for receipts.
     """
 
     def __init__(
-        self, fleet: Fleet, policy: Policy, rng: random.Random, *, record_candidates: bool = False
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        rng: random.Random,
+        *,
+        record_candidates: bool = False,
+        weighs: bool = False,
     ) -> None:
         self.policy = policy
+        self.weighing: Weighing | None = Weighing() if weighs else None
         self.replicas: dict[ReplicaId, Replica] = {r.replica_id: r for r in fleet.build()}
         self.pools: dict[PoolId, Pool] = {pool.pool_id: pool for pool in fleet.pools}
         replicas = self.replicas.values()
@@ -135,6 +144,7 @@ class Scheduler:
             scaler=self._scaler,
             rng=rng,
             record_candidates=record_candidates,
+            weighing=self.weighing,
         )
         self._serial = 0
         self._now_s = 0.0

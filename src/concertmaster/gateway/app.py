@@ -18,9 +18,11 @@ from concertmaster.core.fleet import Replica
 from concertmaster.core.request import WorkflowId
 from concertmaster.gateway.apis.desk import PATHS
 from concertmaster.gateway.apis.responses_store import owner_of
+from concertmaster.gateway.decisions_api import DecisionRoutes
 from concertmaster.gateway.identity import MAX_ID_CHARS
 from concertmaster.gateway.metrics import exposition
 from concertmaster.gateway.openai_api import AUTO, caller_error, error_body
+from concertmaster.gateway.receipts import Receipts
 
 if TYPE_CHECKING:
     from concertmaster.gateway.driver import Gateway
@@ -31,9 +33,10 @@ _JSON = "application/json"
 
 
 class SideRoutes:
-    """Handlers over one gateway; it is attached once it exists."""
+    """Handlers over one gateway, attached once it exists, and over its receipts."""
 
-    def __init__(self) -> None:
+    def __init__(self, receipts: Receipts) -> None:
+        self._decisions = DecisionRoutes(receipts)
         self.gateway: Gateway | None = None
 
     @property
@@ -52,6 +55,7 @@ class SideRoutes:
                 Route("/version", self.version),
                 Route("/v1/models", self.models),
                 Route("/v1/workflows/{workflow_id:path}/grade", self.grade, methods=["POST"]),
+                *self._decisions.routes(),
                 Route("/metrics", self.metrics),
                 Route("/state", self.state),
                 Route("/events", self.events),

@@ -17,6 +17,7 @@ from concertmaster.gateway.driver import Gateway, Observer
 from concertmaster.gateway.keyring import KeyCheck, Keyring
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.reach import check_reach, open_keys, tls_of
+from concertmaster.gateway.seeing import Seeing
 from concertmaster.predictors.interface import Predictor
 
 _BACKLOG = 1024
@@ -44,7 +45,8 @@ async def running_gateway(
     """
     check_reach("", settings)
     tls = tls_of("", settings)
-    routes = SideRoutes()
+    seeing = Seeing(scheduler, settings, speedup=speedup, also=observe)
+    routes = SideRoutes(seeing.receipts)
     side_door = SideDoor(routes.app())
     gateway = Gateway(
         scheduler,
@@ -53,7 +55,7 @@ async def running_gateway(
         clock=scaled_clock(speedup),
         speedup=speedup,
         side_door=side_door,
-        observe=observe,
+        observe=seeing.audience,
         max_body_bytes=int(settings.max_body_mb * 1_000_000),
         connect_timeout_s=settings.connect_timeout_s,
         health_interval_s=settings.health_interval_s,
@@ -66,6 +68,7 @@ async def running_gateway(
     routes.gateway = gateway
     async with AsyncExitStack() as stack:
         try:
+            await stack.enter_async_context(seeing.over(gateway))
             judge = await stack.enter_async_context(_guarded(gateway, settings.keys))
             await gateway.open()
             server = await _listen(gateway, judge, settings, tls)
