@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from builders import CheckedScheduler, a_fleet, a_forecast, a_policy, a_pool
 from concertmaster.core.actions import Dispatch
 from concertmaster.core.errors import InputError
-from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.fleet import PoolId, ReplicaId
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, RequestId
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.core.service import Service
+from concertmaster.core.service import Stand
 from concertmaster.core.weighing import MOST_CANDIDATES, MOST_KEPT, Candidate, Weighed
 from concertmaster.gateway import receipts as receipts_module
 from concertmaster.gateway.receipt import Attempt, Record, receipt_of, regret_of
@@ -36,7 +36,7 @@ MARKER = "zanzibar-7731"
 M = ModelName("m")
 
 
-def weighing(fleet: Any = None, of: str = "least-tokens", **changes: object) -> CheckedScheduler:  # noqa: ANN401
+def weighing(fleet: Any = None, of: str = "least-tokens", **changes: Any) -> CheckedScheduler:  # noqa: ANN401
     checked = CheckedScheduler(fleet or a_fleet(replicas=3), a_policy(of, **changes))
     checked.core = Scheduler(checked.fleet, checked.policy, checked.core._routing._rng, weighs=True)
     return checked
@@ -59,7 +59,9 @@ def test_what_was_weighed_is_handed_out_once() -> None:
 
     weighed = taken(scheduler, "r1")
 
-    assert [one.replica_id for one in weighed.candidates] == ["p-0", "p-1", "p-2"]
+    assert sorted(one.replica_id for one in weighed.candidates) == ["p-0", "p-1", "p-2"]
+    assert weighed.candidates[0].replica_id == dispatch.replica_id
+    assert list(weighed.costs_s(weighed.candidates[0])) == list(weighed.scorers)
     assert weighed.candidates[0].cost_s == dispatch.cost_s
     assert weighed.pools == ("p",)
     replica = scheduler.replica(dispatch.replica_id)
@@ -75,7 +77,7 @@ def test_a_single_candidate_is_not_compared_but_its_service_is_known() -> None:
     (only,) = taken(scheduler, "r1").candidates
 
     assert (only.replica_id, only.cost_s) == ("p-0", None)
-    assert only.service.token_s > 0
+    assert only.stand.service().token_s > 0
 
 
 @pytest.mark.parametrize("of", ["least-tokens", "random", "round-robin", "power-of-two", "swarmx"])
@@ -117,11 +119,16 @@ def test_what_nobody_asks_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None
 # Regret.
 
 
+def a_stand(backlog_s: float = 0.0, pace: float = 1.0) -> Stand:
+    """Ten prompt tokens take 1.1 ms, and each token of an answer 10 ms, both times the pace."""
+    return Stand(a_pool(), 10, 0, 0, 0, backlog_s, 0.0, pace)
+
+
 def a_record(
-    services: list[Service], *, took_s: float = 5.0, status: int = 200, median: float = 100.0
+    stands: list[Stand], *, took_s: float = 5.0, status: int = 200, median: float = 100.0
 ) -> Record:
-    names = [ReplicaId(f"p-{i}") for i in range(len(services))]
-    candidates = [Candidate(name, {}, one) for name, one in zip(names, services, strict=True)]
+    names = [ReplicaId(f"p-{i}") for i in range(len(stands))]
+    candidates = [Candidate(name, (), one) for name, one in zip(names, stands, strict=True)]
     dispatch = Dispatch(RequestId("r1"), names[0], 1, 0, 0.5, len(names))
     return Record(
         request_id="r1",
@@ -137,7 +144,7 @@ def a_record(
         deadline_s=None,
         streams=False,
         forecast=Forecast(output_tokens=Quantiles.exactly(median)),
-        attempts=(Attempt(1.0, M, dispatch, Weighed(("p",), candidates, 64)),),
+        attempts=(Attempt(1.0, M, dispatch, Weighed((PoolId("p"),), (), candidates, 64)),),
         status=status,
         reason="",
         output_tokens=90,
@@ -149,40 +156,35 @@ def a_record(
     )
 
 
-def models(count: int) -> dict[ReplicaId, ModelName]:
-    return {ReplicaId(f"p-{i}"): M for i in range(count)}
-
-
 def test_regret_is_surprise_and_what_was_forgone() -> None:
-    record = a_record([Service(1.0, 0.03), Service(0.5, 0.02)], took_s=5.0)
+    chosen, other = a_stand(1.0, pace=3.0), a_stand(0.5, pace=2.0)
+    forecasts_s = [one.service().first_s + 100 * one.service().token_s for one in (chosen, other)]
+    assert forecasts_s == pytest.approx([4.0, 2.5], abs=0.05)
 
-    regret = regret_of(record, models(2))
+    regret = regret_of(a_record([chosen, other], took_s=5.0))
 
     assert regret == pytest.approx(
         {
             "service_s": 5.0,
-            "forecast_s": 4.0,
-            "best_forecast_s": 2.5,
+            "forecast_s": forecasts_s[0],
+            "best_forecast_s": forecasts_s[1],
             "best_replica": "p-1",
-            "surprise_s": 1.0,
-            "forgone_s": 1.5,
-            "regret_s": 2.5,
+            "surprise_s": 5.0 - forecasts_s[0],
+            "forgone_s": forecasts_s[0] - forecasts_s[1],
+            "regret_s": 5.0 - forecasts_s[1],
         }
     )
 
 
 seconds = st.floats(0.0, 100.0)
+some_stands = st.lists(st.builds(a_stand, seconds, st.floats(0.25, 8)), min_size=1, max_size=5)
 
 
-@given(
-    st.lists(st.builds(Service, seconds, st.floats(0.001, 1.0)), min_size=1, max_size=8),
-    seconds,
-    st.floats(1.0, 5000.0),
-)
+@given(some_stands, seconds, st.floats(1.0, 5000.0))
 def test_the_parts_of_regret_add_up_and_nothing_forgone_is_negative(
-    services: list[Service], took_s: float, median: float
+    stands: list[Stand], took_s: float, median: float
 ) -> None:
-    regret = regret_of(a_record(services, took_s=took_s, median=median), models(len(services)))
+    regret = regret_of(a_record(stands, took_s=took_s, median=median))
 
     assert regret is not None
     assert regret["regret_s"] == pytest.approx(regret["surprise_s"] + regret["forgone_s"])
@@ -191,12 +193,12 @@ def test_the_parts_of_regret_add_up_and_nothing_forgone_is_negative(
 
 
 def test_there_is_no_regret_of_what_was_not_served_or_not_forecast() -> None:
-    record = a_record([Service(1.0, 0.03)])
-    assert regret_of(record._replace(status=502), models(1)) is None
-    assert regret_of(record._replace(ended_s=None), models(1)) is None
-    assert regret_of(record._replace(attempts=()), models(1)) is None
-    assert regret_of(record._replace(forecast=Forecast()), models(1)) is None
-    assert receipt_of(record._replace(ended_s=None), models(1))["outcome"] is None
+    record = a_record([a_stand()])
+    assert regret_of(record._replace(status=502)) is None
+    assert regret_of(record._replace(ended_s=None)) is None
+    assert regret_of(record._replace(attempts=())) is None
+    assert regret_of(record._replace(forecast=Forecast())) is None
+    assert receipt_of(record._replace(ended_s=None), [M])["outcome"] is None
 
 
 # Over HTTP.

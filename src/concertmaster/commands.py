@@ -31,7 +31,7 @@ from concertmaster.observe import plots
 from concertmaster.observe.compare import compare_reports
 from concertmaster.observe.logs import log_to
 from concertmaster.observe.report import Report, build_report
-from concertmaster.observe.trace import Header, TraceReader, TraceWriter
+from concertmaster.observe.trace import Header, TraceWriter
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.sim.driver import engine_settings
@@ -337,14 +337,6 @@ def _is_address(url: str) -> bool:
     except ValueError:  # the port is no number, or too large
         return False
     return named and parts.scheme == "http" and parts.path in {"", "/"}
-
-
-def explain(*, trace: Path, request: str, json: Path | None) -> None:
-    """Print why a call went where it went."""
-    reader = TraceReader(trace)
-    show.explain(show.console(), reader, request)
-    if json is not None:
-        show.write_json(show.story(reader, request), json)
 
 
 def _show_notes(workload: Workload) -> None:

@@ -15,7 +15,7 @@ from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
 from concertmaster.core.service import service_on
 from concertmaster.core.sketch import affine
-from concertmaster.core.weighing import Weighing
+from concertmaster.core.weighing import Row, Weighing
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -116,15 +116,16 @@ class Dispatcher:
         """Choose among the replicas that have room, and write the call into its ledgers."""
         policy, request, weighing = self._policy, call.request, self._weighing
         chosen, chosen_cost_s = replicas[0], None
-        if weighing is not None:
-            weighing.begin()
+        rows: list[Row] = []
         if len(replicas) > 1:
             scorers = policy.scorers
 
             def cost_s(replica: Replica) -> float:
-                if weighing is not None:
-                    return weighing.cost_s(now_s, call, replica, scorers)
-                return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
+                if weighing is None:
+                    return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
+                costs_s = [scorer.cost_s(now_s, call, replica) for scorer in scorers]
+                rows.append((sum(costs_s), costs_s, replica))
+                return sum(costs_s)
 
             chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
             chosen_cost_s = cost_s(chosen) if scorers else None
@@ -132,7 +133,7 @@ class Dispatcher:
         if self._record_candidates:
             costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in replicas}
         if weighing is not None:
-            weighing.look(now_s, call, chosen)
+            weighing.look(now_s, call, chosen, rows)
         self._enter(now_s, call, chosen)
         if weighing is not None:
             weighing.keep(call, chosen)

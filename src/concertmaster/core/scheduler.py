@@ -77,7 +77,7 @@ class Scheduler:
         weighs: bool = False,
     ) -> None:
         self.policy = policy
-        self.weighing: Weighing | None = Weighing() if weighs else None
+        self.weighing: Weighing | None = Weighing(policy.scorers) if weighs else None
         self.replicas: dict[ReplicaId, Replica] = {r.replica_id: r for r in fleet.build()}
         self.pools: dict[PoolId, Pool] = {pool.pool_id: pool for pool in fleet.pools}
         replicas = self.replicas.values()

@@ -4,7 +4,7 @@ Nothing of it is computed while the call is served: a ``Record`` holds what was 
 ``receipt_of`` reads it when somebody asks, or when it is written down.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from concertmaster.core.actions import Dispatch
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName
-from concertmaster.core.service import Service
+from concertmaster.core.service import Stand
 from concertmaster.core.weighing import Candidate, Weighed
 from concertmaster.gateway.exchange import Exchange
 
@@ -23,6 +23,7 @@ MOST_ID_CHARS = 256
 """Leading characters of a request's id that name its receipt."""
 
 Fields = dict[str, Any]
+_NOT_WEIGHED = Weighed((), (), (), 0)
 
 
 class Attempt(NamedTuple):
@@ -110,12 +111,12 @@ def record_of(
     )
 
 
-def receipt_of(record: Record, models: Mapping[ReplicaId, ModelName]) -> Fields:
+def receipt_of(record: Record, models: Sequence[ModelName]) -> Fields:
     """Return the receipt as people and programs read it.
 
     Args:
         record: What is known.
-        models: Which model each replica of the fleet serves.
+        models: Of the fleet.
     """
     arrived = datetime.fromtimestamp(record.arrived_unix_s, UTC)
     return {
@@ -132,10 +133,10 @@ def receipt_of(record: Record, models: Mapping[ReplicaId, ModelName]) -> Fields:
         "prompt_tokens": record.prompt_tokens,
         "max_output_tokens": record.max_output_tokens,
         "deadline_s": _since(record.deadline_s, record.arrived_s),
-        "forecast": _forecast(record, sorted(set(models.values()))),
-        "attempts": [_attempt(record, attempt, models) for attempt in record.attempts],
+        "forecast": _forecast(record, models),
+        "attempts": [_attempt(record, attempt) for attempt in record.attempts],
         "outcome": None if record.ended_s is None else _outcome(record, record.ended_s),
-        "regret": regret_of(record, models),
+        "regret": regret_of(record),
     }
 
 
@@ -163,9 +164,9 @@ def _summary(law: Quantiles | None, *, most: float = float("inf")) -> Fields | N
     return {name: min(law.at(level), most) for name, level in LEVELS.items()}
 
 
-def _attempt(record: Record, attempt: Attempt, models: Mapping[ReplicaId, ModelName]) -> Fields:
-    dispatch, weighed = attempt.dispatch, attempt.weighed
-    candidates = () if weighed is None else weighed.candidates
+def _attempt(record: Record, attempt: Attempt) -> Fields:
+    dispatch = attempt.dispatch
+    weighed = attempt.weighed or _NOT_WEIGHED
     return {
         "attempt": dispatch.attempt,
         "decided_s": attempt.at_s - record.arrived_s,
@@ -174,35 +175,33 @@ def _attempt(record: Record, attempt: Attempt, models: Mapping[ReplicaId, ModelN
         "model": attempt.model,
         "cost_s": dispatch.cost_s,
         "with_room": dispatch.candidates,
-        "pools": [] if weighed is None else list(weighed.pools),
-        "reserved_kv_tokens": None if weighed is None else weighed.kv_tokens,
+        "pools": list(weighed.pools),
+        "reserved_kv_tokens": weighed.kv_tokens or None,
         "candidates": [
-            _candidate(record, one, models, chosen=one.replica_id == dispatch.replica_id)
-            for one in candidates
+            _candidate(record, weighed, one, chosen=one.replica_id == dispatch.replica_id)
+            for one in weighed.candidates
         ],
     }
 
 
-def _candidate(
-    record: Record, one: Candidate, models: Mapping[ReplicaId, ModelName], *, chosen: bool
-) -> Fields:
-    model = models.get(one.replica_id)
+def _candidate(record: Record, weighed: Weighed, one: Candidate, *, chosen: bool) -> Fields:
     return {
         "replica": one.replica_id,
-        "model": model,
+        "model": one.stand.pool.model.name,
         "chosen": chosen,
         "cost_s": one.cost_s,
-        "costs_s": dict(one.costs_s),
-        "service_s": _service_s(record, one.service, model),
+        "costs_s": dict(weighed.costs_s(one)),
+        "service_s": _service_s(record, one.stand),
     }
 
 
-def _service_s(record: Record, service: Service, model: ModelName | None) -> Fields | None:
+def _service_s(record: Record, stand: Stand) -> Fields | None:
     """Return the law of a call's seconds on a replica; it needs one of its output tokens."""
-    law = None if model is None else record.forecast.output_law(model)
+    law = record.forecast.output_law(stand.pool.model.name)
     tokens = _summary(law, most=record.max_output_tokens)
     if tokens is None:
         return None
+    service = stand.service()
     return {name: service.first_s + service.token_s * count for name, count in tokens.items()}
 
 
@@ -216,19 +215,19 @@ def _outcome(record: Record, ended_s: float) -> Fields:
     }
 
 
-def regret_of(record: Record, models: Mapping[ReplicaId, ModelName]) -> Fields | None:
+def regret_of(record: Record) -> Fields | None:
     """Hold what came against what was forecast of the last dispatch, in seconds.
 
     Let s be the seconds from that dispatch to the last token, f the forecast's median of them
     on the chosen replica, and b the least such median of all candidates. Then the surprise is
     s - f, what was forgone f - b, and the regret s - b, the sum of both. What was forgone is never
-    negative: the decision weighed something else than the median. ``None`` unless the call was
-    served and forecast.
+    negative, and above 0 where the decision weighed more than the median.
+    ``None`` unless the call was served and forecast.
     """
     if record.ended_s is None or record.status != 200 or not record.attempts:
         return None
     last = record.attempts[-1]
-    medians = {} if last.weighed is None else _medians(record, last.weighed, models)
+    medians = {} if last.weighed is None else _medians(record, last.weighed)
     chosen_s = medians.get(last.dispatch.replica_id)
     if chosen_s is None:
         return None
@@ -245,13 +244,8 @@ def regret_of(record: Record, models: Mapping[ReplicaId, ModelName]) -> Fields |
     }
 
 
-def _medians(
-    record: Record, weighed: Weighed, models: Mapping[ReplicaId, ModelName]
-) -> dict[ReplicaId, float]:
-    laws = (
-        (one.replica_id, _service_s(record, one.service, models.get(one.replica_id)))
-        for one in weighed.candidates
-    )
+def _medians(record: Record, weighed: Weighed) -> dict[ReplicaId, float]:
+    laws = ((one.replica_id, _service_s(record, one.stand)) for one in weighed.candidates)
     return {replica_id: law["p50"] for replica_id, law in laws if law is not None}
 
 

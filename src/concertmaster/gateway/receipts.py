@@ -19,7 +19,6 @@ import msgspec
 from concertmaster.core.actions import Action, Dispatch
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import Event
-from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import ModelName, RequestId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.agent import Message
@@ -187,8 +186,8 @@ class Receipts:
             if record.workflow_id == workflow_id and owner in (None, its_owner):
                 yield record
 
-    def _models(self) -> dict[ReplicaId, ModelName]:
-        return {name: one.pool.model.name for name, one in self._scheduler.replicas.items()}
+    def _models(self) -> list[ModelName]:
+        return sorted({pool.model.name for pool in self._scheduler.pools.values()})
 
     def _receipt(self, record: Record) -> Fields:
         return receipt_of(record, self._models())
@@ -238,7 +237,7 @@ class Receipts:
         return await asyncio.get_running_loop().run_in_executor(self._thread, task)
 
 
-def _row(owner: str, record: Record, models: dict[ReplicaId, ModelName]) -> Row:
+def _row(owner: str, record: Record, models: list[ModelName]) -> Row:
     body = msgspec.json.encode(receipt_of(record, models))
     return Row(record.request_id, record.workflow_id, owner, body)
 
