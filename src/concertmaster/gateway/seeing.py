@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from concertmaster.config import GatewaySection
+from concertmaster.core.errors import InputError
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.driver import Gateway
 from concertmaster.gateway.journal import Journal
@@ -13,6 +15,9 @@ from concertmaster.gateway.receipts import Receipts
 from concertmaster.gateway.tally import Tally
 from concertmaster.gateway.witness import Audience, Listener, Witness
 from concertmaster.state.receipts import ReceiptFile
+
+if TYPE_CHECKING:
+    from concertmaster.gateway.telemetry import Telemetry
 
 
 class Seeing:
@@ -47,6 +52,10 @@ class Seeing:
         self._tally.receipts = self.receipts.counts
         self._journal = Journal(calls=settings.log_calls)
         self._witnesses: list[Witness] = [self._tally, self.receipts, self._journal]
+        self._telemetry: Telemetry | None = None
+        if settings.otel_url:
+            self._telemetry = _telemetry(scheduler, settings, speedup)
+            self._witnesses.append(self._telemetry)
         self.audience = Audience()
         if also is not None:
             self.audience.add(also)
@@ -67,3 +76,23 @@ class Seeing:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.receipts.close()
+            if self._telemetry is not None:
+                await self._telemetry.close()
+
+
+def _telemetry(scheduler: Scheduler, settings: GatewaySection, speedup: float) -> "Telemetry":
+    where = "gateway.otel_url"
+    if not settings.otel_url.startswith(("http://", "https://")):
+        raise InputError("", where, f"expected http://HOST:PORT, found {settings.otel_url!r}")
+    try:
+        from concertmaster.gateway.telemetry import exporting  # noqa: PLC0415  # an optional extra
+    except ModuleNotFoundError as missing:
+        hint = "pip install 'concertmaster[otel]'"
+        raise InputError("", where, f"{missing.name} is not installed", hint) from None
+    return exporting(
+        settings.otel_url,
+        scheduler=scheduler,
+        host=settings.host,
+        port=settings.port,
+        speedup=speedup,
+    )

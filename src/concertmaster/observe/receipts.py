@@ -27,9 +27,10 @@ def show_receipt(out: Console, receipt: Fields) -> None:
 
 def _head(receipt: Fields) -> str:
     stage = "" if receipt["stage"] is None else f", stage {receipt['stage']}"
+    role = _plain(receipt["role"]) or "–"
     return (
         f"{_plain(receipt['id'])}   workflow {_plain(receipt['workflow_id'])}{stage}   "
-        f"role {_plain(receipt['role']) or '–'}   class {receipt['class']}   policy {receipt['policy']}"
+        f"role {role}   class {receipt['class']}   policy {receipt['policy']}"
     )
 
 
@@ -71,7 +72,9 @@ def _decision(attempt: Fields) -> str:
 
 def _candidates(attempt: Fields) -> Table:
     scorers = sorted({name for one in attempt["candidates"] for name in one["costs_s"]})
-    table = Table("cost, seconds", *scorers, "total", "service p50", "p90", box=None, pad_edge=False)
+    table = Table(
+        "cost, seconds", *scorers, "total", "service p50", "p90", box=None, pad_edge=False
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for one in attempt["candidates"]:
