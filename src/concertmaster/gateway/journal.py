@@ -58,6 +58,14 @@ class Journal:
                 duration_s=round(now_s - exchange.arrived_s, 6),
             )
 
+    def started(self, host: str, port: int, policy: str, replicas: int) -> None:
+        """Tell that calls are taken from now on."""
+        _say(logging.INFO, "started", host=host, port=port, policy=policy, replicas=replicas)
+
+    def stopped(self, answered: int) -> None:
+        """Tell that no call is taken any more."""
+        _say(logging.INFO, "stopped", answered=answered)
+
     async def sum_up(self, metrics: GatewayMetrics) -> None:
         """Tell of refusals since the last time, for ever."""
         before: Counter[str] = Counter(metrics.refusals)

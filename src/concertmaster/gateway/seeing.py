@@ -31,6 +31,7 @@ class Seeing:
 
     Attributes:
         audience: To be told of every event.
+        journal: To be told when the gateway starts.
 
     Raises:
         InputError: A file or an option of theirs is amiss.
@@ -50,8 +51,8 @@ class Seeing:
         self.receipts = Receipts(scheduler, store, speedup=speedup)
         self._tally = Tally(scheduler)
         self._tally.receipts = self.receipts.counts
-        self._journal = Journal(calls=settings.log_calls)
-        self._witnesses: list[Witness] = [self._tally, self.receipts, self._journal]
+        self.journal = Journal(calls=settings.log_calls)
+        self._witnesses: list[Witness] = [self._tally, self.receipts, self.journal]
         self._telemetry: Telemetry | None = None
         if settings.otel_url:
             self._telemetry = _telemetry(scheduler, settings, speedup)
@@ -67,7 +68,7 @@ class Seeing:
         """Keep books of a gateway until the block ends; then write what is left."""
         gateway.metrics.tally = self._tally
         gateway.metrics.witnesses = tuple(self._witnesses)
-        duties = (self.receipts.watch(), self._journal.sum_up(gateway.metrics))
+        duties = (self.receipts.watch(), self.journal.sum_up(gateway.metrics))
         tasks = [asyncio.create_task(duty) for duty in duties]
         try:
             yield
@@ -75,6 +76,7 @@ class Seeing:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self.journal.stopped(sum(gateway.metrics.by_status.values()))
             await self.receipts.close()
             if self._telemetry is not None:
                 await self._telemetry.close()

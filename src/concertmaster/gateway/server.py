@@ -76,8 +76,10 @@ async def running_gateway(
             await gateway.stop(drain_s=0.0)
             raise
         gateway.start()
+        port = server.sockets[0].getsockname()[1]
+        seeing.journal.started(settings.host, port, scheduler.policy.name, len(urls))
         try:
-            yield gateway, server.sockets[0].getsockname()[1]
+            yield gateway, port
         finally:
             await gateway.stop(drain_s=drain_s)  # still listening: a load balancer asks /readyz
             server.close()

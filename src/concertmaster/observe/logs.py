@@ -40,7 +40,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, and one more a frame of an exception."""
-        said = " ".join(redacted(record.getMessage()).splitlines())
+        words = " ".join(redacted(record.getMessage()).splitlines())
+        said = "".join(filter(str.isprintable, words))
         lines = [f"{_instant(record)} {record.levelname.lower()} {said}"]
         if record.exc_info and record.exc_info[0] is not None:
             lines.append(f"  {record.exc_info[0].__name__}")
