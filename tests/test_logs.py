@@ -173,16 +173,14 @@ def test_no_prompt_and_no_key_is_in_the_log(form: LogForm) -> None:
             assert (await rig.call({"messages": said, "fail": 1})).status == 502
             assert (await rig.ask("POST", CHAT, f'{{"messages": "{MARKER}'.encode())).status == 400
             assert (await rig.ask("GET", f"/nothing?api_key={secret}")).status == 404
-            taken = rig.gateway._intake.open
 
-            def breaks(*_: object, **__: object) -> Any:  # noqa: ANN401
+            def breaks(*_: object) -> None:
                 raise RuntimeError(f"{MARKER} {secret}")
 
-            rig.gateway._intake.open = breaks  # type: ignore[method-assign]
+            rig.gateway.metrics.opened = breaks  # type: ignore[method-assign]
             wire = await rig.wire()
             wire.send(a_call())
             assert (await wire.answer())[0] == 500
-            rig.gateway._intake.open = taken  # type: ignore[method-assign]
 
     play(main())
     assert "RuntimeError" in log.text

@@ -124,8 +124,9 @@ class Dispatcher:
                 if weighing is None:
                     return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
                 costs_s = [scorer.cost_s(now_s, call, replica) for scorer in scorers]
-                rows.append((sum(costs_s), costs_s, replica))
-                return sum(costs_s)
+                total_s = sum(costs_s)
+                rows.append((total_s, costs_s, replica))
+                return total_s
 
             chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
             chosen_cost_s = cost_s(chosen) if scorers else None

@@ -16,7 +16,7 @@ MOST_CANDIDATES = 5
 MOST_KEPT = 10_000
 """Dispatches that are kept at a time; the oldest go first."""
 
-_MANY = 30
+_MANY, _FEW = 30, MOST_CANDIDATES + 1
 
 Row: TypeAlias = tuple[float, Sequence[float], Replica]
 """Cost of a replica, and its parts in the order of the scorers."""
@@ -114,7 +114,8 @@ def _cheapest(rows: Sequence[Row]) -> Sequence[Row]:
     """Return rows by cost, and of many only the first; ties in the order in which they came."""
     if len(rows) < _MANY:
         return sorted(rows, key=_total_s)
-    return heapq.nsmallest(2 * MOST_CANDIDATES, rows, key=_total_s)
+    limit_s = heapq.nsmallest(_FEW, [row[0] for row in rows])[-1]
+    return sorted([row for row in rows if row[0] <= limit_s], key=_total_s)
 
 
 def _total_s(row: Row) -> float:
