@@ -157,7 +157,7 @@ def test_calls_have_lines_only_if_that_is_wanted(*, wanted: bool) -> None:
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
-def test_no_prompt_and_no_key_is_in_the_log(form: LogForm) -> None:
+def test_no_prompt_and_no_key_is_in_the_log(form: LogForm, monkeypatch: pytest.MonkeyPatch) -> None:
     log = a_log(form)
     secret = "sk-" + "abcdefgh" * 4
 
@@ -177,7 +177,7 @@ def test_no_prompt_and_no_key_is_in_the_log(form: LogForm) -> None:
             def breaks(*_: object) -> None:
                 raise RuntimeError(f"{MARKER} {secret}")
 
-            rig.gateway.metrics.opened = breaks  # type: ignore[method-assign]
+            monkeypatch.setattr(rig.gateway.metrics, "opened", breaks)
             wire = await rig.wire()
             wire.send(a_call())
             assert (await wire.answer())[0] == 500

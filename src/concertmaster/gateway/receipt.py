@@ -6,10 +6,9 @@ Nothing of it is computed while the call is served: a ``Record`` holds what was 
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from concertmaster.core.actions import Dispatch
-from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName
 from concertmaster.core.service import Stand
@@ -17,12 +16,14 @@ from concertmaster.core.weighing import Candidate, Weighed
 from concertmaster.gateway.exchange import Exchange
 
 LEVELS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-MOST_MODELS = 32
+DIGITS = 6
+MOST_NAMED = 32
 MOST_ASKED, MOST_NAME_CHARS = 8, 128
 MOST_ID_CHARS = 256
 """Leading characters of a request's id that name its receipt."""
 
-Fields = dict[str, Any]
+Fields: TypeAlias = dict[str, Any]
+Laws: TypeAlias = dict[ModelName, Fields | None]
 _NOT_WEIGHED = Weighed((), (), (), 0)
 
 
@@ -47,7 +48,6 @@ class Record(NamedTuple):
         asked: Models that the call named, cut short; empty for any.
         ended_s: ``None`` while the call is under way.
         arrived_unix_s: When it arrived, in seconds since 1970.
-        stretch: Seconds of the gateway's clock in one of the wall.
     """
 
     request_id: str
@@ -71,7 +71,6 @@ class Record(NamedTuple):
     first_token_s: float | None
     ended_s: float | None
     arrived_unix_s: float
-    stretch: float
 
 
 def record_of(
@@ -81,7 +80,6 @@ def record_of(
     policy: str,
     ended_s: float | None,
     arrived_unix_s: float,
-    stretch: float,
 ) -> Record:
     """Take down what is known of a call."""
     request = exchange.request
@@ -107,7 +105,6 @@ def record_of(
         exchange.first_token_s,
         ended_s,
         arrived_unix_s,
-        stretch,
     )
 
 
@@ -119,6 +116,9 @@ def receipt_of(record: Record, models: Sequence[ModelName]) -> Fields:
         models: Of the fleet.
     """
     arrived = datetime.fromtimestamp(record.arrived_unix_s, UTC)
+    named = ([model for model in models if model in record.asked] or models)[:MOST_NAMED]
+    laws = _laws(record, named)
+    attempts = [_attempt(record, attempt, laws) for attempt in record.attempts]
     return {
         "id": record.request_id,
         "workflow_id": record.workflow_id,
@@ -133,27 +133,32 @@ def receipt_of(record: Record, models: Sequence[ModelName]) -> Fields:
         "prompt_tokens": record.prompt_tokens,
         "max_output_tokens": record.max_output_tokens,
         "deadline_s": _since(record.deadline_s, record.arrived_s),
-        "forecast": _forecast(record, models),
-        "attempts": [_attempt(record, attempt) for attempt in record.attempts],
+        "forecast": _forecast(record.forecast, named, laws),
+        "attempts": attempts,
         "outcome": None if record.ended_s is None else _outcome(record, record.ended_s),
-        "regret": regret_of(record),
+        "regret": _regret(record, attempts),
     }
 
 
-def _forecast(record: Record, known: Sequence[ModelName]) -> Fields:
+def _laws(record: Record, named: Sequence[ModelName]) -> Laws:
+    """Summarise the output tokens on each model that is named or was weighed."""
+    weighed = (attempt.weighed for attempt in record.attempts if attempt.weighed)
+    candidates = (one.stand.pool.model.name for each in weighed for one in each.candidates)
     forecast, most = record.forecast, record.max_output_tokens
-    named = [model for model in known if model in record.asked] or known
+    return {
+        model: _summary(forecast.output_law(model), most=most)
+        for model in dict.fromkeys((*named, *candidates))
+    }
+
+
+def _forecast(forecast: Forecast, named: Sequence[ModelName], laws: Laws) -> Fields:
     return {
         "source": forecast.source,
         "tool_call": forecast.tool_call,
         "remaining_calls": _summary(forecast.remaining_calls),
         "models": [
-            {
-                "model": model,
-                "output_tokens": _summary(forecast.output_law(model), most=most),
-                "success": forecast.success.get(model),
-            }
-            for model in named[:MOST_MODELS]
+            {"model": one, "output_tokens": laws[one], "success": forecast.success.get(one)}
+            for one in named
         ],
     }
 
@@ -161,48 +166,48 @@ def _forecast(record: Record, known: Sequence[ModelName]) -> Fields:
 def _summary(law: Quantiles | None, *, most: float = float("inf")) -> Fields | None:
     if law is None:
         return None
-    return {name: min(law.at(level), most) for name, level in LEVELS.items()}
+    return {name: round(min(law.at(level), most), DIGITS) for name, level in LEVELS.items()}
 
 
-def _attempt(record: Record, attempt: Attempt) -> Fields:
+def _attempt(record: Record, attempt: Attempt, laws: Laws) -> Fields:
     dispatch = attempt.dispatch
     weighed = attempt.weighed or _NOT_WEIGHED
     return {
         "attempt": dispatch.attempt,
-        "decided_s": attempt.at_s - record.arrived_s,
-        "queue_wait_s": dispatch.waited_s,
+        "decided_s": _since(attempt.at_s, record.arrived_s),
+        "queue_wait_s": round(dispatch.waited_s, DIGITS),
         "replica": dispatch.replica_id,
         "model": attempt.model,
-        "cost_s": dispatch.cost_s,
+        "cost_s": _rounded(dispatch.cost_s),
         "with_room": dispatch.candidates,
-        "pools": list(weighed.pools),
+        "pools": list(weighed.pools[:MOST_NAMED]),
         "reserved_kv_tokens": weighed.kv_tokens or None,
         "candidates": [
-            _candidate(record, weighed, one, chosen=one.replica_id == dispatch.replica_id)
+            _candidate(weighed, one, laws, chosen=one.replica_id == dispatch.replica_id)
             for one in weighed.candidates
         ],
     }
 
 
-def _candidate(record: Record, weighed: Weighed, one: Candidate, *, chosen: bool) -> Fields:
+def _candidate(weighed: Weighed, one: Candidate, laws: Laws, *, chosen: bool) -> Fields:
+    model = one.stand.pool.model.name
+    costs_s = weighed.costs_s(one).items()
     return {
         "replica": one.replica_id,
-        "model": one.stand.pool.model.name,
+        "model": model,
         "chosen": chosen,
-        "cost_s": one.cost_s,
-        "costs_s": dict(weighed.costs_s(one)),
-        "service_s": _service_s(record, one.stand),
+        "cost_s": _rounded(one.cost_s),
+        "costs_s": {name: round(cost_s, DIGITS) for name, cost_s in costs_s},
+        "service_s": _service_s(one.stand, laws[model]),
     }
 
 
-def _service_s(record: Record, stand: Stand) -> Fields | None:
-    """Return the law of a call's seconds on a replica; it needs one of its output tokens."""
-    law = record.forecast.output_law(stand.pool.model.name)
-    tokens = _summary(law, most=record.max_output_tokens)
+def _service_s(stand: Stand, tokens: Fields | None) -> Fields | None:
+    """Return the law of a call's seconds on a replica from that of its output tokens."""
     if tokens is None:
         return None
-    service = stand.service()
-    return {name: service.first_s + service.token_s * count for name, count in tokens.items()}
+    first_s, token_s = stand.service()
+    return {name: round(first_s + token_s * count, DIGITS) for name, count in tokens.items()}
 
 
 def _outcome(record: Record, ended_s: float) -> Fields:
@@ -211,11 +216,11 @@ def _outcome(record: Record, ended_s: float) -> Fields:
         "reason": record.reason or None,
         "first_token_s": _since(record.first_token_s, record.arrived_s),
         "output_tokens": record.output_tokens,
-        "duration_s": ended_s - record.arrived_s,
+        "duration_s": _since(ended_s, record.arrived_s),
     }
 
 
-def regret_of(record: Record) -> Fields | None:
+def _regret(record: Record, attempts: Sequence[Fields]) -> Fields | None:
     """Hold what came against what was forecast of the last dispatch, in seconds.
 
     Let s be the seconds from that dispatch to the last token, f the forecast's median of them
@@ -224,30 +229,28 @@ def regret_of(record: Record) -> Fields | None:
     negative, and above 0 where the decision weighed more than the median.
     ``None`` unless the call was served and forecast.
     """
-    if record.ended_s is None or record.status != 200 or not record.attempts:
+    if record.ended_s is None or record.status != 200 or not attempts:
         return None
-    last = record.attempts[-1]
-    medians = {} if last.weighed is None else _medians(record, last.weighed)
-    chosen_s = medians.get(last.dispatch.replica_id)
+    forecast = [one for one in attempts[-1]["candidates"] if one["service_s"] is not None]
+    chosen_s = next((one["service_s"]["p50"] for one in forecast if one["chosen"]), None)
     if chosen_s is None:
         return None
-    best = min(medians, key=lambda one: medians[one])
-    service_s = record.ended_s - last.at_s
+    best = min(forecast, key=lambda one: one["service_s"]["p50"])
+    best_s, service_s = best["service_s"]["p50"], record.ended_s - record.attempts[-1].at_s
     return {
-        "service_s": service_s,
+        "service_s": round(service_s, DIGITS),
         "forecast_s": chosen_s,
-        "best_forecast_s": medians[best],
-        "best_replica": best,
-        "surprise_s": service_s - chosen_s,
-        "forgone_s": chosen_s - medians[best],
-        "regret_s": service_s - medians[best],
+        "best_forecast_s": best_s,
+        "best_replica": best["replica"],
+        "surprise_s": round(service_s - chosen_s, DIGITS),
+        "forgone_s": round(chosen_s - best_s, DIGITS),
+        "regret_s": round(service_s - best_s, DIGITS),
     }
 
 
-def _medians(record: Record, weighed: Weighed) -> dict[ReplicaId, float]:
-    laws = ((one.replica_id, _service_s(record, one.stand)) for one in weighed.candidates)
-    return {replica_id: law["p50"] for replica_id, law in laws if law is not None}
-
-
 def _since(instant_s: float | None, from_s: float) -> float | None:
-    return None if instant_s is None else instant_s - from_s
+    return None if instant_s is None else round(instant_s - from_s, DIGITS)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)

@@ -68,7 +68,6 @@ class Receipts:
         scheduler: Says what was weighed, if it weighs.
         store: Keeps receipts beyond the latest; ``None`` for memory only.
         wall: Seconds since 1970.
-        speedup: Seconds of the gateway's clock in one of the wall.
         recent: How many are kept in memory.
 
     Attributes:
@@ -81,13 +80,11 @@ class Receipts:
         store: ReceiptStore | None = None,
         *,
         wall: Callable[[], float] = lambda: time.time_ns() / 1e9,
-        speedup: float = 1.0,
         recent: int = RECENT,
     ) -> None:
         self._scheduler = scheduler
         self._store = store
         self._wall = wall
-        self._speedup = speedup
         self._most = recent
         self._open: dict[RequestId, _Open] = {}
         self._recent: OrderedDict[tuple[str, str], Record] = OrderedDict()
@@ -140,7 +137,6 @@ class Receipts:
             policy=self._scheduler.policy.name,
             ended_s=ended_s,
             arrived_unix_s=entry.arrived_unix_s,
-            stretch=self._speedup,
         )
 
     def _bound(self) -> None:

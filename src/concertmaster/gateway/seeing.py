@@ -48,7 +48,7 @@ class Seeing:
         store = None
         if settings.receipts:
             store = ReceiptFile(Path(settings.receipts), most=settings.receipts_kept)
-        self.receipts = Receipts(scheduler, store, speedup=speedup)
+        self.receipts = Receipts(scheduler, store)
         self._tally = Tally(scheduler)
         self._tally.receipts = self.receipts.counts
         self.journal = Journal(calls=settings.log_calls)
