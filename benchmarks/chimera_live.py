@@ -28,7 +28,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.replay import Replay
-from concertmaster.learning.datasets import held_out, key_of
+from concertmaster.learning.datasets import key_of
 from concertmaster.observe.console import progress_bar
 from concertmaster.observe.report import summary
 from concertmaster.physics.fast import FastEngine
@@ -42,6 +42,7 @@ from concertmaster.sim.driver import Simulation, engine_settings
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords
+from concertmaster.workload.split import held_out
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "public"
 TEMPLATES = ("solver", "planner-solver", "planner-solver-verifier-solver")

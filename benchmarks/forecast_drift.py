@@ -47,7 +47,7 @@ from concertmaster.core.fleet import Fleet, Pool, PoolId
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.learning.datasets import held_out, key_of, refuse_overlap
+from concertmaster.learning.datasets import key_of, refuse_overlap
 from concertmaster.learning.drift import DriftWatch
 from concertmaster.observe.plots import check_plot_path
 from concertmaster.physics.fast import FastEngine
@@ -60,6 +60,7 @@ from concertmaster.predictors.store import DEFAULT, load_predictor, read_store
 from concertmaster.sim.driver import Simulation, engine_settings
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import WorkflowPlan, Workload
+from concertmaster.workload.split import held_out
 
 WEEK_S = 604_800.0
 DATA = Path("../shared/data/public/workflow_stages.parquet")

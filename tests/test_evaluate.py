@@ -16,7 +16,6 @@ from concertmaster.learning.baselines import Baselines, fit_baselines
 from concertmaster.learning.datasets import (
     Question,
     Rows,
-    held_out,
     key_of,
     read_questions,
     read_rows,
@@ -31,6 +30,7 @@ from concertmaster.predictors.heads import LEVELS
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
 from concertmaster.predictors.store import Store, read_store
 from concertmaster.workload.plan import WorkflowPlan
+from concertmaster.workload.split import held_out
 from store_builders import BIG, SMALL, a_store, some_plans, some_questions
 
 LEVEL_NAMES = {"0.5", "0.9", "0.95", "0.99"}

@@ -288,6 +288,15 @@ def test_no_session_is_drawn_twice() -> None:
     assert len(names) == len(set(names)) > 400
 
 
+@with_sessions
+def test_no_session_is_in_both_parts() -> None:
+    spec = f"coding:sessions={SESSIONS},workflows=9999,part="
+    test, train = ({plan.workflow_id for plan in load(spec + part)} for part in ("test", "train"))
+
+    assert not test & train
+    assert 4 * len(test) == pytest.approx(len(train), rel=0.3)
+
+
 def test_prompts_with_one_system_text_begin_alike() -> None:
     rng = random.Random(1)
     first, second = (hashes("role", 600, 600 + rng.randint(0, 3000), name) for name in "ab")

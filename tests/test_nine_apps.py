@@ -8,13 +8,13 @@ import pytest
 
 from concertmaster.core.errors import InputError
 from concertmaster.core.request import ModelName, ServiceClass
-from concertmaster.learning import datasets
 from concertmaster.physics.hardware import gpu
 from concertmaster.physics.models import model_card
 from concertmaster.physics.step_time import rate_curve
 from concertmaster.workload.generated import generate
-from concertmaster.workload.nine_apps import APPS, SPEEDS, STAGES, held_out, solo_s
+from concertmaster.workload.nine_apps import APPS, SPEEDS, STAGES, solo_s
 from concertmaster.workload.plan import Call, WorkflowPlan
+from concertmaster.workload.split import held_out
 
 DOCS = Path(__file__).parents[1] / "docs" / "workloads.md"
 FILE = Path(__file__).parents[1] / STAGES
@@ -63,12 +63,6 @@ def test_speeds_are_those_of_the_rate_curves(name: str) -> None:
     assert SPEEDS[name].decode_s == pytest.approx(curve.step_s(1, 2000, 0), rel=0.03)
     prefill_per_s = 2048 / curve.step_s(0, 0, 2048)
     assert SPEEDS[name].prefill_tokens_per_s == pytest.approx(prefill_per_s, rel=0.03)
-
-
-def test_what_is_held_out_is_what_training_leaves_out() -> None:
-    keys = [f"task {i}" for i in range(200)]
-
-    assert [held_out(key) for key in keys] == [datasets.held_out(key) for key in keys]
 
 
 def test_a_workflow_alone_takes_its_longest_path() -> None:

@@ -16,18 +16,20 @@ from builders import (
     a_forecast,
     a_pool,
     a_replica,
+    a_request,
     a_view,
     a_waiting_call,
     placements,
 )
 from concertmaster.core.events import RequestFinished, TimerFired, TokensStreamed
+from concertmaster.core.fleet import InFlight
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
 from concertmaster.core.sketch import (
     MASSES,
     RANKS,
+    Bar,
     Measure,
-    Overshoot,
     add,
     add_in_step,
     first_of,
@@ -36,7 +38,7 @@ from concertmaster.core.sketch import (
     sketch_of,
 )
 from concertmaster.policies.catalog import policy
-from concertmaster.policies.recipes.swarmx import TailCompletion, TailRouter
+from concertmaster.policies.recipes.swarmx import OthersDelay, TailCompletion, TailRouter
 
 LEVELS = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99)
 MEASURES = (Measure.mean(), Measure.cvar(0.95), Measure.quantile(0.95), Measure.quantile(0.5))
@@ -125,14 +127,17 @@ def test_the_first_of_many_is_that_of_a_monte_carlo() -> None:
         )
 
 
-@given(bar=laws, law=laws)
-def test_what_passes_a_bar_is_what_a_double_loop_says(bar: Quantiles, law: Quantiles) -> None:
-    limits = sketch_of(bar)
-    for value, found in zip(law.values, Overshoot(limits).over(law.values), strict=True):
-        slow = sum(
-            mass * max(0.0, value - limit) for mass, limit in zip(MASSES, limits, strict=True)
+@given(bar=laws, law=laws, now_s=st.floats(0.0, 1200.0))
+def test_what_passes_a_bar_is_what_a_double_loop_says(
+    bar: Quantiles, law: Quantiles, now_s: float
+) -> None:
+    ends_s = sketch_of(bar)
+    for seconds in law.values:
+        slow_s = sum(
+            mass * max(0.0, now_s + seconds - max(now_s, end_s))
+            for mass, end_s in zip(MASSES, ends_s, strict=True)
         )
-        assert found == pytest.approx(slow, abs=1e-6)
+        assert Bar(ends_s).passed_s(now_s, seconds) == pytest.approx(slow_s, abs=1e-6)
 
 
 def test_a_certain_quantity_costs_itself_by_every_measure() -> None:
@@ -195,11 +200,28 @@ def test_a_call_that_ends_before_its_sibling_costs_nothing() -> None:
     scorer, replica = TailCompletion(measures), a_replica("p-0")
     call = a_waiting_call(forecast=a_forecast(100.0))
     alone_s = scorer.cost_s(0.0, call, replica)
-    call.workflow.ends[RequestId("sibling")] = (1000.0,)
+    call.workflow.ends[RequestId("sibling")] = Bar((1000.0,))
 
     assert alone_s > 0
     assert scorer.cost_s(0.0, call, replica) == 0.0
     assert scorer.cost_s(1000.0, call, replica) == pytest.approx(alone_s)
+
+
+def test_a_prompt_that_is_held_takes_less_from_those_that_run() -> None:
+    scorer = OthersDelay(dict.fromkeys(ServiceClass, Measure.mean()))
+    holder, other = a_replica("p-0"), a_replica("p-1")
+    holder.prefixes.touch(tuple(range(8)))
+    request = a_request(prompt_tokens=2100, prefix_hashes=tuple(range(8)))
+    call = a_waiting_call(request=request, forecast=a_forecast(100.0))
+    for replica in (holder, other):
+        running = a_request(f"of {replica.replica_id}")
+        flight = InFlight(request=running, prefill_tokens=9, decode_tokens=50, expected_tokens=50)
+        replica.admit(0.0, flight, 150)
+
+    saved_s = 2048 * other.pool.prefill_token_s
+    assert scorer.cost_s(0.0, call, other) - scorer.cost_s(0.0, call, holder) == pytest.approx(
+        saved_s
+    )
 
 
 def test_a_call_that_was_told_to_wait_is_routed_again_and_starts_on_the_slow_pool() -> None:

@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from concertmaster.cli import app
 from concertmaster.learning import fit_heads, trainer
-from concertmaster.learning.datasets import held_out
 from concertmaster.learning.fit_success import Labelled
 from concertmaster.learning.rehearsal import remaining
 from concertmaster.learning.trainer import Trained
 from concertmaster.predictors.encoder import Encoder
 from concertmaster.predictors.store import load_predictor, read_store
 from concertmaster.workload.plan import WorkflowPlan
+from concertmaster.workload.split import held_out
 from store_builders import a_store, some_parts, some_plans, some_questions
 from test_cli import Shell
 

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
-from concertmaster.learning.datasets import held_out, key_of
+from concertmaster.learning.datasets import key_of
 from concertmaster.policies.catalog import policy
 from concertmaster.predictors.recent import RecentLengths
 from concertmaster.reproduce import chimera_world as world
@@ -16,6 +16,7 @@ from concertmaster.reproduce.chimera_summary import summary
 from concertmaster.reproduce.chimera_witness import Witness
 from concertmaster.reproduce.results import Cell, Results
 from concertmaster.workload.records import CallRecord, Gauges, RunRecords, WorkflowRecord
+from concertmaster.workload.split import held_out
 
 needs_data = pytest.mark.skipif(
     not world.DATA.is_dir(), reason=f"needs the routing sets in {world.DATA}"

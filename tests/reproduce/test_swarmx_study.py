@@ -1,8 +1,9 @@
 """The study of tails: its arms, its load, its incidents, its claims."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -48,8 +49,13 @@ from concertmaster.reproduce.swarmx_summary import DRIFTING, summary
 from concertmaster.reproduce.swarmx_world import DEEP
 from concertmaster.sim.incidents import loss
 from concertmaster.workload.arrivals import ArrivalSpec
+from concertmaster.workload.coding import SESSIONS
+from concertmaster.workload.plan import WorkflowPlan
 from concertmaster.workload.records import Gauges, RunRecords, WorkflowRecord
 
+with_sessions = pytest.mark.skipif(
+    not Path(SESSIONS).exists(), reason="the coding sessions are absent"
+)
 needs_recipe = pytest.mark.skipif("swarmx" not in NAMES, reason="needs the recipe swarmx")
 
 
@@ -131,14 +137,28 @@ def test_a_world_is_named_after_its_fleet_and_size(name: str) -> None:
     assert files("concertmaster.reproduce").joinpath("fleets", f"{place.fleet}.toml").is_file()
 
 
-def test_templates_training_and_warm_up_are_other_workflows() -> None:
-    name = DEEP
-    drawn = [
-        {plan.workflow_id for plan in world.plans(name, 50, seed)}
-        for seed in (world.TEMPLATE_SEED, world.TRAINING_SEED, world.WARM_UP_SEED)
-    ]
+def names_of(plans: Sequence[WorkflowPlan]) -> set[str]:
+    return {plan.workflow_id for plan in plans}
 
-    assert all(not a & b for a, b in ((drawn[0], drawn[1]), (drawn[0], drawn[2]), drawn[1:]))
+
+def test_templates_training_and_warm_up_are_other_workflows() -> None:
+    measured = names_of(world.plans(world.WORLDS[DEEP].workload, 50, world.TEMPLATE_SEED))
+    trained_on = names_of(world.learnt(DEEP, 50, world.TRAINING_SEED))
+    warm_up = names_of(world.learnt(DEEP, 50, world.WARM_UP_SEED))
+
+    assert not measured & trained_on
+    assert not measured & warm_up
+    assert not trained_on & warm_up
+
+
+@with_sessions
+@pytest.mark.parametrize("name", [name for name in world.WORLDS if name.startswith("coding")])
+def test_no_recorded_session_is_both_measured_and_learnt_from(name: str) -> None:
+    measured = names_of(world.templates_of(name))
+    learnt = names_of(world.learnt(name, world.TRAINED_ON, world.TRAINING_SEED))
+
+    assert len(measured) > 50
+    assert not measured & (learnt | names_of(world.learnt(name, world.WARM_UP, world.WARM_UP_SEED)))
 
 
 # The load.

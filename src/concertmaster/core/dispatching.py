@@ -13,8 +13,8 @@ from concertmaster.core.request import RequestId
 from concertmaster.core.residency import Residents
 from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
-from concertmaster.core.service import service_on
-from concertmaster.core.sketch import affine
+from concertmaster.core.service import lacking_tokens, service_on
+from concertmaster.core.sketch import Bar, affine
 from concertmaster.core.weighing import Row, Weighing
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
@@ -159,12 +159,11 @@ class Dispatcher:
             self._routing.commit(call, model)
         if self._policy.siblings:
             law = service_on(now_s, call, replica).law(call.output_sketch(model))
-            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
+            call.workflow.ends[request.request_id] = Bar(affine(law, 1.0, now_s))
         expected_tokens = call.expected_tokens(model)
-        hit_tokens = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         in_flight = InFlight(
             request=request,
-            prefill_tokens=max(1, request.prompt_tokens - hit_tokens),
+            prefill_tokens=lacking_tokens(request, replica),
             decode_tokens=expected_tokens,
             expected_tokens=expected_tokens,
         )

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.queue import Waiting
+from concertmaster.core.request import Request
 from concertmaster.core.sketch import Sketch, affine
 
 MOST_PREFILL = 0.8
@@ -19,6 +20,12 @@ class Service(NamedTuple):
     def law(self, tokens: Sketch) -> Sketch:
         """Return the seconds that so many tokens take."""
         return affine(tokens, self.token_s, self.first_s)
+
+
+def lacking_tokens(request: Request, replica: Replica) -> int:
+    """Prompt tokens that the replica does not hold: what it would have to compute, at least 1."""
+    hashes = replica.pool.cacheable(request)
+    return max(1, request.prompt_tokens - (replica.prefixes.hit_tokens(hashes) if hashes else 0))
 
 
 class Stand(NamedTuple):
@@ -56,12 +63,11 @@ class Stand(NamedTuple):
 
 def stand_of(now_s: float, call: Waiting, replica: Replica) -> Stand:
     """Look at one replica as a call may come to it."""
-    pool, request = replica.pool, call.request
-    hashes = pool.cacheable(request)
+    request = call.request
     return Stand(
-        pool,
+        replica.pool,
         request.prompt_tokens,
-        replica.prefixes.hit_tokens(hashes) if hashes else 0,
+        request.prompt_tokens - lacking_tokens(request, replica),
         len(replica.in_flight),
         replica.context_tokens,
         replica.network_s + max(0.0, replica.prefill_clear_s - now_s),

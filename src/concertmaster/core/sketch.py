@@ -122,30 +122,36 @@ def of_moments(mean: float, variance: float) -> Sketch:
     return [math.exp(centre + sigma * z) for z in _NORMAL]
 
 
-class Overshoot:
-    """By how much a quantity is expected to pass an independent one, the bar.
+class Bar:
+    """Instants at which something ends, with how far others are expected to end after it.
 
-    >>> Overshoot((10.0,)).over((12.0,))
-    [2.0]
+    >>> Bar((12.0,)).passed_s(2.0, 13.0)
+    3.0
 
     Args:
-        bar: Its distribution.
+        ends_s: Their distribution.
+
+    Attributes:
+        middle_s: The instant next to the median.
     """
 
-    __slots__ = ("_bar", "_below", "_moment")
+    __slots__ = ("_below", "_ends_s", "_moment", "middle_s")
 
-    def __init__(self, bar: Sketch) -> None:
-        masses = MASSES if len(bar) > 1 else (1.0,)
-        self._bar = bar
+    def __init__(self, ends_s: Sketch) -> None:
+        masses = MASSES if len(ends_s) > 1 else (1.0,)
+        self.middle_s = middle(ends_s)
+        self._ends_s = ends_s
         self._below = (0.0, *accumulate(masses))
-        moments = (mass * value for mass, value in zip(masses, bar, strict=True))
+        moments = (mass * end_s for mass, end_s in zip(masses, ends_s, strict=True))
         self._moment = (0.0, *accumulate(moments))
 
-    def over(self, sketch: Sketch) -> Sketch:
-        """Return the expected overshoot at each value of a quantity."""
-        bar, below, moment = self._bar, self._below, self._moment
-        passed = [bisect_left(bar, value) for value in sketch]
-        return [value * below[i] - moment[i] for value, i in zip(sketch, passed, strict=True)]
+    def passed_s(self, now_s: float, seconds: float) -> float:
+        """Return the expected seconds beyond it of what ends so many seconds from now."""
+        below, moment, end_s = self._below, self._moment, now_s + seconds
+        over = bisect_left(self._ends_s, now_s)
+        passed = bisect_left(self._ends_s, end_s, over)
+        later_s = end_s * (below[passed] - below[over]) - (moment[passed] - moment[over])
+        return seconds * below[over] + max(0.0, later_s)
 
 
 def left_over(sketch: Sketch, done: float) -> Iterable[tuple[float, float]]:
@@ -194,29 +200,33 @@ class Measure:
 
     Attributes:
         name: Tells measures apart.
-        weights: What each value counts for; they sum to 1.
+        terms: Places of the values that count, each with its weight; these sum to 1.
     """
 
     name: str
-    weights: tuple[float, ...]
+    terms: tuple[tuple[int, float], ...]
 
     def of(self, sketch: Sketch) -> float:
         """Return the cost of a distribution; of a certain quantity, the quantity itself."""
         if len(sketch) == 1:
             return sketch[0]
-        return sum(weight * value for weight, value in zip(self.weights, sketch, strict=True))
+        return sum(weight * sketch[i] for i, weight in self.terms)
+
+    @classmethod
+    def _weighted(cls, name: str, weights: Sequence[float]) -> "Measure":
+        return cls(name, tuple((i, weight) for i, weight in enumerate(weights) if weight))
 
     @classmethod
     def mean(cls) -> "Measure":
         """Return the measure that looks at no tail."""
-        return cls("mean", MASSES)
+        return cls._weighted("mean", MASSES)
 
     @classmethod
     def cvar(cls, level: float) -> "Measure":
         """Return the mean of the worst ``1 - level`` share of cases, for a level below 1."""
         worst = [max(0.0, high - max(low, level)) for low, high in pairwise(EDGES)]
         total = math.fsum(worst)
-        return cls(f"cvar {level:g}", tuple(mass / total for mass in worst))
+        return cls._weighted(f"cvar {level:g}", [mass / total for mass in worst])
 
     @classmethod
     def quantile(cls, level: float) -> "Measure":
@@ -228,4 +238,4 @@ class Measure:
         share = min(1.0, max(0.0, (level - RANKS[low]) / span)) if span else 1.0
         weights[low] += 1.0 - share
         weights[high] += share
-        return cls(f"quantile {level:g}", tuple(weights))
+        return cls._weighted(f"quantile {level:g}", weights)

@@ -3,10 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from concertmaster.core.demand import Demands
 from concertmaster.core.request import ModelName, Request, RequestId, ServiceClass, WorkflowId
-from concertmaster.core.sketch import Sketch, middle
+from concertmaster.core.sketch import Bar
 
 _NOWHERE = ModelName("")
 _NOTHING: Mapping[ModelName, int] = {}
@@ -48,7 +49,7 @@ class Workflow:
     owed: dict[ModelName, int] = field(default_factory=dict)
     grown_tokens: int = 0
     context_tokens: int = 0
-    ends: dict[RequestId, Sketch] = field(default_factory=dict)
+    ends: dict[RequestId, Bar] = field(default_factory=dict)
     away: tuple[ModelName, int] = (_NOWHERE, 0)
     roles: set[str] = field(default_factory=set)
     last_role: str = ""
@@ -58,12 +59,10 @@ class Workflow:
         """What it still needs of the model that it is with."""
         return self.owed.get(self.model, 0)
 
-    def longest_s(self, now_s: float) -> Sketch | None:
-        """Seconds until the end of the call in flight that ends last by its median, if any."""
-        if not self.ends:
-            return None
-        last = max(self.ends.values(), key=middle)
-        return [max(0.0, end_s - now_s) for end_s in last]
+    @property
+    def longest(self) -> Bar | None:
+        """The call in flight that ends last by its median, if any."""
+        return max(self.ends.values(), key=attrgetter("middle_s"), default=None)
 
     def note_role(self, role: str) -> None:
         """Take in the role of a call once it has been decided where the call goes."""

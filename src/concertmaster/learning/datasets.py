@@ -8,7 +8,7 @@ measures it on what it has seen.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from hashlib import blake2b, sha1
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,8 @@ from concertmaster.workload.merge import distinct
 from concertmaster.workload.plan import WorkflowPlan
 from concertmaster.workload.routing import OUTCOMES_FILE, QUESTIONS_FILE
 from concertmaster.workload.sources import Source
+from concertmaster.workload.split import held_out
 from concertmaster.workload.tables import Table
-
-HELD_OUT_OF = 5
-"""One group of so many is held out."""
 
 RUN = "agent:"
 """How the harness of a whole agent run begins; other rows are single answers."""
@@ -70,16 +68,6 @@ class Rows(NamedTuple):
         plans = [plan for plan in self.plans if held_out(key_of(plan)) == held_out_ones]
         questions = [one for one in self.questions if held_out(one.key) == held_out_ones]
         return Rows(plans, questions, self.notes)
-
-
-def held_out(key: str) -> bool:
-    """Whether a group is kept back from training: one of five, by a hash of its key.
-
-    >>> [key for key in "abcdefghij" if held_out(key)]
-    ['h']
-    """
-    digest = sha1(key.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
-    return int(digest[:8], 16) % HELD_OUT_OF == 0
 
 
 def key_of(plan: WorkflowPlan) -> str:

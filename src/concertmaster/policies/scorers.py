@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ServiceClass
+from concertmaster.core.service import lacking_tokens
 
 TOKEN_BYTES = 4
 """Bytes of a prompt token on the wire."""
@@ -68,10 +69,9 @@ class PrefillMiss:
     def cost_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         """Seconds of the tokens to compute, chunk by chunk."""
         request, pool = call.request, replica.pool
-        hashes = pool.cacheable(request)
         return replica.pace * pool.curve.prefill_s(
             request.prompt_tokens,
-            cached_tokens=replica.prefixes.hit_tokens(hashes) if hashes else 0,
+            cached_tokens=request.prompt_tokens - lacking_tokens(request, replica),
             chunk_tokens=pool.max_batch_tokens,
         )
 

@@ -15,7 +15,7 @@ from concertmaster import compose, forecaster
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
 from concertmaster.core.request import ModelName
-from concertmaster.learning.datasets import held_out, key_of
+from concertmaster.learning.datasets import key_of
 from concertmaster.predictors.interface import Predictor
 from concertmaster.reproduce.capacity import capacity_rps, full_rate_rps
 from concertmaster.reproduce.chimera_witness import Witness
@@ -25,6 +25,7 @@ from concertmaster.reproduce.fleets import study_fleet
 from concertmaster.reproduce.ledger import FOLDER
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import NO_OUTCOMES, ModelOutcome, WorkflowPlan
+from concertmaster.workload.split import held_out
 
 DATA = data_folder()
 BLIND = "vllm"

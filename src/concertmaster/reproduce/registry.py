@@ -10,6 +10,7 @@ from concertmaster.reproduce.study import Study
 STUDIES: dict[str, str] = {
     "chimera": "concertmaster.reproduce.chimera:STUDY",
     "swarmx": "concertmaster.reproduce.swarmx:STUDY",
+    "coding": "concertmaster.reproduce.coding:STUDY",
     "maestro": "concertmaster.reproduce.maestro:STUDY",
     "orders": "concertmaster.reproduce.orders:STUDY",
 }

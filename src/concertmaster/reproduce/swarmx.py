@@ -115,7 +115,8 @@ class SwarmX:
 def route(name: str, cell: Cell) -> Figures:
     """Play one arm at a load on a fleet that stays as it is."""
     rate_rps = cell.load * world.rate_of(name)
-    run = world.play(name, cell.arm, rate_rps=rate_rps, workflows=world.WORKFLOWS, seed=cell.seed)
+    workflows = world.WORLDS[name].workflows
+    run = world.play(name, cell.arm, rate_rps=rate_rps, workflows=workflows, seed=cell.seed)
     return {
         **figures(run),
         "rate_rps": rate_rps,

@@ -31,6 +31,9 @@ LATE, LATE_TWO = "round-robin", "power-of-two"
 MEANS, CALLS, POINT = "murakkab", "llm-d-latency", "point"
 """Rivals that know lengths: means by model, means by call, and our forecasts reduced to means."""
 
+AFFINE, LATE_AFFINE = "prefix-affinity@arrival", "prefix-affinity"
+"""Rivals that go where the prompt's prefix is, unless that replica is busy."""
+
 OURS, ROLES, FROZEN = "swarmx", "swarmx, by role", "swarmx, frozen"
 POINT_ROLES = "point, by role"
 SETTLED = "swarmx, struck before"
@@ -66,6 +69,7 @@ SCALED = (*STATIC, *chain(*REACTIVE), *SAME_ROUTER)
 
 ARMS: Mapping[str, Arm] = {
     **{name: Arm(name) for name in (BLIND, LATE, RANDOM, TWO, LATE_TWO, MEANS, CALLS)},
+    **{name: Arm(name) for name in (AFFINE, LATE_AFFINE)},
     POINT: Arm("point", "trained"),
     POINT_ROLES: Arm("point"),
     OURS: Arm("swarmx", "trained"),
@@ -78,7 +82,7 @@ ARMS: Mapping[str, Arm] = {
 
 ROUTERS = (BLIND, LATE, MEANS, POINT_ROLES, ROLES)
 DEEP_ROUTERS = (TWO, LATE_TWO, POINT, OURS, FIFO)
-MORE_ROUTERS = (RANDOM, CALLS, COMONOTONE)
+MORE_ROUTERS = (RANDOM, CALLS, AFFINE, LATE_AFFINE, COMONOTONE)
 """Compared on a fleet that stays as it is: in every world; beside them in deep research, and in
 every world of the full grid; in the full grid alone."""
 

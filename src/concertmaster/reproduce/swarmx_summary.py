@@ -30,7 +30,7 @@ from concertmaster.reproduce.swarmx_drift_summary import DRIFTS
 from concertmaster.reproduce.swarmx_scaling_summary import P50, P90, P95, P99, SCALING
 from concertmaster.reproduce.swarmx_world import DEEP
 
-__all__ = ["DRIFTING", "DRIFTS", "RATES", "ROUTING", "SCALING", "summary"]
+__all__ = ["DRIFTING", "DRIFTS", "RATES", "ROUTING", "SCALING", "note", "routers", "summary"]
 
 ROUTING, RATES = "router", "rate"
 DRIFTING = "research/a100+a40/48"
@@ -49,14 +49,14 @@ def summary(results: Results) -> Summary:
             *drift.claims(results),
         ),
         tables=(
-            *(_routers(results, setting) for setting in _settings(results, ROUTING)),
+            *(routers(results, setting) for setting in _settings(results, ROUTING)),
             _parts(results),
             _rates(results),
             *scaling.tables(results),
             drift.table(results, _settings(results, drift.DRIFTS)),
         ),
         plots={**_plots(results), **scaling.plots(results)},
-        notes=tuple(_note(results, setting) for setting in _settings(results, ROUTING)),
+        notes=tuple(note(results, setting) for setting in _settings(results, ROUTING)),
     )
 
 
@@ -64,7 +64,8 @@ def _settings(results: Results, question: str) -> list[str]:
     return [one for one in results.settings if one.startswith(f"{question}/")]
 
 
-def _note(results: Results, setting: str) -> str:
+def note(results: Results, setting: str) -> str:
+    """Say what load 1 and the promise are in one world."""
     cell = {"setting": setting, "arm": BLIND, "load": 1.0}
     rate_rps, slo_s = (results.values(name, **cell)[0] for name in ("rate_rps", "slo_s"))  # type: ignore[arg-type]
     return f"{setting}: load 1 is {rate_rps:.3g} workflows/s, the promise {slo_s:.3g} s"
@@ -149,14 +150,15 @@ def _reach(results: Results) -> tuple[Claim, ...]:
 # Tables.
 
 
-def _routers(results: Results, setting: str) -> Table:
+def routers(results: Results, setting: str, load: float = 1.0) -> Table:
+    """Makespans of every arm in one world, at one load."""
     columns = {"attained": "attained_ratio", **SHOWN, "GPU-seconds": "fleet.gpu_s"}
     return Table(
-        title=f"Makespans at load 1, {setting.removeprefix(f'{ROUTING}/')}",
+        title=f"Makespans at load {load:g}, {setting.removeprefix(f'{ROUTING}/')}",
         columns=("arm", *columns),
         rows=tuple(
-            (arm, *(_estimate(results, figure, setting, arm, 1.0) for figure in columns.values()))
-            for arm in _arms(results, setting, 1.0)
+            (arm, *(_estimate(results, figure, setting, arm, load) for figure in columns.values()))
+            for arm in _arms(results, setting, load)
         ),
     )
 

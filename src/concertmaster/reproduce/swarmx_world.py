@@ -27,6 +27,9 @@ from concertmaster.workload.records import RunRecords
 
 TEMPLATES, TRAINED_ON, WARM_UP = 1500, 600, 200
 TEMPLATE_SEED, TRAINING_SEED, WARM_UP_SEED = 0, 77, 4242
+WARM_UP_LOAD = 0.3
+"""Of the guess at which the search for load 1 begins."""
+
 WORKFLOWS = 300
 SEARCH_SEEDS = (900, 901, 902)
 
@@ -48,6 +51,8 @@ class World(NamedTuple):
         guess_rps: Where the search for its load begins, for 16 GPUs.
         sized_as: The world of 16 GPUs whose load, times ``times``, is taken for this one;
             "" to search.
+        learnt: What training and warm-up draw from; "" for ``workload`` under other seeds.
+        workflows: How many a run plays.
     """
 
     fleet: str
@@ -55,10 +60,24 @@ class World(NamedTuple):
     workload: str
     guess_rps: float = 0.65
     sized_as: str = ""
+    learnt: str = ""
+    workflows: int = WORKFLOWS
 
 
 DEEP = "research/a100+a40/16"
 """Where claims on deep research are measured."""
+
+CODING, CODING_ONE = "coding/h20+l20/16", "coding-one-model/h20/16"
+"""Recorded sessions: one model plans and another acts, or one does both."""
+
+PLANNING_MODEL = "qwen3-30b-a3b-instruct-2507"
+
+
+def _coding(fleet: str, more: str = "") -> World:
+    """Return a world of recorded sessions, each measured or learnt from, never both."""
+    measured, learnt = (f"coding:part={part}{more}" for part in ("test", "train"))
+    return World(fleet, 1, measured, 0.03, learnt=learnt, workflows=120)
+
 
 WORLDS: Mapping[str, World] = {
     DEEP: World("research-a100-a40", 1, "research:told=0.85"),
@@ -69,6 +88,8 @@ WORLDS: Mapping[str, World] = {
     "research/h20+l20/16": World("research-h20-l20", 1, "research:told=0.85"),
     "four-peak/a100+a40/32": World("research-a100-a40", 2, "research:fanout=four-peak"),
     "video/h20+l20/32": World("video-h20-l20", 2, "video:told=0.9", 0.3),
+    CODING: _coding("coding-h20-l20"),
+    CODING_ONE: _coding("coding-single-h20", f",actor={PLANNING_MODEL}"),
 }
 """Worlds by name: workload, GPUs and how many."""
 
@@ -79,15 +100,20 @@ def fleet_of(world: str) -> Fleet:
     return study_fleet(WORLDS[world].fleet, times=WORLDS[world].times)
 
 
-def plans(world: str, count: int, seed: int) -> Sequence[WorkflowPlan]:
-    """Draw workflows of a world's workload."""
-    return load_source(f"{WORLDS[world].workload},workflows={count}", seed=seed).plans
+def plans(workload: str, count: int, seed: int) -> Sequence[WorkflowPlan]:
+    """Draw workflows, or all that there are."""
+    return load_source(f"{workload},workflows={count}", seed=seed).plans
+
+
+def learnt(world: str, count: int, seed: int) -> Sequence[WorkflowPlan]:
+    """Draw workflows that are not measured."""
+    return plans(WORLDS[world].learnt or WORLDS[world].workload, count, seed)
 
 
 @cache
 def templates_of(world: str) -> Sequence[WorkflowPlan]:
     """Return the workflows that runs draw from."""
-    return plans(world, TEMPLATES, TEMPLATE_SEED)
+    return plans(WORLDS[world].workload, TEMPLATES, TEMPLATE_SEED)
 
 
 def _kept(world: str, what: str, *further: object) -> tuple[object, ...]:
@@ -117,14 +143,14 @@ def rate_of(world: str) -> float:
 
     def meets(rate_rps: float) -> bool:
         runs = (
-            play(world, BLIND, rate_rps=rate_rps, workflows=WORKFLOWS, seed=seed)
+            play(world, BLIND, rate_rps=rate_rps, workflows=WORLDS[world].workflows, seed=seed)
             for seed in SEARCH_SEEDS
         )
         shares = [attained_ratio(run, slo_s(world)) for run in runs]
         return sum(shares) / len(shares) >= PROMISED
 
     start = WORLDS[world].guess_rps * WORLDS[world].times
-    key = _kept(world, "rate", PROMISED, WORKFLOWS)
+    key = _kept(world, "rate", PROMISED)
     return kept(FOLDER, "swarmx-rate", key, lambda: highest(meets, start=start))
 
 
@@ -142,9 +168,9 @@ def _warm(world: str, forecasts: Forecasts) -> Predictor:
     fleet = fleet_of(world)
     predictor = forecaster.predictor_of(_source(world, forecasts), fleet)
     workload = draw(
-        plans(world, WARM_UP, WARM_UP_SEED),
+        learnt(world, WARM_UP, WARM_UP_SEED),
         workflows=WARM_UP,
-        rate_rps=0.2 * WORLDS[world].times,
+        rate_rps=WARM_UP_LOAD * WORLDS[world].guess_rps * WORLDS[world].times,
         seed=WARM_UP_SEED,
     )
     compose.simulate(fleet, workload, BLIND, seed=WARM_UP_SEED, predictor=predictor)
@@ -154,8 +180,8 @@ def _warm(world: str, forecasts: Forecasts) -> Predictor:
 def _source(world: str, forecasts: Forecasts) -> str:
     if forecasts == "recent":
         return forecaster.RECENT
-    shown = plans(world, TRAINED_ON, TRAINING_SEED)
-    name = WORLDS[world].workload
+    shown = learnt(world, TRAINED_ON, TRAINING_SEED)
+    name = WORLDS[world].learnt or WORLDS[world].workload
     return str(trained_store(shown, name=name, seed=TRAINING_SEED, keep_in=Path(FOLDER)))
 
 

@@ -16,8 +16,8 @@ from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.policy import Policy
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import Request, RequestId
-from concertmaster.core.service import service_on
-from concertmaster.core.sketch import affine
+from concertmaster.core.service import lacking_tokens, service_on
+from concertmaster.core.sketch import Bar, affine
 from concertmaster.core.workflow import Workflow, Workflows
 
 HostPolicy = Callable[[Request, Sequence[ReplicaId]], ReplicaId]
@@ -103,10 +103,9 @@ class SchedulerAgent:
         call = self._call(request, forecast, self._workflows.arrive(now_s, request))
         model = replica.pool.model.name
         tokens = call.expected_tokens(model)
-        hits = replica.prefixes.hit_tokens(replica.pool.cacheable(request))
         flight = InFlight(
             request=request,
-            prefill_tokens=max(1, request.prompt_tokens - hits),
+            prefill_tokens=lacking_tokens(request, replica),
             decode_tokens=tokens,
             expected_tokens=tokens,
         )
@@ -114,7 +113,7 @@ class SchedulerAgent:
         self._running[request.request_id] = (call.workflow, replica)
         if self._policy.siblings:
             law = service_on(now_s, call, replica).law(call.output_sketch(model))
-            call.workflow.ends[request.request_id] = affine(law, 1.0, now_s)
+            call.workflow.ends[request.request_id] = Bar(affine(law, 1.0, now_s))
 
     def streamed(self, request_id: RequestId, tokens: int) -> None:
         """Take in how many output tokens a call has so far."""

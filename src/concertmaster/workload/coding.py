@@ -17,6 +17,7 @@ from concertmaster.core.settings import Reader, number, whole, word
 from concertmaster.workload import columns
 from concertmaster.workload.files import read_table
 from concertmaster.workload.plan import Call, WorkflowPlan
+from concertmaster.workload.split import PART, in_part
 from concertmaster.workload.staged import read_staged
 
 APP = "coding"
@@ -28,6 +29,7 @@ MAIN = "main"
 SETTINGS: Mapping[str, Reader] = {
     "sessions": word,
     "workflows": whole(1),
+    "part": PART,
     "calls": whole(1),
     "prompt_tokens": whole(1),
     "pause_s": number(0),
@@ -43,6 +45,7 @@ def draw(
     rng: random.Random,
     sessions: str = SESSIONS,
     workflows: int = 300,
+    part: str = "all",
     calls: int = 24,
     prompt_tokens: int = 120_000,
     pause_s: float = 20.0,
@@ -56,6 +59,8 @@ def draw(
         rng: Fixes them.
         sessions: Workflow file with the sessions.
         workflows: How many; all that there are, if these are fewer.
+        part: ``test`` draws one of five sessions only, by a hash of its name, ``train`` the
+            others, ``all`` both.
         calls: Most calls of a session; later ones are left out.
         prompt_tokens: A session ends before its first longer prompt.
         pause_s: Longest time before a call; longer ones, of people mostly, are cut.
@@ -64,7 +69,8 @@ def draw(
         deadline_s: Seconds after arrival by which the last answer is due.
     """
     models = {PLANNER: (ModelName(planner),), ACTOR: (ModelName(actor),)}
-    cut = [_cut(plan, calls, prompt_tokens) for plan in _recorded(sessions)]
+    wanted = (plan for plan in _recorded(sessions) if in_part(plan.workflow_id, part))
+    cut = [_cut(plan, calls, prompt_tokens) for plan in wanted]
     usable = [plan for plan in cut if plan.calls]
     return [
         replace(

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from hashlib import sha1
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from concertmaster.workload.drawing import MOST_TOKENS, around, names
 from concertmaster.workload.files import read_table
 from concertmaster.workload.plan import Call, WorkflowPlan
 from concertmaster.workload.prefixes import chain
+from concertmaster.workload.split import PART, in_part
 from concertmaster.workload.staged import read_staged
 from concertmaster.workload.tables import Table
 
@@ -127,7 +127,7 @@ APPS = (
 SETTINGS: Mapping[str, Reader] = {
     "stages": word,
     "workflows": whole(1),
-    "part": choice(all="all", test="test", train="train"),
+    "part": PART,
     "zipf": number(0),
     "calls": whole(1),
     "prompt_tokens": whole(1),
@@ -229,11 +229,7 @@ def _picked(app: App, stages: str, part: str, count: int, rng: random.Random) ->
     table = _tables(stages)[app.app]
     rows = _rows_of(stages, app.app)
     groups = table.texts("task_group")
-    kept = [
-        name
-        for name, places in rows.items()
-        if part == "all" or held_out(groups[places[0]] or name) == (part == "test")
-    ]
+    kept = [name for name, places in rows.items() if in_part(groups[places[0]] or name, part)]
     if not count:
         return []
     if not kept:
@@ -262,16 +258,6 @@ def _longest(stages: str, app: str) -> Mapping[str, int]:
     for role, tokens in zip(table.texts("role"), table.wholes("output_tokens"), strict=True):
         longest[role] = max(longest.get(role, 1), min(MOST_TOKENS, tokens))
     return longest
-
-
-def held_out(key: str) -> bool:
-    """Whether a task is held out: one of five, by a hash of its name.
-
-    >>> [key for key in "abcdefghij" if held_out(key)]
-    ['h']
-    """
-    digest = sha1(key.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
-    return int(digest[:8], 16) % HELD_OUT_OF == 0
 
 
 # What is made of it.

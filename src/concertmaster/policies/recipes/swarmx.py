@@ -19,8 +19,8 @@ from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.policy import Ordering, Policy, Scorer, View
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ServiceClass
-from concertmaster.core.service import service_on
-from concertmaster.core.sketch import Measure, Overshoot, Sketch, add, add_in_step, affine
+from concertmaster.core.service import Service, lacking_tokens, service_on
+from concertmaster.core.sketch import Measure, Sketch, add, add_in_step
 from concertmaster.core.wait import Crew
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.filters import FitsKvCache
@@ -40,14 +40,24 @@ SUMS: Mapping[Sum, Callable[[Sketch, Sketch], Sketch]] = {
 }
 
 
-def cost_of(now_s: float, call: Waiting, law: Sketch, measure: Measure) -> float:
+def cost_of(
+    now_s: float, call: Waiting, tokens: Sketch, service: Service, measure: Measure
+) -> float:
     """Cost of a call's completion: what comes after the end of its siblings, at the tail.
 
     A workflow goes on when the last of the calls that run side by side has ended, so a call
     that ends before another of them costs nothing. One without siblings costs all its time.
     """
-    longest = call.workflow.longest_s(now_s)
-    return measure.of(law if longest is None else Overshoot(longest).over(law))
+    first_s, token_s = service
+    longest = call.workflow.longest
+    if longest is None:
+        return first_s + token_s * measure.of(tokens)
+    if len(tokens) == 1:
+        return longest.passed_s(now_s, first_s + token_s * tokens[0])
+    return sum(
+        weight * longest.passed_s(now_s, first_s + token_s * tokens[i])
+        for i, weight in measure.terms
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +77,14 @@ class TailCompletion:
         service = service_on(now_s, call, replica)
         if not call.workflow.ends:
             return service.first_s + call.measured_tokens(model, measure) * service.token_s
-        return cost_of(now_s, call, service.law(call.output_sketch(model)), measure)
+        return cost_of(now_s, call, call.output_sketch(model), service, measure)
 
 
 @dataclass(frozen=True, slots=True)
 class OthersDelay:
     """What the call takes from those that run there: its prefill, and a longer step while it runs.
 
+    Of its prefill only what the replica does not hold counts.
     Calls that leave meanwhile are taken to be replaced by as many.
 
     Attributes:
@@ -95,7 +106,8 @@ class OthersDelay:
         tokens = call.measured_tokens(pool.model.name, self.measures[request.service_class])
         joined_s = curve.step_s(running + 1, held_tokens + request.prompt_tokens)
         growth_s = joined_s - curve.step_s(running, held_tokens)
-        own_s = request.prompt_tokens * pool.prefill_token_s + tokens * growth_s
+        prefill_s = lacking_tokens(request, replica) * pool.prefill_token_s
+        own_s = prefill_s + tokens * growth_s
         return self.weight * replica.pace * running * own_s
 
 
@@ -105,19 +117,22 @@ LIKELIEST = 4
 MOST_COMPOSED = 2
 """Pools without room whose wait is composed: those where starting would cost least."""
 
+UNKNOWN, IN_SECONDS = Service(0.0, 0.0), Service(0.0, 1.0)
+"""Of a pool with room, and of a law that is one of seconds already."""
+
 
 class Start(NamedTuple):
     """What starting in a pool would cost a call, if a place there were free at once.
 
     Attributes:
         crew: Whom it would have to wait for; ``None`` if a place is free, or nobody serves yet.
-        law: Its seconds; empty if a place is free.
+        service: How long it would take, had it a place; not told if one is free.
     """
 
     cost_s: float
     pool: Pool
     crew: Crew | None
-    law: Sketch
+    service: Service = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,10 +188,10 @@ class TailRouter:
                 self._place_s(view.now_s, call, one)
                 for one in shortlist(call, room, most=LIKELIEST)
             )
-            return Start(min(costs_s), pool, None, ())
+            return Start(min(costs_s), pool, None)
         ready_s = view.ready_s(pool)
         if math.isinf(ready_s):
-            return Start(math.inf, pool, None, ())
+            return Start(math.inf, pool, None)
         prompt_tokens, crew = call.request.prompt_tokens, view.crew(pool)
         fixed_s = ready_s + pool.curve.prefill_s(prompt_tokens, chunk_tokens=pool.max_batch_tokens)
         if crew is None:
@@ -184,9 +199,9 @@ class TailRouter:
         else:
             step_s = crew.step_s
             fixed_s += crew.network_s
-        law = affine(call.output_sketch(pool.model.name), step_s, fixed_s)
+        service, tokens = Service(fixed_s, step_s), call.output_sketch(pool.model.name)
         measure = self.measures[call.request.service_class]
-        return Start(cost_of(view.now_s, call, law, measure), pool, crew, law)
+        return Start(cost_of(view.now_s, call, tokens, service, measure), pool, crew, service)
 
     def _place_s(self, now_s: float, call: Waiting, replica: Replica) -> float:
         return sum(scorer.cost_s(now_s, call, replica) for scorer in self.scorers)
@@ -198,15 +213,17 @@ class TailRouter:
 
         One that would pass the limit by the least of its wait alone costs that.
         """
+        model, (first_s, token_s) = start.pool.model.name, start.service
         wait = view.wait(call, crew, fifo=self.wait == "fifo")
-        measure = self.measures[call.request.service_class]
-        delay_s = self.others * wait.behind * measure.of(start.law) / max(1, crew.running)
-        soonest = affine(start.law, 1.0, wait.least_s)
-        least_s = cost_of(view.now_s, call, soonest, measure) + delay_s
+        measure, tokens = self.measures[call.request.service_class], call.output_sketch(model)
+        served_s = first_s + token_s * call.measured_tokens(model, measure)
+        delay_s = self.others * wait.behind * served_s / max(1, crew.running)
+        soonest = Service(first_s + wait.least_s, token_s)
+        least_s = cost_of(view.now_s, call, tokens, soonest, measure) + delay_s
         if least_s > limit_s:
             return least_s
-        law = reduce(SUMS[self.sum], wait.parts, start.law)
-        cost_s = cost_of(view.now_s, call, law, measure) + delay_s
+        law = reduce(SUMS[self.sum], wait.parts, start.service.law(tokens))
+        cost_s = cost_of(view.now_s, call, law, IN_SECONDS, measure) + delay_s
         return max(start.cost_s, cost_s)  # a wait takes nothing off, whatever rounding says
 
 
