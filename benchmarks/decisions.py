@@ -5,7 +5,9 @@
 Prints the median and P99 of a decision over fleets of 10 to 1,000 replicas, each with no
 call waiting (every arrival is placed) and with a line of --waiting calls: every finish frees
 room for one, every arrival is routed and joins. Then how cost grows with the fleet, and for
-several policies how often the first takes the time of each other.
+several policies how often the first takes the time of each other. With --weighs every decision
+is also made by a scheduler that keeps what it weighed, for receipts, in turns with one that does
+not, and the ratio of both is printed.
 """
 
 import argparse
@@ -158,6 +160,32 @@ def figures(name: str, replicas: int, waiting: int, decisions: int) -> list[floa
     return found
 
 
+def show_weighing(name: str, replicas: int, decisions: int) -> None:
+    """Print what it costs to keep what was weighed, on arrivals that are placed at once."""
+    rng = random.Random(0)
+    chosen = dataclasses.replace(policy(name), window_s=1e9)
+    fleets = (a_fleet(replicas, max_sequences=256) for _ in range(2))
+    plain, weighs = (
+        Scheduler(fleet, chosen, random.Random(1), weighs=on)
+        for fleet, on in zip(fleets, (False, True), strict=True)
+    )
+    source = requests(rng)
+    taken: tuple[list[float], list[float]] = ([], [])
+    for i in range(4 * replicas + decisions):
+        request = next(source)
+        both = ((plain, taken[0]), (weighs, taken[1]))
+        for scheduler, seconds in both if i % 2 else reversed(both):
+            event = RequestArrived(request, FORECAST)
+            begun_s = time.perf_counter()
+            scheduler.handle(request.arrival_s, event)
+            if scheduler.weighing is not None:
+                scheduler.weighing.take(request.request_id)
+            seconds.append(time.perf_counter() - begun_s)
+    off_s, on_s = (statistics.median(seconds[4 * replicas :]) for seconds in taken)
+    print(f"{name}, {replicas} replicas: {1e6 * off_s:.1f} us, keeping what was weighed", end=" ")
+    print(f"{1e6 * on_s:.1f} us, x {on_s / off_s:.2f}", flush=True)
+
+
 def show(name: str, table: dict[int, list[float]], waiting: int) -> None:
     """Print the figures of a policy and how they grow with the fleet."""
     print(f"policy {name}, microseconds a decision, {waiting:,} wait\n")
@@ -187,7 +215,13 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=WAITING)
     parser.add_argument("--decisions", type=int, default=2000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--weighs", action="store_true")
     options = parser.parse_args()
+    if options.weighs:
+        for name in options.policy or ["least-tokens+las"]:
+            for replicas in options.replicas:
+                show_weighing(name, replicas, options.decisions)
+        return
     tables: dict[str, dict[int, list[float]]] = {}
     for name in options.policy or ["least-tokens+las"]:
         tables[name] = {

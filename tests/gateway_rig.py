@@ -373,7 +373,9 @@ async def a_rig(
     listener = _Errors(problems)
     logging.getLogger("concertmaster").addHandler(listener)
     fleet = fleet or a_fleet(replicas=len(urls))
-    scheduler = Scheduler(fleet, policy or a_policy(), random.Random(0), record_candidates=True)
+    scheduler = Scheduler(
+        fleet, policy or a_policy(), random.Random(0), record_candidates=True, weighs=True
+    )
     history: list[Event] = []
 
     def observe(_: float, event: Event, __: list[Action]) -> None:

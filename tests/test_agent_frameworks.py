@@ -13,8 +13,6 @@ import agents
 import anthropic
 import openai
 import pytest
-from autogen_agentchat.agents import AssistantAgent
-from autogen_ext.models.openai import OpenAIChatCompletionClient
 from langchain_core.tools import tool as langchain_tool
 from langchain_openai import ChatOpenAI
 from langgraph.graph import START, MessagesState, StateGraph
@@ -24,7 +22,7 @@ from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from concertmaster.adapters import Workflow, autogen, langchain, openai_agents
+from concertmaster.adapters import Workflow, langchain, openai_agents
 from concertmaster.core.events import RequestArrived
 from gateway_rig import STREAM_HEAD, Heard, Rig, Upstream, an_answer, events, over_upstreams, play
 
@@ -34,16 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 PAGE = Path(__file__).parents[1] / "docs" / "agents.md"
 TRIP = Workflow(workflow_id="trip-7", app="travel", deadline_ms=60_000)
 KEY: Any = {"api_key": "x"}
-AUTOGEN = {
-    "model": "m",
-    "model_info": {
-        "vision": False,
-        "function_calling": True,
-        "json_output": True,
-        "family": "unknown",
-        "structured_output": False,
-    },
-}
 
 
 def weather(city: str) -> str:
@@ -305,30 +293,6 @@ def test_pydantic_ai_raises_its_own_error() -> None:
     play(main())
 
 
-# AutoGen.
-
-
-def an_assistant(client: OpenAIChatCompletionClient) -> AssistantAgent:
-    return AssistantAgent(
-        "guide", client, tools=[weather], reflect_on_tool_use=True, system_message="Guide."
-    )
-
-
-def test_autogen_runs_a_tool_loop_and_names_its_workflow_with_its_adapter() -> None:
-    async def main() -> None:
-        async with serving() as (rig, _):
-            settings: Any = {**AUTOGEN, **KEY, "base_url": f"{rig.url}/v1"}
-            done = await an_assistant(OpenAIChatCompletionClient(**settings)).run(task="Weather?")
-            assert done.messages[-1].content == "It is sunny in Oslo."
-            assert is_one_inferred_workflow(rig)
-        async with serving() as (rig, _):
-            settings["base_url"] = f"{rig.url}/v1"
-            await an_assistant(autogen.client(TRIP, role="guide", **settings)).run(task="Weather?")
-            assert is_the_trip(rig, agent="guide")
-
-    play(main())
-
-
 # Adapters.
 
 
@@ -363,7 +327,11 @@ SNIPPETS = dict(
 )
 
 
-@pytest.mark.parametrize("name", [one for one in SNIPPETS if one != "CrewAI"])
+APART = ("AutoGen", "CrewAI")
+"""Frameworks in environments of their own."""
+
+
+@pytest.mark.parametrize("name", [one for one in SNIPPETS if one not in APART])
 def test_every_snippet_of_the_page_runs(name: str) -> None:
     async def main() -> None:
         async with serving() as (rig, _):

@@ -39,8 +39,8 @@ SCALING_KEYS = "known: cooldown_s, gpus, most_changes"
 COUNT_HINT = "leave replicas out to count endpoints"
 GATEWAY_KEYS = (
     "admin, admin_key_env, body_timeout_s, connect_timeout_s, feedback, forecast_budget_ms, "
-    "head_timeout_s, health_interval_s, hold_s, host, keys, max_body_mb, models, policy, port, "
-    "seed, tls_cert, tls_key, window_s"
+    "head_timeout_s, health_interval_s, hold_s, host, keys, log, log_calls, max_body_mb, models, "
+    "otel_url, policy, port, receipts, receipts_kept, seed, tls_cert, tls_key, window_s"
 )
 FAULTS = ("[faults]\nstall = 1", "[faults]\nerror_ratio = 2.0")
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "fleets").glob("*.toml"))

@@ -37,6 +37,7 @@ from concertmaster.engines.faults import Faults
 from concertmaster.gateway.engine_watch import EngineWatch
 from concertmaster.gateway.metrics import GatewayMetrics, exposition
 from concertmaster.gateway.openai_api import refusal
+from concertmaster.gateway.tally import Tally
 from concertmaster.observe.compare import PAIRED
 from concertmaster.observe.report import build_report
 from concertmaster.physics.hardware import GPUS
@@ -211,6 +212,8 @@ def test_every_prometheus_metric_has_a_row() -> None:
     metrics = GatewayMetrics()
     metrics.answered(200, 0.1)
     metrics.refused("queue_full")
+    metrics.tally = Tally(scheduler)
+    metrics.tally._calls["m", "m", "interactive", "served"] = 1
     engines = EngineWatch({}, {}, scheduler.replicas, lambda _: True, interval_s=1.0)
     engines.readings = {
         replica_id: Reading({"running": 1.0, "waiting": 0.0, "kv_ratio": 0.5}, ())
@@ -224,8 +227,8 @@ def test_every_prometheus_metric_has_a_row() -> None:
 
     assert {code(row[0]): row[1] for row in found} == names
     for row in found:
-        labels = set(re.findall(rf"^{code(row[0])}\{{(.*?)\}} ", text, re.MULTILINE))
-        used = {name for one in labels for name in re.findall(r"(\w+)=", one)}
+        labels = set(re.findall(rf"^{code(row[0])}(?:_bucket)?\{{(.*?)\}} ", text, re.MULTILINE))
+        used = {name for one in labels for name in re.findall(r"(\w+)=", one)} - {"le"}
         assert set(re.findall(r"`(\w+)`", row[2])) == used, row
 
 

@@ -40,6 +40,12 @@ FAMILIES = {
     "concertmaster_label_flush_failures",
     "concertmaster_trainings",
     "concertmaster_challengers",
+    "concertmaster_calls",
+    "concertmaster_decisions",
+    "concertmaster_receipts",
+    "concertmaster_queue_duration_seconds",
+    "concertmaster_time_per_output_token_seconds",
+    "concertmaster_output_tokens_forecast_ratio",
     "concertmaster_queue_size",
     "concertmaster_inflight_requests",
     "concertmaster_inflight_decode_tokens",
@@ -214,6 +220,7 @@ def test_metrics_do_not_grow_with_calls_workflows_or_what_callers_send() -> None
     async def main() -> None:
         async with over_upstreams() as (rig, _):
             await rig.call()
+            await rig.call({"model": "auto"})
             await rig.call({"model": "first"})
             before = (await rig.ask("GET", "/metrics")).body.count(b"\n")
             for number in range(50):

@@ -11,6 +11,7 @@ from concertmaster import (
     cli_config,
     cli_keys,
     commands,
+    commands_explain,
     commands_learning,
     commands_reproduce,
     forecaster,
@@ -280,16 +281,23 @@ def replay(
 
 @app.command()
 def explain(
-    trace: Annotated[Path, typer.Argument(help="Trace file.")],
-    request: Annotated[str, typer.Argument(help="Id of a call in it.")],
+    trace: Annotated[
+        str, typer.Argument(help="Trace or file of receipts; or an id to ask a gateway about.")
+    ],
+    request: Annotated[
+        str | None, typer.Argument(help="Id of a call in it.", show_default=False)
+    ] = None,
     *,
+    url: Annotated[
+        str, typer.Option(help="Address of a live gateway, asked where no file is named.")
+    ] = "http://127.0.0.1:8000",
     json: Json = None,
 ) -> None:
     """Say why a call went where it went.
 
     Example: concertmaster explain runs/one.trace.jsonl coding-0001/0
     """
-    commands.explain(trace=trace, request=request, json=json)
+    commands_explain.explain(where=trace, request=request, url=url, json=json)
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """What each command does; ``cli`` says how it is called."""
 
 import asyncio
-import logging
 import os
 import random
 import signal
@@ -28,8 +27,9 @@ from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
 from concertmaster.observe import plots
 from concertmaster.observe.compare import compare_reports
+from concertmaster.observe.logs import log_to
 from concertmaster.observe.report import Report, build_report
-from concertmaster.observe.trace import Header, TraceReader, TraceWriter
+from concertmaster.observe.trace import Header, TraceWriter
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.reloading import Reloader, followed
@@ -84,11 +84,11 @@ def serve(
     trace: Path | None,
 ) -> None:
     """Run the gateway until it is told to stop."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     changes = {"host": host, "port": port, "policy": policy, "models": models}
     _check_port(port or 0)
     served = prepared(config, changes, os.environ)
     file, settings, fleet, urls = served.file, served.settings, served.fleet, served.urls
+    log_to(settings.log)
     with ExitStack() as stack:
         writer = None
         if trace is not None:
@@ -99,6 +99,7 @@ def serve(
             served.policy,
             random.Random(settings.seed),
             record_candidates=writer is not None,
+            weighs=True,
         )
 
         predictor = forecaster.serving_predictor(settings, fleet)
@@ -318,14 +319,6 @@ def _is_address(url: str) -> bool:
     except ValueError:  # the port is no number, or too large
         return False
     return named and parts.scheme == "http" and parts.path in {"", "/"}
-
-
-def explain(*, trace: Path, request: str, json: Path | None) -> None:
-    """Print why a call went where it went."""
-    reader = TraceReader(trace)
-    show.explain(show.console(), reader, request)
-    if json is not None:
-        show.write_json(show.story(reader, request), json)
 
 
 def _show_notes(workload: Workload) -> None:

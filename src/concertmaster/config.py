@@ -12,6 +12,7 @@ from concertmaster.core.fleet import Readiness
 from concertmaster.engines.control import ControlKind
 from concertmaster.engines.dialects import EngineKind
 from concertmaster.engines.faults import Faults
+from concertmaster.observe.logs import LogForm
 from concertmaster.physics.hardware import GPUS
 from concertmaster.physics.models import MODELS
 
@@ -142,6 +143,11 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     admin_key_env: str = ""
     tls_cert: str = ""
     tls_key: str = ""
+    receipts: str = ""
+    receipts_kept: int = 100_000
+    otel_url: str = ""
+    log: LogForm = "text"
+    log_calls: bool = False
 
 
 class EmulatorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

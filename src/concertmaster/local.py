@@ -127,7 +127,7 @@ async def _serve_gateway(pipe: Connection, job: _Job) -> None:
             header = Header(trace=1, fleet=fleet.name, policy=job.policy, seed=job.seed)
             observe = stack.enter_context(TraceWriter(job.trace, header))
         serving = running_gateway(
-            Scheduler(fleet, policy_named(job.policy), random.Random(job.seed)),
+            Scheduler(fleet, policy_named(job.policy), random.Random(job.seed), weighs=True),
             forecaster.serving_predictor(
                 file.gateway, fleet, trains=False
             ),  # a daemon has no children

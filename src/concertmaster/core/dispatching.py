@@ -15,6 +15,7 @@ from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
 from concertmaster.core.service import lacking_tokens, service_on
 from concertmaster.core.sketch import Bar, affine
+from concertmaster.core.weighing import Row, Weighing
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -35,6 +36,7 @@ class Dispatcher:
         scaler: Counts dispatches, if there is one.
         rng: Source of randomness.
         record_candidates: Keep the costs of every candidate with a dispatch.
+        weighing: Told what is weighed, if somebody will ask.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Dispatcher:
         scaler: Scaler | None,
         rng: random.Random,
         record_candidates: bool,
+        weighing: Weighing | None,
     ) -> None:
         self._policy = policy
         self._pools = pools
@@ -65,6 +68,7 @@ class Dispatcher:
         self._scaler = scaler
         self._rng = rng
         self._record_candidates = record_candidates
+        self._weighing = weighing
         self._dispatches = 0
 
     def adopt(self, policy: Policy) -> None:
@@ -114,20 +118,30 @@ class Dispatcher:
 
     def place(self, now_s: float, call: Waiting, replicas: Sequence[Replica]) -> list[Action]:
         """Choose among the replicas that have room, and write the call into its ledgers."""
-        policy, request = self._policy, call.request
+        policy, request, weighing = self._policy, call.request, self._weighing
         chosen, chosen_cost_s = replicas[0], None
+        rows: list[Row] = []
         if len(replicas) > 1:
             scorers = policy.scorers
 
             def cost_s(replica: Replica) -> float:
-                return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
+                if weighing is None:
+                    return sum(scorer.cost_s(now_s, call, replica) for scorer in scorers)
+                costs_s = [scorer.cost_s(now_s, call, replica) for scorer in scorers]
+                total_s = sum(costs_s)
+                rows.append((total_s, costs_s, replica))
+                return total_s
 
             chosen = policy.picker.pick(call, replicas, cost_s, self._rng)
             chosen_cost_s = cost_s(chosen) if scorers else None
         costs_s: Mapping[ReplicaId, Mapping[str, float]] = {}
         if self._record_candidates:
             costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in replicas}
+        if weighing is not None:
+            weighing.look(now_s, call, chosen, rows)
         self._enter(now_s, call, chosen)
+        if weighing is not None:
+            weighing.keep(call, chosen)
         dispatch = Dispatch(
             request.request_id,
             chosen.replica_id,

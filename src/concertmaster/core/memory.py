@@ -37,6 +37,11 @@ class KvLedger:
         """
         return -(-tokens // self.block_tokens)
 
+    def held_blocks(self, request_id: RequestId) -> int:
+        """Blocks promised to a call, those of shared prefix chunks included; 0 if none are."""
+        own = self._own_blocks.get(request_id, 0)
+        return own + len(self._prefixes.get(request_id, ())) * self._chunk_blocks
+
     @property
     def free_blocks(self) -> int:
         """Blocks not promised to anyone; 0 while growth has passed the capacity."""

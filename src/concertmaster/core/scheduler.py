@@ -50,6 +50,7 @@ from concertmaster.core.routing import Routing
 from concertmaster.core.scaling import Scaler
 from concertmaster.core.waking import Waking
 from concertmaster.core.wants import Wants
+from concertmaster.core.weighing import Weighing
 from concertmaster.core.window import Window
 from concertmaster.core.workflow import Workflows
 
@@ -65,12 +66,20 @@ class Scheduler:
         policy: How to decide.
         rng: Source of all randomness; the same seed and events give the same actions.
         record_candidates: Keep the costs of every candidate with a dispatch, for traces.
+        weighs: Keep what was weighed at a dispatch until ``weighing`` is asked, for receipts.
     """
 
     def __init__(
-        self, fleet: Fleet, policy: Policy, rng: random.Random, *, record_candidates: bool = False
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        rng: random.Random,
+        *,
+        record_candidates: bool = False,
+        weighs: bool = False,
     ) -> None:
         self.policy = policy
+        self.weighing: Weighing | None = Weighing(policy.scorers) if weighs else None
         self.replicas: dict[ReplicaId, Replica] = {r.replica_id: r for r in fleet.build()}
         self.pools: dict[PoolId, Pool] = {pool.pool_id: pool for pool in fleet.pools}
         replicas = self.replicas.values()
@@ -135,6 +144,7 @@ class Scheduler:
             scaler=self._scaler,
             rng=rng,
             record_candidates=record_candidates,
+            weighing=self.weighing,
         )
         self._serial = 0
         self._now_s = 0.0
@@ -180,14 +190,8 @@ class Scheduler:
         return None if running is None else running[1].replica_id
 
     def _filters(self) -> tuple[Filter, ...]:
-        return (
-            self.policy.filters
-            if self._promises is None
-            else (
-                *self.policy.filters,
-                self._promises,
-            )
-        )
+        own = self.policy.filters
+        return own if self._promises is None else (*own, self._promises)
 
     def adopt(self, policy: Policy) -> None:
         """Decide by another policy from here on; calls that wait take their places by it.
@@ -203,6 +207,8 @@ class Scheduler:
         self._outlook.adopt(policy)
         self._routing.adopt(policy)
         self._dispatcher.adopt(policy)
+        if self.weighing is not None:
+            self.weighing.adopt(policy.scorers)
         replicas = self.replicas.values()
         self._window.adopt(self._now_s, replicas, policy.window_s, self._filters())
         waiting = list(self.line)

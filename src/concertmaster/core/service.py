@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from concertmaster.core.fleet import Replica
+from concertmaster.core.fleet import Pool, Replica
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import Request
 from concertmaster.core.sketch import Sketch, affine
@@ -28,20 +28,57 @@ def lacking_tokens(request: Request, replica: Replica) -> int:
     return max(1, request.prompt_tokens - (replica.prefixes.hit_tokens(hashes) if hashes else 0))
 
 
-def service_on(now_s: float, call: Waiting, replica: Replica) -> Service:
-    """Look at one replica: prefill ahead, what it lacks of the prompt, the batch with the call."""
-    pool, request, pace = replica.pool, call.request, replica.pace
-    prefill_s = pool.curve.prefill_s(
+class Stand(NamedTuple):
+    """How a replica stands before a call: enough to say later how long the call would take.
+
+    Attributes:
+        cached_tokens: Of the call's prompt.
+        running: Calls on it, this one not among them.
+        context_tokens: Theirs.
+        backlog_s: Until the prefill that it was handed is done, the network included.
+        busy_ratio: Share of its time that prefill takes.
+    """
+
+    pool: Pool
+    prompt_tokens: int
+    cached_tokens: int
+    running: int
+    context_tokens: int
+    backlog_s: float
+    busy_ratio: float
+    pace: float
+
+    def service(self) -> Service:
+        """Add up: prefill ahead, what it lacks of the prompt, the batch with the call."""
+        pool, prompt_tokens, pace = self.pool, self.prompt_tokens, self.pace
+        prefill_s = pool.curve.prefill_s(
+            prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            chunk_tokens=pool.max_batch_tokens,
+        )
+        step_s = pool.curve.step_s(self.running + 1, self.context_tokens + prompt_tokens)
+        token_s = pace * step_s * stretch(self.busy_ratio)
+        return Service(self.backlog_s + pace * prefill_s, token_s)
+
+
+def stand_of(now_s: float, call: Waiting, replica: Replica) -> Stand:
+    """Look at one replica as a call may come to it."""
+    request = call.request
+    return Stand(
+        replica.pool,
         request.prompt_tokens,
-        cached_tokens=request.prompt_tokens - lacking_tokens(request, replica),
-        chunk_tokens=pool.max_batch_tokens,
+        request.prompt_tokens - lacking_tokens(request, replica),
+        len(replica.in_flight),
+        replica.context_tokens,
+        replica.network_s + max(0.0, replica.prefill_clear_s - now_s),
+        replica.prefill_share.ratio(now_s),
+        replica.pace,
     )
-    step_s = pool.curve.step_s(
-        len(replica.in_flight) + 1, replica.context_tokens + request.prompt_tokens
-    )
-    backlog_s = max(0.0, replica.prefill_clear_s - now_s)
-    token_s = pace * step_s * stretch(replica.prefill_share.ratio(now_s))
-    return Service(replica.network_s + backlog_s + pace * prefill_s, token_s)
+
+
+def service_on(now_s: float, call: Waiting, replica: Replica) -> Service:
+    """Say how long a call would take on one replica."""
+    return stand_of(now_s, call, replica).service()
 
 
 def stretch(prefill_busy_ratio: float) -> float:

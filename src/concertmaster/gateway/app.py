@@ -19,9 +19,11 @@ from concertmaster.core.request import WorkflowId
 from concertmaster.gateway.answers import JSON, json_answer, problem_answer
 from concertmaster.gateway.apis.desk import PATHS
 from concertmaster.gateway.apis.responses_store import owner_of
+from concertmaster.gateway.decisions_api import DecisionRoutes
 from concertmaster.gateway.identity import MAX_ID_CHARS
 from concertmaster.gateway.metrics import exposition
 from concertmaster.gateway.openai_api import AUTO, caller_error
+from concertmaster.gateway.receipts import Receipts
 
 if TYPE_CHECKING:
     from concertmaster.gateway.driver import Gateway
@@ -31,9 +33,10 @@ CALL_PATHS = ("/v1/chat/completions", "/v1/completions", *PATHS)
 
 
 class SideRoutes:
-    """Handlers over one gateway; it is attached once it exists."""
+    """Handlers over one gateway, attached once it exists, and over its receipts."""
 
-    def __init__(self) -> None:
+    def __init__(self, receipts: Receipts) -> None:
+        self._decisions = DecisionRoutes(receipts)
         self.gateway: Gateway | None = None
 
     @property
@@ -74,6 +77,7 @@ class SideRoutes:
     def _calls(self) -> list[Route]:
         return [
             Route("/v1/models", self.models),
+            *self._decisions.routes(),
             Route("/v1/workflows/{workflow_id:path}/grade", self.grade, methods=["POST"]),
             *(Route(path, self.call, methods=["POST"]) for path in CALL_PATHS),
             Route("/v1/responses/{response_id}", self.response),

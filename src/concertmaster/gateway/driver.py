@@ -106,7 +106,7 @@ class Gateway:
         self._side_door = side_door
         self._observe = observe
         self.apis, chat_models = served(scheduler, peers)
-        self._intake = Intake(chat_models)
+        self._intake = Intake(chat_models, self.metrics)
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
         self.links = dispatching.links(urls, self, peers, connect_timeout_s=connect_timeout_s)
@@ -367,7 +367,7 @@ class Gateway:
         now_s, request = self._clock(), exchange.request
         self._exchanges.pop(request.request_id, None)
         self._idle.settle(now_s, request.workflow_id)
-        self.metrics.answered(status, now_s - exchange.arrived_s)
+        self.metrics.ended(now_s, exchange)
         if exchange.quota is not None:
             exchange.quota.end(exchange.tokens, (now_s - exchange.arrived_s) / self._speedup)
         if status != 200:

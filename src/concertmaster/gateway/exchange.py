@@ -36,6 +36,7 @@ class Exchange:
         spoken_s: When it was last told anything while it waits.
         may_hold: Whether its caller can be sent comments.
         error_text: What the last engine that refused it said.
+        reason: Why it was refused, or broke; "" unless it did.
         teaches: Whether there is anything to forecast of its answer, or to learn from it.
         tool_call_ids: Tool calls that the answer asks for; a later call may answer them.
     """
@@ -57,6 +58,7 @@ class Exchange:
         "over",
         "prompt",
         "quota",
+        "reason",
         "replica_id",
         "request",
         "response_headers",
@@ -106,6 +108,7 @@ class Exchange:
         self.over = False
         self.status = 0
         self.error_text = ""
+        self.reason = ""
         self.tool_call_ids: list[bytes] = []
 
 

@@ -9,6 +9,7 @@ from concertmaster.gateway.agent import Message
 from concertmaster.gateway.exchange import Caller, Exchange
 from concertmaster.gateway.identity import Identity, Normalizer, with_hints
 from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.openai_api import CallBody
 from concertmaster.gateway.prompts import read_prompt
 
@@ -18,10 +19,12 @@ class Intake:
 
     Args:
         chat_models: Models that ``auto`` may mean; empty for all.
+        metrics: Told of every call.
     """
 
-    def __init__(self, chat_models: tuple[ModelName, ...] = ()) -> None:
+    def __init__(self, chat_models: tuple[ModelName, ...], metrics: GatewayMetrics) -> None:
         self._chat_models = chat_models
+        self._metrics = metrics
         self._normalizer = Normalizer()
         self._inference = WorkflowInference()
         self._numbers = itertools.count(1)
@@ -89,6 +92,7 @@ class Intake:
         if message.quota is not None:
             exchange.response_headers += message.quota.begin(request.prompt_tokens)
             exchange.quota = message.quota
+        self._metrics.opened(exchange, message)
         return exchange, identity
 
     def note_tool_calls(

@@ -1,8 +1,7 @@
 """What the gateway counts: plain numbers on the hot path, Prometheus only when it is scraped."""
 
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,58 +14,14 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.gateway.agent import Message
 from concertmaster.gateway.engine_watch import EngineWatch
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.forecast_metrics import families
+from concertmaster.gateway.histogram import MICRO, SECONDS, Histogram
+from concertmaster.gateway.tally import Tally
+from concertmaster.gateway.witness import Witness
 from concertmaster.learning.figures import LoopFigures
-
-_SECONDS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-)
-_MICRO = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.1)
-
-
-class Histogram:
-    """Counts by bucket; observing costs an append, counting is done in bulk."""
-
-    __slots__ = ("_bounds", "_counts", "_fresh", "observe", "total")
-
-    def __init__(self, bounds: Iterable[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._fresh: list[float] = []
-        self.observe = self._fresh.append
-        self.total = 0.0
-
-    def fold(self) -> None:
-        """Count what was observed since the last time; call it now and then."""
-        for value in self._fresh:
-            self._counts[bisect_left(self._bounds, value)] += 1
-            self.total += value
-        self._fresh.clear()
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts as Prometheus wants them."""
-        self.fold()
-        running, out = 0, []
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
-            running += count
-            out.append((bound, float(running)))
-        return out
 
 
 class Counted(Protocol):
@@ -82,6 +37,8 @@ class GatewayMetrics:
 
     Attributes:
         learner: Asked for its figures at a scrape; ``None`` if nothing learns.
+        tally: Counts calls and decisions by label; ``None`` until the fleet is known.
+        witnesses: Shown every call at its beginning and its end.
     """
 
     def __init__(self) -> None:
@@ -91,12 +48,14 @@ class GatewayMetrics:
         self.grades = 0
         self.reloads: Counter[str] = Counter()
         self.forecasts: Counter[str] = Counter()
-        self.forecast_s = Histogram(_MICRO)
+        self.forecast_s = Histogram(MICRO)
         self.learner: Counted | None = None
-        self.duration_s = Histogram(_SECONDS)
-        self.ttft_s = Histogram(_SECONDS)
-        self.queue_wait_s = Histogram(_SECONDS)
-        self.overhead_s = Histogram(_MICRO)
+        self.tally: Tally | None = None
+        self.witnesses: tuple[Witness, ...] = ()
+        self.duration_s = Histogram(SECONDS)
+        self.ttft_s = Histogram(SECONDS)
+        self.queue_wait_s = Histogram(SECONDS)
+        self.overhead_s = Histogram(MICRO)
 
     def fold(self) -> None:
         """Bring the histograms up to date, so that they hold little back."""
@@ -108,6 +67,19 @@ class GatewayMetrics:
             self.forecast_s,
         ):
             histogram.fold()
+        if self.tally is not None:
+            self.tally.fold()
+
+    def opened(self, exchange: Exchange, message: Message) -> None:
+        """Show the witnesses a call that begins."""
+        for witness in self.witnesses:
+            witness.opened(exchange, message)
+
+    def ended(self, now_s: float, exchange: Exchange) -> None:
+        """Count a call that is over, and show it to the witnesses."""
+        self.answered(exchange.status, now_s - exchange.arrived_s)
+        for witness in self.witnesses:
+            witness.ended(now_s, exchange)
 
     def answered(self, status: int, duration_s: float) -> None:
         """Count an answer of any kind."""
@@ -183,6 +155,7 @@ class _Exposition(Collector):
         learner = metrics.learner
         figures = LoopFigures() if learner is None else learner.figures
         yield from families(metrics.forecasts, figures)
+        yield from (metrics.tally or Tally(self._scheduler)).families()
         yield from self._fleet()
         yield from self._engines.families()
 

@@ -46,6 +46,7 @@ class Refusals:
     ) -> None:
         """Answer with an error, or cut an answer that had begun."""
         self._metrics.refused(reason)
+        exchange.reason = reason
         if exchange.started:
             self._cut(exchange)
             return

@@ -20,6 +20,7 @@ from concertmaster.gateway.driver import Gateway, Observer
 from concertmaster.gateway.keyring import KeyCheck, Keyring
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.reach import AdminDoor, admin_door, check_reach, open_keys, tls_of
+from concertmaster.gateway.seeing import Seeing
 from concertmaster.predictors.interface import Predictor
 
 _BACKLOG = 1024
@@ -49,7 +50,8 @@ async def running_gateway(
     """
     check_reach("", settings)
     tls = tls_of("", settings)
-    routes = SideRoutes()
+    seeing = Seeing(scheduler, settings, speedup=speedup, also=observe)
+    routes = SideRoutes(seeing.receipts)
     admin = admin or AdminRoutes()
     door = admin_door("", settings, environ)
     side_door = SideDoor(routes.app(shows_fleet=door is None))
@@ -61,7 +63,7 @@ async def running_gateway(
         clock=scaled_clock(speedup),
         speedup=speedup,
         side_door=side_door,
-        observe=observe,
+        observe=seeing.audience,
         max_body_bytes=int(settings.max_body_mb * 1_000_000),
         connect_timeout_s=settings.connect_timeout_s,
         health_interval_s=settings.health_interval_s,
@@ -75,6 +77,7 @@ async def running_gateway(
     servers: list[asyncio.Server] = []
     async with AsyncExitStack() as stack:
         try:
+            await stack.enter_async_context(seeing.over(gateway))
             keyring = await stack.enter_async_context(_keyring(settings.keys))
             await gateway.open()
             count = gateway.metrics.answered
@@ -91,8 +94,10 @@ async def running_gateway(
             await gateway.stop(drain_s=0.0)
             raise
         gateway.start()
+        port = server.sockets[0].getsockname()[1]
+        seeing.journal.started(settings.host, port, scheduler.policy.name, len(urls))
         try:
-            yield gateway, servers[0].sockets[0].getsockname()[1]
+            yield gateway, port
         finally:
             admin.ending = True
             await gateway.stop(drain_s=drain_s)  # still listening: a load balancer asks /readyz

@@ -1,4 +1,4 @@
-"""CrewAI, in an environment of its own: ``make test-crewai``."""
+"""Frameworks in environments of their own: ``make test-frameworks``."""
 
 import asyncio
 import os
@@ -9,12 +9,9 @@ import pytest
 from gateway_rig import play
 from test_agent_frameworks import calls, serving
 
-PYTHON = os.environ.get("CREWAI_PYTHON", "")
 REPO = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(not PYTHON, reason="run by make test-crewai")
-
-CREW = """
+CREWAI = """
 import sys
 from crewai import LLM, Agent, Crew, Task
 from crewai.tools import tool
@@ -33,16 +30,36 @@ guide = Agent(role="guide", goal="guide", backstory="guides", llm=model, tools=[
 task = Task(description="Weather?", expected_output="a line", agent=guide)
 print("ANSWER", Crew(agents=[guide], tasks=[task]).kickoff().raw)
 """
+
+AUTOGEN = """
+import asyncio, sys
+from autogen_agentchat.agents import AssistantAgent
+from autogen_ext.models.openai import OpenAIChatCompletionClient
+from concertmaster.adapters import Workflow
+from concertmaster.adapters.autogen import client
+
+def weather(city: str) -> str:
+    "Say how the weather is."
+    return f"sunny in {city}"
+
+known = ("vision", "function_calling", "json_output", "structured_output")
+info = {"family": "unknown", **{name: name == "function_calling" for name in known}}
+settings = {"model": "m", "model_info": info, "base_url": sys.argv[1] + "/v1", "api_key": "x"}
+trip = Workflow(workflow_id="trip-7", app="travel")
+make = OpenAIChatCompletionClient
+model = client(trip, role="guide", **settings) if sys.argv[2] == "adapter" else make(**settings)
+guide = AssistantAgent("guide", model, tools=[weather], reflect_on_tool_use=True)
+print("ANSWER", asyncio.run(guide.run(task="Weather?")).messages[-1].content)
+"""
 QUIET = {"OTEL_SDK_DISABLED": "true", "CREWAI_DISABLE_TELEMETRY": "true"}
 
 
-async def run_crew(url: str, kind: str) -> str:
-    environ = {**os.environ, **QUIET, "PYTHONPATH": str(REPO / "src")}
+async def run(python: str, code: str, url: str, kind: str) -> str:
     process = await asyncio.create_subprocess_exec(
-        *(PYTHON, "-c", CREW, url, kind),
+        *(python, "-c", code, url, kind),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=environ,
+        env={**os.environ, **QUIET, "PYTHONPATH": str(REPO / "src")},
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()[-2000:]
@@ -50,10 +67,15 @@ async def run_crew(url: str, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "unchanged"])
-def test_crewai_runs_a_tool_loop(kind: str) -> None:
+@pytest.mark.parametrize(("named", "code"), [("CREWAI", CREWAI), ("AUTOGEN", AUTOGEN)])
+def test_a_framework_runs_a_tool_loop(named: str, code: str, kind: str) -> None:
+    python = os.environ.get(f"{named}_PYTHON", "")
+    if not python:
+        pytest.skip("run by make test-frameworks")
+
     async def main() -> None:
         async with serving() as (rig, _):
-            said = await run_crew(rig.url, kind)
+            said = await run(python, code, rig.url, kind)
             assert "sunny in Oslo" in said.partition("ANSWER")[2]
             names = {call.workflow_id for call in calls(rig)}
             assert len(calls(rig)) > 1
