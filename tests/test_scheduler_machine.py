@@ -36,6 +36,7 @@ from concertmaster.core.events import (
     ReplicaDemoted,
     ReplicaDied,
     ReplicaDraining,
+    ReplicaOnTrial,
     ReplicaReady,
     RequestCancelled,
     RequestFailed,
@@ -380,6 +381,10 @@ class Driver(RuleBasedStateMachine):
     @rule(name=st.sampled_from(REPLICAS))
     def drain(self, name: str) -> None:
         self.feed(ReplicaDraining(ReplicaId(name)))
+
+    @rule(name=st.sampled_from(REPLICAS))
+    def try_out(self, name: str) -> None:
+        self.feed(ReplicaOnTrial(ReplicaId(name)))
 
     # Time.
 

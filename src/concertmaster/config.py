@@ -132,6 +132,16 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     window_s: float | None = None
     max_body_mb: float = 20.0
     connect_timeout_s: float = 5.0
+    first_byte_timeout_s: float = 600.0
+    chunk_timeout_s: float = 120.0
+    total_timeout_s: float = 3600.0
+    retry_ratio: float = 0.2
+    breaker_failures: int = 5
+    breaker_error_ratio: float = 0.5
+    breaker_pause_s: float = 1.0
+    most_open: int = 10_000
+    most_lag_ms: float = 2000.0
+    most_connections: int = 1024
     health_interval_s: float = 2.0
     hold_s: float = 600.0
     head_timeout_s: float = 10.0
@@ -215,12 +225,33 @@ def load_fleet(path: Path) -> FleetFile:
     _check_shared(path, fleet)
     _check_scaling(path, fleet)
     check_positive(path, "emulator.speedup", fleet.emulator.speedup)
-    for key in ("hold_s", "head_timeout_s", "body_timeout_s"):
-        check_positive(path, f"gateway.{key}", getattr(fleet.gateway, key))
-    check_positive(path, "gateway.forecast_budget_ms", fleet.gateway.forecast_budget_ms)
-    if fleet.gateway.window_s is not None:
-        check_least(path, "gateway.window_s", fleet.gateway.window_s, 0)
+    _check_gateway(path, fleet.gateway)
     return fleet
+
+
+_POSITIVE = (
+    "hold_s",
+    "head_timeout_s",
+    "body_timeout_s",
+    "connect_timeout_s",
+    "first_byte_timeout_s",
+    "chunk_timeout_s",
+    "total_timeout_s",
+    "breaker_pause_s",
+    "most_lag_ms",
+    "forecast_budget_ms",
+)
+
+
+def _check_gateway(path: Path, gateway: GatewaySection) -> None:
+    for key in _POSITIVE:
+        check_positive(path, f"gateway.{key}", getattr(gateway, key))
+    for key, least in (("most_open", 1), ("most_connections", 1), ("breaker_failures", 0)):
+        check_least(path, f"gateway.{key}", getattr(gateway, key), least)
+    check_ratio(path, "gateway.breaker_error_ratio", gateway.breaker_error_ratio)
+    check_least(path, "gateway.retry_ratio", gateway.retry_ratio, 0)
+    if gateway.window_s is not None:
+        check_least(path, "gateway.window_s", gateway.window_s, 0)
 
 
 def load_engine(path: Path) -> EngineFile:

@@ -90,6 +90,16 @@ class ReplicaDraining:
 
 
 @fact(frozen=True, slots=True)
+class ReplicaOnTrial:
+    """A replica that was drained may take one call beside those it has, to show that it serves.
+
+    ``ReplicaReady`` says that it did, ``ReplicaDraining`` that it did not.
+    """
+
+    replica_id: ReplicaId
+
+
+@fact(frozen=True, slots=True)
 class PaceObserved:
     """Completions show how far replicas are from their rate curves.
 
@@ -122,6 +132,7 @@ Event: TypeAlias = (
     | ReplicaReady
     | ReplicaDemoted
     | ReplicaDraining
+    | ReplicaOnTrial
     | PaceObserved
     | WorkflowClosed
     | TimerFired

@@ -21,6 +21,7 @@ from concertmaster.core.events import (
     ReplicaDemoted,
     ReplicaDied,
     ReplicaDraining,
+    ReplicaOnTrial,
     ReplicaReady,
     RequestArrived,
     RequestCancelled,
@@ -217,6 +218,9 @@ class Scheduler:
                 return [*actions, *self._retry_lost(now_s, replica)]
             case ReplicaDraining(replica_id):
                 self._waking.disown(now_s, self.replicas[replica_id])
+                return [*self._waking.wake_all(now_s, self.line.lanes)]
+            case ReplicaOnTrial(replica_id):
+                self._waking.try_out(now_s, self.replicas[replica_id])
                 return [*self._waking.wake_all(now_s, self.line.lanes)]
             case PaceObserved(paces):
                 for replica_id, pace in paces:

@@ -43,7 +43,7 @@ class Waking:
 
     def came_up(self, now_s: float, replica: Replica) -> list[Action]:
         """Take in that a replica serves."""
-        replica.alive, replica.draining = True, False
+        replica.alive, replica.draining, replica.most_requests = True, False, None
         return self._moved(now_s, replica, Readiness.RUNNING)
 
     def went(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
@@ -60,6 +60,14 @@ class Waking:
         """Take in that somebody else drains a replica: it is theirs to end."""
         self.leaving.pop(replica.replica_id, None)
         replica.draining = True
+        self._window.update(now_s, replica)
+
+    def try_out(self, now_s: float, replica: Replica) -> None:
+        """Take in that a drained replica may take one more call, unless it is on its way out."""
+        if self.leaves(replica):
+            return
+        replica.draining = False
+        replica.most_requests = len(replica.in_flight) + 1
         self._window.update(now_s, replica)
 
     def _moved(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:

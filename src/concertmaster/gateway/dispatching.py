@@ -6,6 +6,7 @@ from concertmaster.core.actions import Dispatch
 from concertmaster.core.fleet import Replica, ReplicaId
 from concertmaster.gateway import heads, openai_api, stream
 from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.limits import Limits
 from concertmaster.gateway.peers import VLLM, Peer
 from concertmaster.gateway.upstream import EngineLink, Outcomes
 
@@ -14,8 +15,7 @@ def links(
     urls: Mapping[ReplicaId, str],
     outcomes: Outcomes,
     peers: Mapping[ReplicaId, Peer],
-    *,
-    connect_timeout_s: float,
+    limits: Limits,
 ) -> dict[ReplicaId, EngineLink]:
     """Prepare the connections to every replica."""
     return {
@@ -24,7 +24,8 @@ def links(
             outcomes,
             heads.error_frame,
             peer=peers.get(replica_id, VLLM),
-            connect_timeout_s=connect_timeout_s,
+            connect_timeout_s=limits.connect_s,
+            most_connections=limits.most_connections,
         )
         for replica_id, url in urls.items()
     }

@@ -14,6 +14,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.engine_watch import EngineWatch
 from concertmaster.gateway.exchange import Exchange
@@ -77,11 +78,23 @@ class Counted(Protocol):
         """What was counted so far."""
 
 
+class Guarded(Protocol):
+    """Whoever tries calls again and lets failing replicas rest."""
+
+    @property
+    def retries(self) -> int:
+        """Attempts after the first, of calls that failed."""
+
+    def rests(self, replica_id: ReplicaId) -> bool:
+        """Whether a replica is let be because it kept failing."""
+
+
 class GatewayMetrics:
     """Counters and histograms of one gateway; docs/metrics.md describes each.
 
     Attributes:
         learner: Asked for its figures at a scrape; ``None`` if nothing learns.
+        guarded: Asked for its own.
     """
 
     def __init__(self) -> None:
@@ -92,6 +105,7 @@ class GatewayMetrics:
         self.forecasts: Counter[str] = Counter()
         self.forecast_s = Histogram(_MICRO)
         self.learner: Counted | None = None
+        self.guarded: Guarded | None = None
         self.duration_s = Histogram(_SECONDS)
         self.ttft_s = Histogram(_SECONDS)
         self.queue_wait_s = Histogram(_SECONDS)
@@ -163,6 +177,12 @@ class _Exposition(Collector):
         yield CounterMetricFamily(
             "concertmaster_grades", "Workflows that callers ended or graded.", value=metrics.grades
         )
+        guarded = metrics.guarded
+        yield CounterMetricFamily(
+            "concertmaster_retries",
+            "Attempts after the first, of calls that failed.",
+            value=0 if guarded is None else guarded.retries,
+        )
         for name, text, histogram in (
             ("request_duration_seconds", "Acceptance to last byte.", metrics.duration_s),
             ("time_to_first_token_seconds", "Acceptance to first token.", metrics.ttft_s),
@@ -180,7 +200,7 @@ class _Exposition(Collector):
         yield from self._engines.families()
 
     def _fleet(self) -> Iterator[Metric]:
-        scheduler = self._scheduler
+        scheduler, guarded = self._scheduler, self._metrics.guarded
         yield GaugeMetricFamily(
             "concertmaster_queue_size", "Calls in the line.", value=len(scheduler.line)
         )
@@ -191,6 +211,7 @@ class _Exposition(Collector):
                 ("inflight_decode_tokens", "Output tokens still predicted."),
                 ("kv_reserved_ratio", "KV promised to calls, of all."),
                 ("replica_alive", "1 if the replica serves."),
+                ("replica_resting", "1 if it kept failing and is let be, or on trial."),
                 ("replica_pace", "Seconds it takes over seconds by its rate curve."),
             )
         }
@@ -202,6 +223,7 @@ class _Exposition(Collector):
                 replica.decode_tokens,
                 ledger.reserved_blocks / ledger.capacity_blocks,
                 int(replica.alive),
+                int(guarded is not None and guarded.rests(replica.replica_id)),
                 replica.pace,
             )
             for gauge, value in zip(gauges.values(), values, strict=True):

@@ -1,6 +1,7 @@
 """Starts and stops a gateway on a port."""
 
 import asyncio
+import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
 from concertmaster.gateway.driver import Gateway, Observer
 from concertmaster.gateway.keyring import KeyCheck, Keyring
+from concertmaster.gateway.limits import limits_of
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.reach import check_reach, open_keys, tls_of
 from concertmaster.predictors.interface import Predictor
@@ -55,7 +57,8 @@ async def running_gateway(
         side_door=side_door,
         observe=observe,
         max_body_bytes=int(settings.max_body_mb * 1_000_000),
-        connect_timeout_s=settings.connect_timeout_s,
+        limits=limits_of(settings),
+        rng=random.Random(settings.seed),
         health_interval_s=settings.health_interval_s,
         commands=commands or {},
         controls=controls or {},
