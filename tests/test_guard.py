@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
@@ -100,7 +101,7 @@ def test_an_engine_that_falls_silent_ends_its_answer_in_an_error(*, stream: bool
 def test_an_answer_that_drips_is_not_silent() -> None:
     async def drips(_: Heard, out: asyncio.StreamWriter) -> None:
         out.write(STREAM_HEAD)
-        for _ in range(8):
+        for __ in range(8):
             out.write(a_chunk(FRAME))
             await asyncio.sleep(0.05)
         out.write(events())
@@ -118,7 +119,7 @@ def test_a_caller_that_does_not_read_is_not_taken_for_a_silent_engine() -> None:
 
     async def floods(_: Heard, out: asyncio.StreamWriter) -> None:
         out.write(STREAM_HEAD)
-        for _ in range(200):
+        for __ in range(200):
             out.write(a_chunk(piece))
             await out.drain()
         out.write(events())
@@ -232,7 +233,7 @@ def test_a_whole_answer_that_has_begun_is_not_begun_anew_when_its_replica_dies()
 # Breakers.
 
 
-def a_breaker(**limits: float) -> Breaker:
+def a_breaker(**limits: Any) -> Breaker:  # noqa: ANN401
     return Breaker(LIMITS._replace(**limits))
 
 
