@@ -44,11 +44,11 @@ def body_of(number: int, *, chat: bool) -> bytes:
     end = b"\r\n" if number % 3 == 0 else b"\n"
     events = []
     for text in text_of(number):
-        part = {"delta": {"content": text}} if chat else {"text": text}
+        part: dict[str, object] = {"delta": {"content": text}} if chat else {"text": text}
         events.append(
             json.dumps({"choices": [{"index": 0, **part}]}, ensure_ascii=rng.random() < 0.5)
         )
-    last = {"delta": {}} if chat else {"text": ""}
+    last: dict[str, object] = {"delta": {}} if chat else {"text": ""}
     events.append(json.dumps({"choices": [{"index": 0, **last, "finish_reason": "stop"}]}))
     lines = [b"data: " + one.encode() + 2 * end for one in [*events, "[DONE]"]]
     if rng.random() < 0.3:
