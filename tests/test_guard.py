@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from builders import a_fleet, a_policy, a_pool
+from builders import READY_S, a_fleet, a_policy, a_pool
 from concertmaster.core.events import ReplicaDied, ReplicaDraining, ReplicaOnTrial, RequestFailed
-from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.core.request import ServiceClass
 from concertmaster.gateway.breaker import Breaker, State
 from concertmaster.gateway.limits import LIMITS
@@ -131,8 +131,8 @@ def test_a_caller_that_does_not_read_is_not_taken_for_a_silent_engine() -> None:
             wire.send(a_call(stream=True))
             await asyncio.sleep(0.8)
             text = await wire.reader.readuntil(b"\r\n\r\n")
-            while not text.endswith(b"0\r\n\r\n"):
-                text = (text + await wire.reader.read(2**20))[-100:]
+            while not text.endswith(b"0\r\n\r\n") and (more := await wire.reader.read(2**20)):
+                text = (text + more)[-100:]
             assert b"[DONE]" in text
 
     play(main())
@@ -196,7 +196,7 @@ def test_waits_before_retries_grow_and_are_bounded() -> None:
 
 def test_a_call_that_cannot_connect_is_sent_once_to_the_next() -> None:
     async def slowly(_: Heard, out: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)  # longer than a wait before a retry
         out.write(an_answer(b"{}"))
 
     async def main() -> None:
@@ -351,6 +351,19 @@ def test_calls_hear_when_to_come_again_while_all_replicas_rest() -> None:
             assert 10_000 < int(reply.headers["retry-after-ms"]) <= 25_000
             assert len(upstream.heard) == heard
             await rig.idle()
+
+    play(main())
+
+
+def test_a_call_waits_for_a_replica_that_is_woken_while_another_rests() -> None:
+    async def main() -> None:
+        fleet = a_fleet(a_pool(ready_s=READY_S), replicas=2, states={"p-1": Readiness.SLEEPING})
+        async with Upstream(STORM) as bad, Upstream(says_hello) as good:
+            urls = {"p-0": bad.url, "p-1": good.url}
+            async with a_rig(urls, fleet=fleet, breaker_pause_s=20.0) as rig:
+                await asyncio.gather(*(rig.call() for _ in range(2)))
+                assert (await rig.call()).status == 200
+                assert not rig.gateway.metrics.refusals["engines_failing"]
 
     play(main())
 

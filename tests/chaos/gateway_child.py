@@ -24,7 +24,8 @@ from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway import server, stream
 from concertmaster.gateway.driver import Gateway
-from concertmaster.gateway.upstream import EngineConnection
+from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.refusals import Refusals
 from concertmaster.learning.feedback import FeedbackStore
 from concertmaster.learning.label_file import connect
 from concertmaster.learning.loop import LearningLoop
@@ -97,17 +98,12 @@ def tell_ledgers(gateway: Gateway) -> None:
 def take_cuts_for_ends() -> None:
     """Break the rule that a cut answer must not look finished."""
 
-    def fail(self: EngineConnection, problem: str, *, alive: bool) -> None:
-        exchange = self._exchange
-        if exchange is not None and exchange.started:
-            exchange.caller.write(stream.END)
-            self._keep_alive = False
-            self._finish(exchange, b"")
-        elif exchange is not None:
-            self._exchange = exchange.engine = None
-            self._link.outcomes.broke(exchange, problem, alive=alive)
+    def end(self: Refusals, exchange: Exchange) -> None:
+        exchange.caller.write(stream.END)
+        self._end(exchange, 502)
+        exchange.caller.finished(keep_alive=False)
 
-    EngineConnection._fail = fail  # type: ignore[method-assign]
+    Refusals._cut = end  # type: ignore[method-assign]
 
 
 async def main() -> None:

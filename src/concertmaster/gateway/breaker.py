@@ -171,16 +171,16 @@ class Breakers:
                 self._feed(ReplicaOnTrial(replica_id))
 
     def trial_in_s(self, replicas: Iterable[Replica]) -> float | None:
-        """Seconds until the first of these is tried; ``None`` unless breakers hold them all."""
-        waits_s = []
-        for replica in replicas:
-            breaker = self._breakers[replica.replica_id]
-            if not self._in_service(replica.replica_id):
-                continue
-            if breaker.state is State.CLOSED:
-                return None
-            waits_s.append(max(0.0, breaker.due_s - self._clock()))
-        return min(waits_s, default=None)
+        """Seconds until the first of these is tried; ``None`` unless breakers hold them all.
+
+        The dead are passed over; those that sleep may be woken, so they are not held.
+        """
+        living = [replica for replica in replicas if replica.alive]
+        if any(replica.replica_id not in self.restless for replica in living):
+            return None
+        dues_s = (self.restless[replica.replica_id].due_s for replica in living)
+        due_s = min(dues_s, default=None)
+        return None if due_s is None else max(0.0, due_s - self._clock())
 
     def _in_service(self, replica_id: ReplicaId) -> bool:
         replica = self._replicas[replica_id]

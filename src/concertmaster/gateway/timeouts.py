@@ -2,7 +2,7 @@
 
 A sweep looks at all open calls now and then, which costs nothing while bytes flow: a
 connection counts its reads, and a call is silent while that count stands still. A limit is
-met late by one period of the sweep at most.
+met late by two periods of the sweep at most: one until it is seen, one until it is missed.
 """
 
 from collections.abc import Callable, Iterable
