@@ -29,7 +29,7 @@ from gateway_rig import (
     says_hello,
     until,
 )
-from test_gateway_faults import FRAME, dead_url, fails
+from test_gateway_faults import FRAME, fails
 
 STORM = fails("500 Internal Server Error", "oops")
 
@@ -200,13 +200,15 @@ def test_a_call_that_cannot_connect_is_sent_once_to_the_next() -> None:
         out.write(an_answer(b"{}"))
 
     async def main() -> None:
-        async with Upstream(slowly) as upstream:
-            urls = {"p-0": await dead_url(), "p-1": upstream.url}
-            async with a_rig(urls, policy=a_policy("round-robin")) as rig:
-                for _ in range(2):
-                    assert (await rig.call()).status == 200
-                assert len(upstream.heard) == 2
-                assert not any(isinstance(event, RequestFailed) for event in rig.history)
+        policy = a_policy("round-robin")
+        async with over_upstreams(says_hello, slowly, policy=policy) as (rig, (gone, upstream)):
+            await asyncio.sleep(0.1)  # the watch has found it well
+            gone.hang_up()
+            for _ in range(2):
+                assert (await rig.call()).status == 200
+            assert ReplicaDied(ReplicaId("p-0")) in rig.history
+            assert len(upstream.heard) == 2
+            assert not any(isinstance(event, RequestFailed) for event in rig.history)
 
     play(main())
 
