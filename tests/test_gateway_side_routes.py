@@ -26,6 +26,8 @@ FAMILIES = {
     "concertmaster_refusals",
     "concertmaster_output_tokens",
     "concertmaster_grades",
+    "concertmaster_replica_resting",
+    "concertmaster_retries",
     "concertmaster_request_duration_seconds",
     "concertmaster_time_to_first_token_seconds",
     "concertmaster_queue_wait_seconds",
