@@ -12,6 +12,12 @@ help: ## list the targets
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+DURATION ?= 1200
+SEED ?=
+.PHONY: chaos
+chaos: setup ## faults against a live gateway; SEED and DURATION (seconds) set the plan
+	CHAOS_DURATION_S=$(DURATION) CHAOS_SEED=$(SEED) $(BIN)/pytest -s tests/chaos/test_chaos.py
+
 .PHONY: setup store demo check lint types layers test fix bench golden docs
 setup: .venv/.ready ## make the environment in .venv
 
@@ -65,7 +71,7 @@ NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fleet.py hbm.py ladd
   policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
-  $(addprefix gateway/,agent.py dispatching.py driver.py exchange.py heads.py inference.py intake.py \
+  $(addprefix gateway/,agent.py alarm.py dispatching.py driver.py exchange.py heads.py inference.py intake.py \
   stream.py upstream.py)
 
 .PHONY: native test-native

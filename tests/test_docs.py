@@ -36,7 +36,7 @@ from concertmaster.engines.dialects import Reading
 from concertmaster.engines.faults import Faults
 from concertmaster.gateway.engine_watch import EngineWatch
 from concertmaster.gateway.metrics import GatewayMetrics, exposition
-from concertmaster.gateway.openai_api import refusal
+from concertmaster.gateway.openai_api import GatewayReason, refusal
 from concertmaster.gateway.tally import Tally
 from concertmaster.observe.compare import PAIRED
 from concertmaster.observe.report import build_report
@@ -195,8 +195,7 @@ def test_decisions_are_numbered_have_the_same_headings_and_are_in_the_index() ->
     pages = sorted((DOCS / "adr").glob("0*.md"))
     index = (DOCS / "adr" / "index.md").read_text()
 
-    numbers = [page.name[:4] for page in pages]
-    assert numbers == sorted({*numbers}), "a number is taken twice"
+    assert [page.name[:4] for page in pages] == [f"{i:04d}" for i in range(1, len(pages) + 1)]
     for page in pages:
         text = page.read_text()
         title = text.partition("\n")[0].removeprefix("# ")
@@ -233,14 +232,14 @@ def test_every_prometheus_metric_has_a_row() -> None:
 
 
 def test_every_reason_has_a_row_with_the_status_that_callers_get() -> None:
-    reasons = (*get_args(RejectReason), *get_args(FailReason))
+    kinds = {"reject": RejectReason, "fail": FailReason, "gateway": GatewayReason}
+    kind_of = {reason: kind for kind, union in kinds.items() for reason in get_args(union)}
     found = rows(section((DOCS / "metrics.md").read_text(), "Reasons"))
 
-    assert [code(row[0]) for row in found] == list(reasons)
+    assert [code(row[0]) for row in found] == list(kind_of)
     for row in found:
         status = refusal(code(row[0]), detail="", retry_after_s=None)[0]  # type: ignore[arg-type]
-        kind = "reject" if code(row[0]) in get_args(RejectReason) else "fail"
-        assert row[1:3] == [kind, str(status)]
+        assert row[1:3] == [kind_of[code(row[0])], str(status)]
 
 
 def paths(report: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -133,6 +133,15 @@ def test_errors_on_request() -> None:
     asyncio.run(main())
 
 
+def test_an_engine_that_is_full_says_so_on_request() -> None:
+    async def main() -> None:
+        async with bench(faults=Faults(full_ratio=1.0)) as b:
+            status, body = await b.post(CHAT, a_body(**exactly(1)))
+            assert (status, body["error"]["type"]) == (429, "RateLimitError")
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_stalls_on_request(*, stream: bool) -> None:
     async def main() -> None:
@@ -197,7 +206,8 @@ def test_faults_can_be_set_and_read_while_it_runs() -> None:
             assert status == 400
             assert body["error"]["message"] == (
                 'faults: unknown key "eror_ratio" (did you mean "error_ratio"? known: '
-                "death_ratio, drip_s, error_ratio, rename_metrics, stall_ratio, stall_s, wakes)"
+                "death_ratio, drip_s, error_ratio, full_ratio, rename_metrics, stall_ratio, "
+                "stall_s, wakes)"
             )
             status, body = await b.post("/emulator/faults", {"error_ratio": "x"})
             assert status == 400
@@ -207,7 +217,9 @@ def test_faults_can_be_set_and_read_while_it_runs() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("field", ["error_ratio", "stall_ratio", "death_ratio", "drip_s"])
+@pytest.mark.parametrize(
+    "field", ["error_ratio", "full_ratio", "stall_ratio", "death_ratio", "drip_s"]
+)
 def test_faults_out_of_range_are_refused(field: str) -> None:
     with pytest.raises(InvalidRequestError, match=rf"faults: {field} must .*, got -1"):
         Faults.from_json(b'{"%b": -1}' % field.encode())

@@ -27,6 +27,8 @@ FAMILIES = {
     "concertmaster_output_tokens",
     "concertmaster_config_reloads",
     "concertmaster_grades",
+    "concertmaster_replica_resting",
+    "concertmaster_retries",
     "concertmaster_request_duration_seconds",
     "concertmaster_time_to_first_token_seconds",
     "concertmaster_queue_wait_seconds",

@@ -9,7 +9,7 @@ from builders import a_call, a_fleet, a_plan, a_policy, a_pool, a_workload, chai
 from concertmaster import compose
 from concertmaster.core.errors import InputError
 from concertmaster.core.request import ModelName
-from concertmaster.gateway import replay
+from concertmaster.gateway import replay, retries
 from concertmaster.gateway.openai_api import parse_call
 from concertmaster.gateway.replay import Replay, call_body
 from concertmaster.observe.report import build_report
@@ -177,6 +177,7 @@ def test_refused_and_broken_calls_end_their_workflow_with_a_reason() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "ANSWER_TIMEOUT_S", 0.3)
+        patch.setattr(retries, "BACKOFF_S", 0.0)  # longer than calls may wait here
         records = play(main())
     told = {call.request_id: (call.outcome, call.reason) for call in records.calls}
     assert told == {

@@ -21,6 +21,7 @@ from concertmaster.core.demand import Demands, Flow
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import (
     ReplicaDemoted,
+    ReplicaOnTrial,
     ReplicaReady,
     RequestFinished,
     TimerFired,
@@ -130,6 +131,18 @@ def test_a_call_takes_back_the_one_that_leaves() -> None:
 
     assert isinstance(sent, Dispatch)
     assert sent.replica_id == P0
+
+
+def test_one_that_leaves_is_not_put_on_trial() -> None:
+    scheduler, scaling = told(3)
+    scheduler.arrive("a", 1.0)
+    scaling.wanted[P] = 0
+    tick(scheduler, 10.0)
+
+    scheduler.at(10.5, ReplicaOnTrial(P0))
+
+    assert scheduler.replica().draining
+    assert scheduler.at(11.0, RequestFinished(RequestId("a"), 1, 5)) == [Demote(P0, Readiness.DISK)]
 
 
 def test_a_pool_goes_to_zero_and_back_without_losing_a_call() -> None:

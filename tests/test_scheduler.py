@@ -19,6 +19,7 @@ from concertmaster.core.events import (
     ReplicaDemoted,
     ReplicaDied,
     ReplicaDraining,
+    ReplicaOnTrial,
     ReplicaReady,
     RequestArrived,
     RequestCancelled,
@@ -429,6 +430,29 @@ def test_a_draining_replica_finishes_what_it_has_and_takes_nothing() -> None:
     assert placements(scheduler.arrive("c", 2.0)) == {"c": "p-1"}
     assert scheduler.at(3.0, finished("a")) == []
     assert scheduler.replica().running_requests == 0
+
+
+@pytest.mark.parametrize("name", ["round-robin", "round-robin@arrival"])
+def test_a_replica_on_trial_takes_one_call_until_it_is_known_to_serve(name: str) -> None:
+    scheduler = CheckedScheduler(a_fleet(), name)
+    scheduler.at(0.0, ReplicaDraining(P0))
+    for call in ("a", "b", "c"):
+        assert scheduler.arrive(call, 1.0) == []
+
+    assert placements(scheduler.at(2.0, ReplicaOnTrial(P0))) == {"a": "p-0"}
+    assert placements(scheduler.arrive("d", 2.5)) == {}
+    assert placements(scheduler.at(3.0, ReplicaReady(P0))) == dict.fromkeys("bcd", "p-0")
+
+
+def test_a_replica_that_fails_its_trial_takes_nothing() -> None:
+    scheduler = CheckedScheduler(a_fleet())
+    scheduler.at(0.0, ReplicaDraining(P0))
+    scheduler.at(1.0, ReplicaOnTrial(P0))
+    assert placements(scheduler.arrive("a", 1.5)) == {"a": "p-0"}
+
+    scheduler.at(2.0, ReplicaDraining(P0))
+
+    assert scheduler.at(2.0, RequestFailed(RequestId("a"), 1, retriable=True)) == []
 
 
 # Sleep.

@@ -38,6 +38,7 @@ from concertmaster.core.events import (
     ReplicaDied,
     ReplicaDraining,
     ReplicaJoined,
+    ReplicaOnTrial,
     ReplicaReady,
     ReplicaRemoved,
     RequestCancelled,
@@ -444,6 +445,10 @@ class Driver(RuleBasedStateMachine):
     def lose_joined(self, data: st.DataObject) -> None:
         replica_id = data.draw(st.sampled_from(self.joined))
         self.lose(replica_id, ReplicaDied(replica_id))
+
+    @rule(name=st.sampled_from(REPLICAS))
+    def try_out(self, name: str) -> None:
+        self.feed(ReplicaOnTrial(ReplicaId(name)))
 
     # Time.
 

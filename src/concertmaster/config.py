@@ -134,6 +134,16 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     window_s: AtLeast0 | None = None
     max_body_mb: Above0 = 20.0
     connect_timeout_s: Above0 = 5.0
+    first_byte_timeout_s: Above0 = 600.0
+    chunk_timeout_s: Above0 = 120.0
+    total_timeout_s: Above0 = 3600.0
+    retry_ratio: AtLeast0 = 0.2
+    breaker_failures: Annotated[int, Meta(ge=0)] = 5
+    breaker_error_ratio: Ratio = 0.5
+    breaker_pause_s: Above0 = 1.0
+    most_open: Annotated[int, Meta(ge=1)] = 10_000
+    most_lag_ms: Above0 = 2000.0
+    most_connections: Annotated[int, Meta(ge=1)] = 1024
     health_interval_s: Above0 = 2.0
     hold_s: Above0 = 600.0
     head_timeout_s: Above0 = 10.0
@@ -144,7 +154,7 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tls_cert: str = ""
     tls_key: str = ""
     receipts: str = ""
-    receipts_kept: int = 100_000
+    receipts_kept: Annotated[int, Meta(ge=1)] = 100_000
     otel_url: str = ""
     log: LogForm = "text"
     log_calls: bool = False

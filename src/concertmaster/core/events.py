@@ -111,6 +111,16 @@ class ReplicaRemoved:
 
 
 @fact(frozen=True, slots=True)
+class ReplicaOnTrial:
+    """A replica that was drained may take one call beside those it has, to show that it serves.
+
+    ``ReplicaReady`` says that it did, ``ReplicaDraining`` that it did not.
+    """
+
+    replica_id: ReplicaId
+
+
+@fact(frozen=True, slots=True)
 class PaceObserved:
     """Completions show how far replicas are from their rate curves.
 
@@ -145,6 +155,7 @@ Event: TypeAlias = (
     | ReplicaDraining
     | ReplicaJoined
     | ReplicaRemoved
+    | ReplicaOnTrial
     | PaceObserved
     | WorkflowClosed
     | TimerFired

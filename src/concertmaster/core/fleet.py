@@ -177,6 +177,7 @@ class Replica:
         alive: False from its death until it is reported ready again.
         draining: True if it takes no further calls.
         removed: True if it never shall.
+        most_requests: Most calls it may hold while it is on trial; ``None`` if it is not.
         prefill_tokens: Prompt tokens in flight that are not computed yet.
         decode_tokens: Predicted output tokens in flight.
         context_tokens: KV tokens that the calls in flight hold by forecast.
@@ -201,6 +202,7 @@ class Replica:
         "last_dispatch",
         "last_used_s",
         "memory",
+        "most_requests",
         "network_s",
         "node",
         "pace",
@@ -229,6 +231,7 @@ class Replica:
         self.readiness = readiness
         self.alive = True
         self.draining = self.removed = False
+        self.most_requests: int | None = None
         self.memory = memory
         self.ahead_tokens = 0
         kv_blocks = pool.kv_blocks if pool.footprint is None else pool.footprint.least_kv_blocks

@@ -22,6 +22,7 @@ from concertmaster.core.events import (
     ReplicaDied,
     ReplicaDraining,
     ReplicaJoined,
+    ReplicaOnTrial,
     ReplicaReady,
     ReplicaRemoved,
     RequestArrived,
@@ -209,8 +210,7 @@ class Scheduler:
         self._dispatcher.adopt(policy)
         if self.weighing is not None:
             self.weighing.adopt(policy.scorers)
-        replicas = self.replicas.values()
-        self._window.adopt(self._now_s, replicas, policy.window_s, self._filters())
+        self._window.adopt(self._now_s, self.replicas.values(), policy.window_s, self._filters())
         waiting = list(self.line)
         for call in waiting:
             self.line.leave(call)
@@ -264,6 +264,9 @@ class Scheduler:
                 return []
             case ReplicaRemoved(replica_id):
                 self._waking.remove(now_s, self.replicas[replica_id])
+                return [*self._waking.wake_all(now_s, self.line.lanes)]
+            case ReplicaOnTrial(replica_id):
+                self._waking.try_out(now_s, self.replicas[replica_id])
                 return [*self._waking.wake_all(now_s, self.line.lanes)]
             case PaceObserved(paces):
                 for replica_id, pace in paces:

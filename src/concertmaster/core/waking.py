@@ -44,6 +44,7 @@ class Waking:
     def came_up(self, now_s: float, replica: Replica) -> list[Action]:
         """Take in that a replica serves."""
         replica.alive, replica.draining = True, replica.removed
+        replica.most_requests = None
         return self._moved(now_s, replica, Readiness.RUNNING)
 
     def went(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
@@ -66,6 +67,14 @@ class Waking:
         """Take in that a replica shall serve no more, whatever is heard of it."""
         replica.removed = True
         self.disown(now_s, replica)
+
+    def try_out(self, now_s: float, replica: Replica) -> None:
+        """Take in that a drained replica may take one more call, unless it is on its way out."""
+        if self.leaves(replica) or replica.removed:
+            return
+        replica.draining = False
+        replica.most_requests = len(replica.in_flight) + 1
+        self._window.update(now_s, replica)
 
     def _moved(self, now_s: float, replica: Replica, readiness: Readiness) -> list[Action]:
         replica_id = replica.replica_id

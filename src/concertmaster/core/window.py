@@ -75,6 +75,8 @@ class Window:
         in_pool = self._open[replica.pool.pool_id]
         self.note(replica)
         serving = replica.readiness is Readiness.RUNNING and replica.alive and not replica.draining
+        if replica.most_requests is not None:
+            serving = serving and len(replica.in_flight) < replica.most_requests
         if serving and self._early:
             in_pool[replica.replica_id] = replica
             return

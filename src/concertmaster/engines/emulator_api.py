@@ -29,6 +29,7 @@ _ERROR_TYPES = {
     400: "BadRequestError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -98,9 +99,7 @@ class EmulatorServer(HttpServer):
         if emulator.dropped:
             _fail(exchange, 500, "the weights were dropped by sleep and not reloaded")
             return
-        ratio = emulator.faults.error_ratio
-        if ratio and emulator.rng.random() < ratio:
-            _fail(exchange, 500, "the emulator was told to fail (error_ratio)")
+        if _fails_at_once(exchange, emulator):
             return
         emulator.settings.check_fits(ask.call)
         chosen_id = exchange.headers.get("x-request-id") or f"{emulator.rng.getrandbits(128):032x}"
@@ -148,6 +147,17 @@ class EmulatorServer(HttpServer):
         if exchange.method == "POST":
             self._emulator.faults = Faults.from_json(exchange.body)
         _send(exchange, dataclasses.asdict(self._emulator.faults))
+
+
+def _fails_at_once(exchange: HttpExchange, emulator: Emulator) -> bool:
+    """Answer with an error if that is a fault which was asked for."""
+    faults = emulator.faults
+    for status, name in ((500, "error_ratio"), (429, "full_ratio")):
+        ratio = getattr(faults, name)
+        if ratio and emulator.rng.random() < ratio:
+            _fail(exchange, status, f"the emulator was told to fail ({name})")
+            return True
+    return False
 
 
 def _sink(

@@ -18,6 +18,7 @@ class Faults:
 
     Attributes:
         error_ratio: Calls answered with 500 at once.
+        full_ratio: Calls answered with 429 at once.
         stall_ratio: Calls whose answer pauses for ``stall_s``, anywhere before its last token.
         drip_s: Least time between two tokens of one answer.
         death_ratio: Calls whose connection is cut before the answer is complete.
@@ -26,6 +27,7 @@ class Faults:
     """
 
     error_ratio: float = 0.0
+    full_ratio: float = 0.0
     stall_ratio: float = 0.0
     stall_s: float = 10.0
     drip_s: float = 0.0
@@ -34,7 +36,7 @@ class Faults:
     wakes: Literal["well", "fails", "never"] = "well"
 
     def __post_init__(self) -> None:
-        for name in ("error_ratio", "stall_ratio", "death_ratio"):
+        for name in ("error_ratio", "full_ratio", "stall_ratio", "death_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidRequestError(
                     f"{_WHERE}: {name} must be between 0 and 1, got {getattr(self, name)}",

@@ -359,3 +359,15 @@ async def hurry(agents: Mapping[AgentConnection, None], patience: Patience) -> N
         await asyncio.sleep(min(1.0, *patience) / 2)
         for agent in list(agents):
             agent.hurry(loop.time(), patience)
+
+
+async def see_off(agents: Mapping[AgentConnection, None]) -> None:
+    """Close all connections once their agents have read their answers, or soon after."""
+    for agent in list(agents):
+        agent.close()
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + _LINGER_S
+    while agents and loop.time() < deadline_s:  # noqa: ASYNC110  # polled once a life
+        await asyncio.sleep(0.01)
+    for agent in list(agents):
+        agent.abort()

@@ -6,6 +6,7 @@ from concertmaster.core.actions import Dispatch
 from concertmaster.core.fleet import Replica, ReplicaId
 from concertmaster.gateway import heads, openai_api, stream
 from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.limits import Limits
 from concertmaster.gateway.links import Links
 from concertmaster.gateway.peers import VLLM, Peer
 from concertmaster.gateway.upstream import EngineLink, Outcomes
@@ -15,8 +16,7 @@ def links(
     urls: Mapping[ReplicaId, str],
     outcomes: Outcomes,
     peers: Mapping[ReplicaId, Peer],
-    *,
-    connect_timeout_s: float,
+    limits: Limits,
 ) -> Links:
     """Prepare the connections to every replica."""
 
@@ -26,7 +26,8 @@ def links(
             outcomes,
             heads.error_frame,
             peer=peer,
-            connect_timeout_s=connect_timeout_s,
+            connect_timeout_s=limits.connect_s,
+            most_connections=limits.most_connections,
         )
 
     found = Links(link)

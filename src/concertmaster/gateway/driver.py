@@ -1,6 +1,7 @@
 """Driver two: real time. The same core as the simulator's, between two sets of sockets."""
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
@@ -20,7 +21,6 @@ from concertmaster.core.events import (
     ReplicaDied,
     RequestArrived,
     RequestCancelled,
-    RequestFailed,
     RequestFinished,
     TimerFired,
     TokensStreamed,
@@ -31,12 +31,15 @@ from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
 from concertmaster.gateway import dispatching, openai_api
-from concertmaster.gateway.agent import PATIENCE, AgentConnection, Message, Patience, hurry
+from concertmaster.gateway.agent import PATIENCE, AgentConnection, Message, Patience, hurry, see_off
+from concertmaster.gateway.alarm import Alarm
 from concertmaster.gateway.apis.desk import served
-from concertmaster.gateway.exchange import Caller, Exchange
+from concertmaster.gateway.exchange import Caller, Exchange, progress
+from concertmaster.gateway.guard import Guard
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
+from concertmaster.gateway.limits import LIMITS, Limits
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.refusals import Refusals
@@ -48,7 +51,6 @@ PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
 
 HOLD_S = 600.0
-LINGER_S = 1.0
 _CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
 Clock = Callable[[], float]
 Observer = Callable[[float, Event, list[Action]], None]
@@ -66,6 +68,8 @@ class Gateway:
         speedup: How much faster that clock runs than the wall's; 1.0 but for emulated fleets.
         side_door: Answers everything that is not a call to a model.
         observe: Told of every event and the actions it led to.
+        limits: What is put up with, from engines and from callers.
+        rng: Draws waits before retries.
         workflow_idle_s: Seconds without an open call after which a workflow is over.
         follow_pace: Whether the core is told how far replicas are from their rate curves.
         commands: What to run for replicas that are processes of this machine.
@@ -85,7 +89,8 @@ class Gateway:
         speedup: float = 1.0,
         observe: Observer | None = None,
         max_body_bytes: int = 20_000_000,
-        connect_timeout_s: float = 5.0,
+        limits: Limits = LIMITS,
+        rng: random.Random | None = None,
         health_interval_s: float = 2.0,
         workflow_idle_s: float = IDLE_S,
         follow_pace: bool = True,
@@ -109,7 +114,7 @@ class Gateway:
         self._intake = Intake(chat_models, self.metrics)
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
-        self.links = dispatching.links(urls, self, peers, connect_timeout_s=connect_timeout_s)
+        self.links = dispatching.links(urls, self, peers, limits)
         self._exchanges: dict[RequestId, Exchange] = {}
         self.service = Service(
             scheduler,
@@ -128,9 +133,19 @@ class Gateway:
         self._refusals = Refusals(
             scheduler, self.service.holding, self.metrics, clock=clock, end=self._end
         )
+        self._guard = Guard(
+            scheduler,
+            self._exchanges,
+            limits,
+            feed=self.feed,
+            refuse=self._refusals.refuse,
+            clock=clock,
+            speedup=speedup,
+            rng=rng or random.Random(0),
+        )
+        self.metrics.guarded = self._guard
         self._agents: dict[AgentConnection, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_s = 0.0
+        self._alarm = Alarm(self._fire, speedup=speedup)
         self._tasks: list[asyncio.Task[None]] = []
 
     # Life
@@ -145,6 +160,7 @@ class Gateway:
             self._tick(),
             hurry(self._agents, self._patience),
             self.service.hold(self._overdue),
+            self._guard.watch(),
             self.service.health.watch(),
             self.engines.watch(),
             self._forecaster.watch(),
@@ -163,9 +179,8 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._turn_all_away()
-        if self._timer is not None:
-            self._timer.cancel()
-        await self._see_off()
+        self._alarm.cancel()
+        await see_off(self._agents)
         for link in self.links.values():
             link.close()
         await self.service.control.close()
@@ -178,16 +193,6 @@ class Gateway:
             if not exchange.over:  # else refused by the core meanwhile
                 self._refusals.turn_away(exchange)
                 self.feed(RequestCancelled(exchange.request.request_id))
-
-    async def _see_off(self) -> None:
-        """Close all connections of agents once they have read their answers, or soon after."""
-        for agent in list(self._agents):
-            agent.close()
-        deadline_s = self._clock() + LINGER_S * self._speedup
-        while self._agents and self._clock() < deadline_s:  # noqa: ASYNC110  # polled once a life
-            await asyncio.sleep(0.01)
-        for agent in list(self._agents):
-            agent.abort()
 
     @property
     def open_exchanges(self) -> int:
@@ -215,9 +220,8 @@ class Gateway:
             self._side_door(agent, message)
             return
         caller: Caller = agent if chat is not None else self.apis.caller(agent, message)
-        if self.draining:
-            caller.write(openai_api.shutting_down())
-            caller.finished(keep_alive=True)
+        if self.draining or self._guard.shedding.refuses_all():
+            self._refusals.refuse_unread(caller, draining=self.draining, guard=self._guard.shedding)
             return
         now_s, teaches = self._clock(), True
         try:
@@ -243,6 +247,8 @@ class Gateway:
         exchange.may_hold = exchange.streams and message.takes_chunks
         self._exchanges[exchange.request.request_id] = exchange
         self._idle.begin(now_s, exchange.request.workflow_id, is_final=identity.is_final)
+        if self._guard.refuses(exchange):
+            return
         forecast = self._forecaster.predict(exchange)
         self._feed(now_s, RequestArrived(exchange.request, forecast))
 
@@ -262,7 +268,7 @@ class Gateway:
             self._perform(now_s, action)
         wakeup_s = self.scheduler.next_wakeup_s()
         if wakeup_s is not None:
-            self._set_timer(now_s, wakeup_s)
+            self._alarm.set(now_s, wakeup_s)
 
     def grade(self, workflow_id: WorkflowId, success: float | None) -> None:
         """Take in that a workflow is over, which may be known already, and its grade in 0…1."""
@@ -271,17 +277,7 @@ class Gateway:
         if self._idle.end(workflow_id):
             self.feed(WorkflowClosed(workflow_id))
 
-    def _set_timer(self, now_s: float, wakeup_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        if self._timer is not None:
-            if self._timer_s <= wakeup_s:
-                return
-            self._timer.cancel()
-        self._timer_s = wakeup_s
-        self._timer = loop.call_later(max(0.0, wakeup_s - now_s) / self._speedup, self._fire)
-
     def _fire(self) -> None:
-        self._timer = None
         self.feed(TimerFired())
 
     def _perform(self, now_s: float, action: Action) -> None:
@@ -311,6 +307,7 @@ class Gateway:
         policy, model = self.scheduler.policy.name, replica.pool.model.name
         dispatching.tell_decision(exchange, policy, model, action)
         dispatching.send(exchange, action, replica, self.links[action.replica_id])
+        self._guard.sent(action.attempt)
         if self._pace is not None and not exchange.streams:
             self._pace.unheard(now_s, action.request_id)
         self.metrics.dispatched(now_s - exchange.arrived_s, self._clock() - now_s)
@@ -327,6 +324,10 @@ class Gateway:
         exchange.told_tokens = 1
         self._feed(now_s, TokensStreamed(((exchange.request.request_id, exchange.attempt, 1),)))
 
+    def began(self, exchange: Exchange) -> None:
+        """Tell the core that an answer has begun: it is not tried again elsewhere."""
+        self.feed(TokensStreamed(((exchange.request.request_id, exchange.attempt, 1),)))
+
     def finished(self, exchange: Exchange, output_tokens: int) -> None:
         """Tell the core and the predictor that an answer is complete."""
         now_s = self._clock()
@@ -335,6 +336,7 @@ class Gateway:
         self._end(exchange, exchange.status)
         self.metrics.finished(now_s, exchange, output_tokens)
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
+        self._guard.served(ReplicaId(exchange.replica_id))
         if exchange.tool_call_ids:
             self._intake.note_tool_calls(
                 exchange.tool_call_ids, request.workflow_id, request.stage or 0
@@ -352,20 +354,20 @@ class Gateway:
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
         """Tell the core that an attempt failed, and that its replica is gone if it is."""
         exchange.error_text = problem
-        if not alive:
-            self.feed(ReplicaDied(ReplicaId(exchange.replica_id)))
-        if not exchange.over:
-            self.feed(
-                RequestFailed(
-                    exchange.request.request_id, exchange.attempt, retriable=not exchange.started
-                )
-            )
+        attempt, replica_id = exchange.attempt, ReplicaId(exchange.replica_id)
+        if alive:
+            self._guard.breakers.failed(replica_id)
+        else:
+            self.feed(ReplicaDied(replica_id))
+        if not exchange.over and exchange.attempt == attempt:
+            self._guard.failed(exchange, attempt)
 
     def _end(self, exchange: Exchange, status: int) -> None:
         exchange.over = True
         exchange.status = status
         now_s, request = self._clock(), exchange.request
         self._exchanges.pop(request.request_id, None)
+        self._guard.shedding.ended += 1
         self._idle.settle(now_s, request.workflow_id)
         self.metrics.ended(now_s, exchange)
         if exchange.quota is not None:
@@ -379,13 +381,8 @@ class Gateway:
         """Tell the core how far every stream has come."""
         while True:
             await asyncio.sleep(PROGRESS_S / self._speedup)
-            progress = []
-            for request_id, exchange in self._exchanges.items():
-                if exchange.tokens > exchange.told_tokens:
-                    exchange.told_tokens = exchange.tokens
-                    progress.append((request_id, exchange.attempt, exchange.tokens))
-            if progress:
-                self.feed(TokensStreamed(tuple(progress)))
+            if (news := progress(self._exchanges.values())) is not None:
+                self.feed(news)
             now_s = self._clock()
             if self._pace is not None and (paces := self._pace.due(now_s)) is not None:
                 self._feed(now_s, paces)

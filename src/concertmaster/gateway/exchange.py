@@ -1,7 +1,9 @@
 """One call on its way through the gateway."""
 
+from collections.abc import Iterable
 from typing import Protocol
 
+from concertmaster.core.events import TokensStreamed
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request
 from concertmaster.gateway.quotas import Quota
@@ -28,6 +30,8 @@ class Exchange:
         head: Request head for the engine, without content-length and model.
         attempt: Current attempt, as the core counts; 0 before the first dispatch.
         tokens: Output tokens seen in the stream of this attempt.
+        reads: How often its engines were heard, and ``mark`` what a sweep last saw of it: the
+            attempt, its reads, and since when.
         quota: The account of its tenant, which its end is told to.
         prompt: What the predictor may read of it, until it has learnt what came of the call.
         forecast: What was predicted of it.
@@ -53,11 +57,13 @@ class Exchange:
         "forecast",
         "head",
         "held",
+        "mark",
         "may_hold",
         "model_named",
         "over",
         "prompt",
         "quota",
+        "reads",
         "reason",
         "replica_id",
         "request",
@@ -100,6 +106,8 @@ class Exchange:
         self.response_headers = b""
         self.tokens = 0
         self.told_tokens = 0
+        self.reads = 0
+        self.mark = (0, 0, 0.0)
         self.started = False
         self.held = False
         self.may_hold = False
@@ -118,8 +126,25 @@ class EngineSide(Protocol):
     def cancel(self) -> None:
         """Drop the connection, so that the engine stops working for nobody."""
 
+    def give_up(self, problem: str) -> None:
+        """Drop it too, and end the attempt: where an answer has begun, with an error."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is the caller who is waited for."""
+
     def pause(self) -> None:
         """Stop reading: the caller is slow."""
 
     def resume(self) -> None:
         """Read on."""
+
+
+def progress(exchanges: Iterable[Exchange]) -> TokensStreamed | None:
+    """Return what the core is to be told of streams that have gone on since the last time."""
+    told = []
+    for exchange in exchanges:
+        if exchange.tokens > exchange.told_tokens:
+            exchange.told_tokens = exchange.tokens
+            told.append((exchange.request.request_id, exchange.attempt, exchange.tokens))
+    return TokensStreamed(tuple(told)) if told else None

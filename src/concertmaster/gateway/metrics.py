@@ -13,6 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.engine_watch import EngineWatch
@@ -32,6 +33,17 @@ class Counted(Protocol):
         """What was counted so far."""
 
 
+class Guarded(Protocol):
+    """Whoever tries calls again and lets failing replicas rest."""
+
+    @property
+    def retries(self) -> int:
+        """Attempts after the first, of calls that failed."""
+
+    def rests(self, replica_id: ReplicaId) -> bool:
+        """Whether a replica is let be because it kept failing."""
+
+
 class GatewayMetrics:
     """Counters and histograms of one gateway; docs/metrics.md describes each.
 
@@ -39,6 +51,7 @@ class GatewayMetrics:
         learner: Asked for its figures at a scrape; ``None`` if nothing learns.
         tally: Counts calls and decisions by label; ``None`` until the fleet is known.
         witnesses: Shown every call at its beginning and its end.
+        guarded: Asked for its own.
     """
 
     def __init__(self) -> None:
@@ -52,6 +65,7 @@ class GatewayMetrics:
         self.learner: Counted | None = None
         self.tally: Tally | None = None
         self.witnesses: tuple[Witness, ...] = ()
+        self.guarded: Guarded | None = None
         self.duration_s = Histogram(SECONDS)
         self.ttft_s = Histogram(SECONDS)
         self.queue_wait_s = Histogram(SECONDS)
@@ -142,6 +156,12 @@ class _Exposition(Collector):
         for outcome in ("taken_up", "partly", "refused"):
             reloads.add_metric([outcome], metrics.reloads[outcome])
         yield reloads
+        guarded = metrics.guarded
+        yield CounterMetricFamily(
+            "concertmaster_retries",
+            "Attempts after the first, of calls that failed.",
+            value=0 if guarded is None else guarded.retries,
+        )
         for name, text, histogram in (
             ("request_duration_seconds", "Acceptance to last byte.", metrics.duration_s),
             ("time_to_first_token_seconds", "Acceptance to first token.", metrics.ttft_s),
@@ -160,7 +180,7 @@ class _Exposition(Collector):
         yield from self._engines.families()
 
     def _fleet(self) -> Iterator[Metric]:
-        scheduler = self._scheduler
+        scheduler, guarded = self._scheduler, self._metrics.guarded
         yield GaugeMetricFamily(
             "concertmaster_queue_size", "Calls in the line.", value=len(scheduler.line)
         )
@@ -171,6 +191,7 @@ class _Exposition(Collector):
                 ("inflight_decode_tokens", "Output tokens still predicted."),
                 ("kv_reserved_ratio", "KV promised to calls, of all."),
                 ("replica_alive", "1 if the replica serves."),
+                ("replica_resting", "1 if it kept failing and is let be, or on trial."),
                 ("replica_pace", "Seconds it takes over seconds by its rate curve."),
             )
         }
@@ -182,6 +203,7 @@ class _Exposition(Collector):
                 replica.decode_tokens,
                 ledger.reserved_blocks / ledger.capacity_blocks,
                 int(replica.alive),
+                int(guarded is not None and guarded.rests(replica.replica_id)),
                 replica.pace,
             )
             for gauge, value in zip(gauges.values(), values, strict=True):

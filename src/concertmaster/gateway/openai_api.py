@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -190,7 +190,12 @@ def tool_call_ids(data: bytes) -> list[bytes]:
 
 # Answers of our own
 
-_REJECTIONS: Mapping[RejectReason | FailReason, tuple[int, str, str, str]] = {
+GatewayReason: TypeAlias = Literal["saturated", "pool_full", "engines_failing", "timed_out"]
+"""Why the gateway itself refuses a call, which the core never hears of or hears cancelled."""
+
+Reason: TypeAlias = RejectReason | FailReason | GatewayReason
+
+_REJECTIONS: Mapping[Reason, tuple[int, str, str, str]] = {
     "model_not_found": (404, "not_found_error", "model_not_found", "no pool serves this model"),
     "too_long": (
         400,
@@ -214,6 +219,15 @@ _REJECTIONS: Mapping[RejectReason | FailReason, tuple[int, str, str, str]] = {
     ),
     "replica_died": (502, "server_error", "replica_died", "the replica died while it answered"),
     "engine_error": (502, "server_error", "engine_error", "the engine failed to answer"),
+    "saturated": (503, "overloaded_error", "saturated", "the gateway has too many open calls"),
+    "pool_full": (429, "rate_limit_error", "pool_full", "too many calls wait for this model"),
+    "engines_failing": (
+        503,
+        "overloaded_error",
+        "engines_failing",
+        "every replica of this model keeps failing and rests",
+    ),
+    "timed_out": (504, "server_error", "timed_out", "the answer took too long"),
 }
 
 
@@ -221,16 +235,29 @@ Refusal: TypeAlias = tuple[int, bytes, list[tuple[bytes, bytes]]]
 SHUT_DOWN_RETRY_S = 1.0
 
 
+_FINAL = frozenset({"replica_died", "engine_error"})
+"""Reasons after which the gateway has tried what can be tried: SDKs shall not start over."""
+
+
 def refusal(
-    reason: RejectReason | FailReason, *, detail: str, retry_after_s: float | None
+    reason: Reason, *, detail: str, retry_after_s: float | None, tried: bool = False
 ) -> Refusal:
-    """Status, body and headers of a call that was refused or broke."""
+    """Status, body and headers of a call that was refused or broke.
+
+    Args:
+        reason: Why.
+        detail: Ends the message.
+        retry_after_s: When it is worth trying again.
+        tried: Whether the gateway has tried again itself.
+    """
     status, kind, code, text = _REJECTIONS[reason]
     message = f"{text}{detail}"
     headers = []
     if retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(retry_after_s))))
         headers.append((b"retry-after-ms", b"%d" % max(1, round(retry_after_s * 1000))))
+    if reason == "timed_out" or (tried and reason in _FINAL):
+        headers.append((b"x-should-retry", b"false"))
     return status, error_body(message, kind, code=code), headers
 
 

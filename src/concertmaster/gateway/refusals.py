@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from concertmaster.core.events import FailReason, RejectReason
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway import openai_api, stream
-from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.exchange import Caller, Exchange
 from concertmaster.gateway.holding import Holding
 from concertmaster.gateway.metrics import GatewayMetrics
+from concertmaster.gateway.shedding import Shedding
 
 End = Callable[[Exchange, int], None]
 
@@ -41,7 +41,7 @@ class Refusals:
     def refuse(
         self,
         exchange: Exchange,
-        reason: RejectReason | FailReason,
+        reason: openai_api.Reason,
         retry_after_s: float | None = None,
     ) -> None:
         """Answer with an error, or cut an answer that had begun."""
@@ -59,8 +59,22 @@ class Refusals:
             prospect = self._holding.prospect(self._clock(), exchange.request)
             retry_after_s = prospect.retry_after_s or retry_after_s
             detail = prospect.why or detail
-        refusal = openai_api.refusal(reason, detail=detail, retry_after_s=retry_after_s)
+        refusal = openai_api.refusal(
+            reason, detail=detail, retry_after_s=retry_after_s, tried=exchange.attempt > 1
+        )
         self._answer(exchange, refusal, retry_after_s)
+
+    def refuse_unread(self, caller: Caller, *, draining: bool, guard: Shedding) -> None:
+        """Answer a call that is not even read: the gateway ends, or has too many of them."""
+        if draining:
+            caller.write(openai_api.shutting_down())
+        else:
+            self._metrics.refused("saturated")
+            retry_after_s = guard.retry_after_s()
+            refusal = openai_api.refusal("saturated", detail="", retry_after_s=retry_after_s)
+            self._metrics.answered(refusal[0], 0.0)
+            caller.write(openai_api.response(*refusal))
+        caller.finished(keep_alive=True)
 
     def turn_away(self, exchange: Exchange) -> None:
         """Tell a caller that the gateway ends, or cut an answer that had begun."""

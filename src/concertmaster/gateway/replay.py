@@ -193,6 +193,9 @@ class Replay:
 
     # Outcomes
 
+    def began(self, exchange: Exchange) -> None:
+        """Note nothing: only streams say when they begin."""
+
     def first_token(self, exchange: Exchange) -> None:
         """Leave it to the ear: a stream may begin with comments."""
 

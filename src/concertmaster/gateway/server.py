@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
 from concertmaster.gateway.driver import Gateway, Observer
 from concertmaster.gateway.keyring import KeyCheck, Keyring
+from concertmaster.gateway.limits import limits_of
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.reach import AdminDoor, admin_door, check_reach, open_keys, tls_of
 from concertmaster.gateway.seeing import Seeing
@@ -65,7 +67,8 @@ async def running_gateway(
         side_door=side_door,
         observe=seeing.audience,
         max_body_bytes=int(settings.max_body_mb * 1_000_000),
-        connect_timeout_s=settings.connect_timeout_s,
+        limits=limits_of(settings),
+        rng=random.Random(settings.seed),
         health_interval_s=settings.health_interval_s,
         commands=commands or {},
         controls=controls or {},

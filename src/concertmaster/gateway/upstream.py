@@ -31,7 +31,10 @@ class Outcomes(Protocol):
     """Who wants to know how exchanges fare."""
 
     def first_token(self, exchange: Exchange) -> None:
-        """Note that the first bytes of an answer are out."""
+        """Note that the first bytes of a stream are out."""
+
+    def began(self, exchange: Exchange) -> None:
+        """Note that the first bytes of an answer that is no stream are out, and more will come."""
 
     def finished(self, exchange: Exchange, output_tokens: int) -> None:
         """Note that the answer is complete."""
@@ -102,6 +105,7 @@ class EngineConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._fail(f"the engine sent no HTTP: {error}", alive=True)
             return
+        exchange.reads += 1
         if exchange.started:
             exchange.caller.write(stream.chunk(data) if self._wraps else data)
         elif not self._begin_answer(exchange, data):
@@ -143,9 +147,15 @@ class EngineConnection(asyncio.Protocol):
             end = self._head.find(b"\r\n\r\n") + 2
         exchange.caller.write(self._head[:end] + exchange.response_headers + self._head[end:])
         exchange.started = True
+        self._tell_begun(exchange)
+        return True
+
+    def _tell_begun(self, exchange: Exchange) -> None:
+        """Tell of an answer's first bytes; not where they are the last as well."""
         if exchange.streams and exchange.status == 200:
             self._link.outcomes.first_token(exchange)
-        return True
+        elif not self._done:
+            self._link.outcomes.began(exchange)
 
     def _follow(self, exchange: Exchange, head: bytes, body: bytes) -> bool:
         """Let an answer follow the head that the caller got while it was held.
@@ -228,6 +238,15 @@ class EngineConnection(asyncio.Protocol):
             self._exchange = None
         self._close()
 
+    def give_up(self, problem: str) -> None:
+        """Drop it too, and end the attempt: where an answer has begun, with an error."""
+        self._fail(problem, alive=True)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is the caller who is waited for."""
+        return self._paused
+
     def pause(self) -> None:
         """Stop reading: the caller is slow."""
         if self._transport is not None and self.is_open:
@@ -256,6 +275,7 @@ class EngineLink:
         *,
         peer: Peer = VLLM,
         connect_timeout_s: float,
+        most_connections: int = 1024,
     ) -> None:
         self._address = Address.of(url)
         self.authority = self._address.authority.encode()
@@ -265,9 +285,11 @@ class EngineLink:
         self.outcomes = outcomes
         self.error_frame = error_frame
         self._connect_timeout_s = connect_timeout_s
+        self._most_connections = most_connections
         self._idle: deque[EngineConnection] = deque()
         self._all: dict[EngineConnection, None] = {}
         self._connecting: dict[asyncio.Task[None], None] = {}
+        self._held: deque[tuple[Exchange, int, bytes]] = deque()
 
     def send(self, exchange: Exchange, data: bytes) -> None:
         """Write a request on a kept connection, or on a fresh one."""
@@ -276,14 +298,24 @@ class EngineLink:
             if connection.is_open:
                 connection.send(exchange, data, reused=True)
                 return
-        self.send_fresh(exchange, data)
+        if self._may_connect():
+            self.send_fresh(exchange, data)
+        else:
+            self._held.append((exchange, exchange.attempt, data))
+
+    def _may_connect(self) -> bool:
+        return len(self._all) + len(self._connecting) < self._most_connections
 
     def send_fresh(self, exchange: Exchange, data: bytes) -> None:
         """Connect, then write."""
         connecting = self._connect(exchange, data, exchange.attempt)
         task = asyncio.get_running_loop().create_task(connecting)
         self._connecting[task] = None
-        task.add_done_callback(lambda done: self._connecting.pop(done, None))
+        task.add_done_callback(self._connected)
+
+    def _connected(self, task: asyncio.Task[None]) -> None:
+        self._connecting.pop(task, None)
+        self._send_held()
 
     async def _connect(self, exchange: Exchange, data: bytes, attempt: int) -> None:
         loop = asyncio.get_running_loop()
@@ -299,20 +331,30 @@ class EngineLink:
             return
         self._all[connection] = None
         if exchange.over or exchange.attempt != attempt:
-            self._idle.append(connection)
+            self.give_back(connection)
         else:
             connection.send(exchange, data, reused=False)
 
     def give_back(self, connection: EngineConnection) -> None:
         """Keep a connection for the next exchange."""
         self._idle.append(connection)
+        self._send_held()
 
     def forget(self, connection: EngineConnection) -> None:
         """Drop a connection that is gone."""
         self._all.pop(connection, None)
+        self._send_held()
+
+    def _send_held(self) -> None:
+        """Send the next call that waits for a connection, if it is still to be sent."""
+        while self._held and (self._idle or self._may_connect()):
+            exchange, attempt, data = self._held.popleft()
+            if not exchange.over and exchange.attempt == attempt:
+                self.send(exchange, data)
 
     def close(self) -> None:
         """Drop everything."""
+        self._held.clear()
         for task in list(self._connecting):
             task.cancel()
         for connection in list(self._all):
