@@ -13,7 +13,7 @@ from typing import NamedTuple
 import aiohttp
 import pytest
 
-from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.fleet import PoolId, ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.admin import AdminRoutes, Outcome
 from concertmaster.gateway.server import controls_of, running_gateway
@@ -107,6 +107,8 @@ def test_an_address_that_is_new_gets_calls_once_it_answers(path: Path) -> None:
             await until(lambda: at.takes_calls("a-1"))
             assert [await at.call() for _ in range(6)] == [200] * 6
             assert two.heard
+            holding = at.reloader._gateway.service.holding
+            assert len(holding._replicas((PoolId("a"),))) == 2
             at.scheduler.validate()
 
     play(main())
@@ -146,6 +148,7 @@ def test_no_sign_of_life_brings_a_removed_replica_back_but_its_address_does(path
             at.rewrite(two.url)
             one.hang_up()
             await asyncio.sleep(0.1)
+            assert at.scheduler.replicas[ReplicaId("a-0")].alive, "it was asked for its health"
             await one.listen()
             await asyncio.sleep(0.1)
             assert not at.takes_calls("a-0")

@@ -594,3 +594,20 @@ def test_calls_that_wait_take_their_places_by_the_policy_that_takes_over() -> No
     actions = scheduler.at(2.5, RequestFinished(RequestId("runs"), 1, 3))
 
     assert [one.request_id for one in actions if isinstance(one, Dispatch)] == ["urgent"]
+
+
+def test_a_removed_replica_gets_no_call_though_it_is_reported_ready() -> None:
+    fleet = a_fleet(a_pool("p"), replicas=1)
+    scheduler = CheckedScheduler(fleet, a_policy("fcfs"))
+    scheduler.at(0.0, ReplicaRemoved(ReplicaId("p-0")))
+    scheduler.at(0.1, ReplicaReady(ReplicaId("p-0")))
+
+    assert not any(isinstance(one, Dispatch) for one in scheduler.arrive("a", 1.0))
+
+
+def test_a_policy_that_takes_over_brings_its_own_window() -> None:
+    core = Scheduler(a_small_fleet(), policy_named("las"), random.Random(0))
+
+    core.adopt(replace(policy_named("las"), window_s=5.0))
+
+    assert core._window._window_s == core._outlook._crews._window_s == 5.0
