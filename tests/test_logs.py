@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from concertmaster.config_files import load_fleet
 from concertmaster.core.errors import InputError
+from concertmaster.core.events import ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.gateway.journal import Journal
 from concertmaster.observe import logs
@@ -129,6 +130,14 @@ def test_engines_that_go_and_come_have_a_line_each() -> None:
     assert [one["replica"] for one in log.events("engine_down")] == ["p-0"]
     assert [one["replica"] for one in log.events("engine_up")] == ["p-0"]
     assert len(log.events("started")) == len(log.events("stopped")) == 1
+
+
+def test_a_replica_that_dies_again_before_it_is_back_is_no_news() -> None:
+    log, journal = a_log(), Journal()
+    died, ready = ReplicaDied(ReplicaId("p-0")), ReplicaReady(ReplicaId("p-0"))
+    for event in (died, died, ready, died):
+        journal.noticed(0.0, event, [])
+    assert [one["event"] for one in log.events()] == ["engine_down", "engine_up", "engine_down"]
 
 
 def test_refusals_are_summed_up_and_silence_is_silent() -> None:

@@ -28,6 +28,7 @@ class Journal:
 
     def __init__(self, *, calls: bool = False) -> None:
         self._calls = calls
+        self._serves = False
         self._down: dict[ReplicaId, None] = {}
 
     def opened(self, exchange: Exchange, message: Message) -> None:
@@ -60,11 +61,13 @@ class Journal:
 
     def started(self, host: str, port: int, policy: str, replicas: int) -> None:
         """Tell that calls are taken from now on."""
+        self._serves = True
         _say(logging.INFO, "started", host=host, port=port, policy=policy, replicas=replicas)
 
     def stopped(self, answered: int) -> None:
-        """Tell that no call is taken any more."""
-        _say(logging.INFO, "stopped", answered=answered)
+        """Tell that no call is taken any more, if any ever was."""
+        if self._serves:
+            _say(logging.INFO, "stopped", answered=answered)
 
     async def sum_up(self, metrics: GatewayMetrics) -> None:
         """Tell of refusals since the last time, for ever."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 
 LogForm = Literal["text", "json"]
 
-_SECRETS = re.compile(r"(?:\b(?:cm|sk)-[A-Za-z0-9_-]{16,}|(?<=bearer )\S+)", re.IGNORECASE)
+_SECRETS = re.compile(r"(?:\b(?:cm|sk)-[A-Za-z0-9_-]{16,}|(?<=bearer )[\w.~+/=-]+)", re.IGNORECASE)
 _MOST_FRAMES = 12
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
