@@ -205,6 +205,8 @@ REFUSED = b'{"error":{"message":"no","type":"server_error","param":null,"code":"
         ({"body": A + B + END}, "was cut, and looks finished"),
         ({"body": A + ERROR + END}, "broke, and looks finished"),
         ({"body": A + ERROR, "whole": True}, "broke, and looks finished"),
+        ({"body": b": held\n\nretry: 1000\n" + ERROR, "whole": True}, ""),
+        ({"body": ERROR + END, "whole": True}, "broke, and looks finished"),
         ({"body": A + B, "whole": True}, "lacks its end"),
         ({"body": A + END, "whole": True}, "lacks its end"),
         ({"body": A + A + B + END, "whole": True}, "lost, doubled or moved"),

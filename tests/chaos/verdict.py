@@ -87,7 +87,9 @@ class Verdict:
         if not self._text(call.tokens).startswith(text):
             return "wrong", f"tokens were lost, doubled or moved: {text!r}"
         if failed:
-            return "broke", "it broke, and looks finished" if done or call.whole else ""
+            held = not text  # refused while it was held: its status had been sent before
+            finished = done or finished or (call.whole and not held)
+            return "broke", "it broke, and looks finished" if finished else ""
         if not call.whole:
             return "cut", "it was cut, and looks finished" if done else ""
         if not (done and finished and not rest and text == self._text(call.tokens)):
@@ -112,7 +114,8 @@ def _refusal_problem(call: Transcript) -> str:
 def _events(body: bytes) -> tuple[list[Any], bytes]:
     """Return the payloads of whole events, and what is left over."""
     *frames, rest = body.split(b"\n\n")
-    payloads = [frame.removeprefix(b"data: ") for frame in frames if frame.startswith(b"data: ")]
+    lines = [line for frame in frames for line in frame.split(b"\n")]
+    payloads = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
     return [DONE if one == DONE.encode() else json.loads(one) for one in payloads], rest
 
 

@@ -18,8 +18,11 @@ from concertmaster.gateway.shedding import Bulkheads, Shedding
 from concertmaster.gateway.timeouts import Timeouts
 
 LOOK_S = 0.1
-BROKEN_WAIT_S = 1.0
-"""How long a call waits for the trial of an engine where all that could take it keep failing."""
+BROKEN_WAIT_S = 0.8
+"""How long a call waits for the trial of an engine where all that could take it keep failing.
+
+Less than the second after which a held stream begins, so that it still gets its status.
+"""
 
 
 class Refuse(Protocol):
