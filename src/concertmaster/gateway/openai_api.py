@@ -108,9 +108,11 @@ def read_fields(body: bytes, decode: Callable[[bytes], _Fields]) -> _Fields:
     """Decode a body, and say in one line what is wrong with it.
 
     Raises:
-        InvalidRequestError: It is not JSON, or a field is missing or of the wrong type.
+        InvalidRequestError: It is not JSON in UTF-8, or a field is missing or of the wrong type.
     """
     try:
+        if not body.isascii():
+            body.decode()  # parts that are passed on unread are read by engines
         return decode(body)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `")
