@@ -18,6 +18,11 @@ SEED ?=
 chaos: setup ## faults against a live gateway; SEED and DURATION (seconds) set the plan
 	CHAOS_DURATION_S=$(DURATION) CHAOS_SEED=$(SEED) $(BIN)/pytest -s tests/chaos/test_chaos.py
 
+CALLS ?= 200000
+.PHONY: soak
+soak: setup ## CALLS at full speed against a live gateway with everything on: nothing of it may grow
+	SOAK_CALLS=$(CALLS) $(BIN)/pytest -s tests/soak
+
 .PHONY: setup store demo check lint types layers test fix bench golden docs
 setup: .venv/.ready ## make the environment in .venv
 

@@ -346,6 +346,7 @@ class AgentConnection(asyncio.Protocol):
 
     def _refuse(self, status: int, message: str, code: str | None = None) -> None:
         """Read no further; what was read before is still answered, in turn."""
+        self._body = []
         if self._refusal is None:
             body = error_body(message, "invalid_request_error", code=code)
             status, body = worded(self._target, status, body)

@@ -23,6 +23,8 @@ from concertmaster.gateway.decisions_api import DecisionRoutes
 from concertmaster.gateway.identity import MAX_ID_CHARS
 from concertmaster.gateway.metrics import exposition
 from concertmaster.gateway.openai_api import AUTO, caller_error
+from concertmaster.gateway.openapi import document
+from concertmaster.gateway.operations import OPENAPI
 from concertmaster.gateway.receipts import Receipts
 
 if TYPE_CHECKING:
@@ -196,7 +198,17 @@ def _state(replica: Replica) -> str:
 
 def _app(routes: Sequence[Route]) -> Starlette:
     handlers = {HTTPException: _http_error, Exception: _internal_error}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    return Starlette(routes=[*routes, _described(routes)], exception_handlers=handlers)
+
+
+def _described(routes: Sequence[Route]) -> Route:
+    """Return the route of the document about these, and about itself."""
+    paths = {OPENAPI, *(route.path_format for route in routes)}
+
+    async def describe(_: Request) -> Response:
+        return json_answer(document(paths))
+
+    return Route(OPENAPI, describe)
 
 
 def _view(replica: Replica) -> dict[str, Any]:
@@ -245,12 +257,13 @@ def _success_in(body: bytes) -> float | None:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = f"{request.method} {request.url.path}"
+    path, target = f"{request.method} {request.url.path}", request.scope["raw_path"]
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "GET")
-        message = f"{path}: expected {allowed}"
-        return problem_answer(405, message, "method_not_allowed", {"allow": allowed})
-    return problem_answer(error.status_code, f"{path}: no such address", "not_found")
+        message, headers = f"{path}: expected {allowed}", {"allow": allowed}
+        return problem_answer(405, message, "method_not_allowed", headers, target=target)
+    message = f"{path}: no such address"
+    return problem_answer(error.status_code, message, "not_found", target=target)
 
 
 async def _internal_error(_: Request, __: Exception) -> Response:

@@ -108,9 +108,11 @@ def read_fields(body: bytes, decode: Callable[[bytes], _Fields]) -> _Fields:
     """Decode a body, and say in one line what is wrong with it.
 
     Raises:
-        InvalidRequestError: It is not JSON, or a field is missing or of the wrong type.
+        InvalidRequestError: It is not JSON in UTF-8, or a field is missing or of the wrong type.
     """
     try:
+        if not body.isascii():
+            body.decode()  # parts that are passed on unread are read by engines
         return decode(body)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `")
@@ -305,8 +307,12 @@ def error_message(body: bytes) -> str:
     return body[:1000].decode(errors="replace") or "the engine gave no reason"
 
 
-def _phrase(status: int) -> bytes:
-    """Return the words beside a status, also of one that HTTP does not name."""
+def phrase(status: int) -> bytes:
+    """Return the words beside a status, also of one that HTTP does not name.
+
+    >>> phrase(404), phrase(529)
+    (b'Not Found', b'Overloaded')
+    """
     try:
         return HTTPStatus(status).phrase.encode()
     except ValueError:
@@ -323,7 +329,7 @@ def response(
 ) -> bytes:
     """Serialise a whole HTTP/1.1 response."""
     lines = [
-        b"HTTP/1.1 %d %s" % (status, _phrase(status)),
+        b"HTTP/1.1 %d %s" % (status, phrase(status)),
         b"content-type: " + content_type,
         b"content-length: %d" % len(body),
         *(name + b": " + value for name, value in headers),
