@@ -1,13 +1,13 @@
 """A message becomes a call: its prompt, whose workflow it belongs to, what it allows."""
 
 import itertools
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.exchange import Caller, Exchange
-from concertmaster.gateway.identity import Identity, Normalizer, with_hints
+from concertmaster.gateway.identity import MAX_ID_CHARS, Identity, Normalizer, with_hints
 from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.openai_api import CallBody
@@ -57,9 +57,9 @@ class Intake:
         hashes = openai_api.prefix_hashes(text)
         identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
         identity = with_hints(headers, call, identity)
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        while not request_id or request_id in taken:
-            request_id = f"cm-{next(self._numbers)}"
+        request_id = self.name(headers)
+        while request_id in taken:
+            request_id = self.name({})
         models = call.models() or self._chat_models
         request = Request(
             request_id=RequestId(request_id),
@@ -94,6 +94,11 @@ class Intake:
             exchange.quota = message.quota
         self._metrics.opened(exchange, message)
         return exchange, identity
+
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what a caller calls its message, else a name that is fresh."""
+        given = headers.get(b"x-request-id", b"")[:MAX_ID_CHARS].decode("latin-1")
+        return given or f"cm-{next(self._numbers)}"
 
     def note_tool_calls(
         self, tool_call_ids: Iterable[bytes], workflow_id: WorkflowId, stage: int

@@ -268,11 +268,6 @@ def shut_down() -> Refusal:
     return 503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
 
 
-def shutting_down() -> bytes:
-    """Answer a call that comes while the gateway drains."""
-    return response(*shut_down())
-
-
 def caller_error(error: CallerError) -> tuple[int, bytes]:
     """Status and body of a mistake of the caller's."""
     return error.status, error_body(
