@@ -61,6 +61,7 @@ class Intake:
         while request_id in taken:
             request_id = self.name({})
         models = call.models() or self._chat_models
+        quota = message.quota
         request = Request(
             request_id=RequestId(request_id),
             workflow_id=identity.workflow_id,
@@ -77,6 +78,8 @@ class Intake:
             service_class=identity.service_class,
             prefix_hashes=hashes,
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
+            tenant="" if quota is None else quota.tenant,
+            tenant_weight=1.0 if quota is None else quota.weight,
         )
         exchange = Exchange(
             request,
@@ -89,9 +92,9 @@ class Intake:
         exchange.response_headers = heads.identity_headers(request_id, identity)
         if reads_prompts:
             exchange.prompt = read_prompt(call)
-        if message.quota is not None:
-            exchange.response_headers += message.quota.begin(request.prompt_tokens)
-            exchange.quota = message.quota
+        if quota is not None:
+            exchange.response_headers += quota.begin(request.prompt_tokens)
+            exchange.quota = quota
         self._metrics.opened(exchange, message)
         return exchange, identity
 

@@ -190,7 +190,9 @@ def tool_call_ids(data: bytes) -> list[bytes]:
 
 # Answers of our own
 
-GatewayReason: TypeAlias = Literal["saturated", "pool_full", "engines_failing", "timed_out"]
+GatewayReason: TypeAlias = Literal[
+    "saturated", "tenant_full", "pool_full", "engines_failing", "timed_out"
+]
 """Why the gateway itself refuses a call, which the core never hears of or hears cancelled."""
 
 Reason: TypeAlias = RejectReason | FailReason | GatewayReason
@@ -220,6 +222,12 @@ _REJECTIONS: Mapping[Reason, tuple[int, str, str, str]] = {
     "replica_died": (502, "server_error", "replica_died", "the replica died while it answered"),
     "engine_error": (502, "server_error", "engine_error", "the engine failed to answer"),
     "saturated": (503, "overloaded_error", "saturated", "the gateway has too many open calls"),
+    "tenant_full": (
+        429,
+        "rate_limit_error",
+        "tenant_full",
+        "too many calls of this tenant are open",
+    ),
     "pool_full": (429, "rate_limit_error", "pool_full", "too many calls wait for this model"),
     "engines_failing": (
         503,
