@@ -97,7 +97,7 @@ async def running_gateway(
             await gateway.stop(drain_s=0.0)
             raise
         gateway.start()
-        port = server.sockets[0].getsockname()[1]
+        port = servers[0].sockets[0].getsockname()[1]
         seeing.journal.started(settings.host, port, scheduler.policy.name, len(urls))
         try:
             yield gateway, port
