@@ -71,7 +71,7 @@ NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fair_share.py fleet.
   policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
-  $(addprefix gateway/,agent.py alarm.py dispatching.py driver.py exchange.py heads.py inference.py intake.py \
+  $(addprefix gateway/,agent.py alarm.py dispatching.py driver.py exchange.py growth.py heads.py inference.py intake.py \
   stream.py upstream.py)
 
 .PHONY: native test-native

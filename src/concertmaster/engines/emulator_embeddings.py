@@ -7,6 +7,7 @@ import base64
 import math
 import random
 import struct
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Literal
 
@@ -27,7 +28,7 @@ MOST_INPUTS = 2048
 class EmbeddingsBody(msgspec.Struct):
     """What is to be embedded: texts, or lists of token ids."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[str | int | list[int]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -39,7 +40,7 @@ class EmbeddingsBody(msgspec.Struct):
             return [given]
         if given and isinstance(given[0], int):
             return [_as_text(given)]
-        return [one if isinstance(one, str) else _as_text(one) for one in given]
+        return [_as_text(one) if isinstance(one, list) else str(one) for one in given]
 
 
 class Embeddings:
@@ -157,6 +158,5 @@ def _call(request_id: str, text: str) -> EngineCall:
     )
 
 
-def _as_text(token_ids: object) -> str:
-    assert isinstance(token_ids, list)
+def _as_text(token_ids: Sequence[object]) -> str:
     return "".join(f"{token:>4}" for token in token_ids)

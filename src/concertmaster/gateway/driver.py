@@ -340,9 +340,7 @@ class Gateway:
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
         self._guard.served(ReplicaId(exchange.replica_id))
         if exchange.tool_call_ids:
-            self._intake.note_tool_calls(
-                exchange.tool_call_ids, request.workflow_id, request.stage or 0
-            )
+            self._intake.note_tool_calls(exchange.tool_call_ids, request)
         if exchange.status == 200:
             pool = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool
             completion = Completion(

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Container, Iterable, Mapping
 
-from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId
 from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.exchange import Caller, Exchange
@@ -55,13 +55,16 @@ class Intake:
         headers = message.headers
         text = call.text()
         hashes = openai_api.prefix_hashes(text)
-        identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
-        identity = with_hints(headers, call, identity)
+        quota = message.quota
+        tenant = "" if quota is None else quota.tenant
         request_id = self.name(headers)
         while request_id in taken:
             request_id = self.name({})
+        identity = self._normalizer.identify(headers, call) or self._inference.infer(
+            text, request_id=request_id, tenant=tenant, now_s=now_s
+        )
+        identity = with_hints(headers, call, identity)
         models = call.models() or self._chat_models
-        quota = message.quota
         request = Request(
             request_id=RequestId(request_id),
             workflow_id=identity.workflow_id,
@@ -78,7 +81,7 @@ class Intake:
             service_class=identity.service_class,
             prefix_hashes=hashes,
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
-            tenant="" if quota is None else quota.tenant,
+            tenant=tenant,
             tenant_weight=1.0 if quota is None else quota.weight,
         )
         exchange = Exchange(
@@ -103,8 +106,12 @@ class Intake:
         given = headers.get(b"x-request-id", b"")[:MAX_ID_CHARS].decode("latin-1")
         return given or f"cm-{next(self._numbers)}"
 
-    def note_tool_calls(
-        self, tool_call_ids: Iterable[bytes], workflow_id: WorkflowId, stage: int
-    ) -> None:
-        """Remember which workflow tools were asked for by: their results come without a name."""
-        self._inference.note_tool_calls(tool_call_ids, workflow_id, stage)
+    def note_tool_calls(self, tool_call_ids: Iterable[bytes], request: Request) -> None:
+        """Remember which call tools were asked for by: their results come without a name."""
+        self._inference.note_tool_calls(
+            tool_call_ids,
+            request.workflow_id,
+            request.stage or 0,
+            request_id=request.request_id,
+            tenant=request.tenant,
+        )
