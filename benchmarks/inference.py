@@ -1,16 +1,19 @@
 """How well workflows are told from clients that send nothing: real sessions, ids taken out.
 
-``python benchmarks/inference.py DATA [--live 64] [--calls 20000] [--seed 1]`` reads the sessions
-in DATA, replays them as chat bodies through ``WorkflowInference`` with so many at a time, and
-compares what it finds with what is known. A pair is two calls of one workflow; an edge is a call
-and one that it waited for. Precision is the share of what was found that is so, recall the share
-of what is so that was found.
+``python benchmarks/inference.py DATA [--live 64] [--calls 4000] [--seed 1] [--again]`` reads
+the sessions in DATA, replays them as chat bodies through ``WorkflowInference`` with so many at
+a time, and compares what it finds with what is known. A pair is two calls of one workflow; an
+edge is a call and one that it waited for. Precision is the share of what was found that is so,
+recall the share of what is so that was found.
 
 A session is sent in two forms. *chat*: each role keeps its conversation, a message a turn, its
 own answers between them, as chat agents do. *text*: each prompt as the data has it, in one
 message of the user, as agents with a scratchpad do; calls whose prompt was cut are left out.
-The coding sessions have no text: each message has a text of its own, tool calls and results have
-ids, and a role begins anew after its summary where its prompt has shrunk by half.
+Of sessions with the same task one is taken, or all with ``--again``: several models, several
+times, word for word alike at the start.
+
+The coding sessions have no text: each message has a text of its own, tool calls and results
+have ids, and a role begins anew after its summary where its prompt has shrunk by half.
 """
 
 import argparse
@@ -32,7 +35,7 @@ CUT_CHARS = 2000
 CALLS_PER_S = 10.0
 CODING = "codingagent"
 _COLUMNS = ["workflow_id", "app", "stage_index", "role", "parents", "prompt_tokens"]
-_TEXTS = [*_COLUMNS, "prompt_text", "prompt_chars", "output_text"]
+_TEXTS = [*_COLUMNS, "task_group", "prompt_text", "prompt_chars", "output_text"]
 _KINDS = [*_COLUMNS, "input_kinds", "output_kinds"]
 
 
@@ -60,6 +63,9 @@ class Score:
     calls: int = 0
     right: Counter[float] = field(default_factory=Counter)
     found: Counter[float] = field(default_factory=Counter)
+    told: Counter[float] = field(default_factory=Counter)
+    at_home: Counter[float] = field(default_factory=Counter)
+    owners: dict[str, int] = field(default_factory=dict)
     edges: int = 0
     pairs_found: int = 0
     pairs_right: int = 0
@@ -155,8 +161,13 @@ def replay(sessions: list[list[Asked]], live: int, rng: random.Random, score: Sc
 
 
 def judge(score: Score, session: int, asked: Asked, told: Identity) -> None:
-    """Count the edges of a call."""
+    """Count the edges of a call, and whether it came to its own session."""
     score.calls += 1
+    if told.parents:
+        score.told[told.confidence] += 1
+        score.at_home[told.confidence] += score.owners[told.workflow_id] == session
+    else:
+        score.owners[told.workflow_id] = session
     score.edges += len(asked.parents)
     true = {f"{session}/{parent}" for parent in asked.parents}
     for parent in told.parents:
@@ -197,6 +208,12 @@ def some(sessions: list[list[Asked]], calls: int, rng: random.Random) -> list[li
     return drawn
 
 
+def of_distinct_tasks(sessions: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Take the last session of each task."""
+    by_task = {row.get("task_group") or row["workflow_id"]: one for one in sessions for row in one}
+    return list(by_task.values())
+
+
 def percent(part: int, whole: int) -> str:
     """Write a share."""
     return f"{100 * part / whole:.1f}" if whole else "–"
@@ -218,10 +235,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--live", type=int, default=64)
-    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--calls", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--again", action="store_true")
     asked = parser.parse_args()
-    by_sign: dict[float, list[int]] = defaultdict(lambda: [0, 0])
+    by_sign: dict[float, Counter[str]] = defaultdict(Counter)
     staged = sessions_of(asked.data / "workflow_stages.parquet", _TEXTS)
     coding = sessions_of(asked.data / "workflow_stages_codingagent.parquet", _KINDS)
     print("| sessions | form | number | calls | pairs, precision % | recall % ", end="")
@@ -230,15 +248,22 @@ def main() -> None:
         forms = {"kinds": as_coding} if name == CODING else {"chat": as_chat, "text": as_text}
         for form, send in forms.items():
             rng, score = random.Random(asked.seed), Score()
-            bodies = [list(send(session)) for session in sessions]
+            taken = sessions if asked.again else of_distinct_tasks(sessions)
+            bodies = [list(send(session)) for session in taken]
             replay(some(bodies, asked.calls, rng), asked.live, rng, score)
             print(line(name, form, score), flush=True)
-            for sign, found in score.found.items():
-                by_sign[sign][0] += score.right[sign]
-                by_sign[sign][1] += found
-    print("\n| confidence told | edges found | right % |\n|---|---|---|")
-    for sign, (right, found) in sorted(by_sign.items()):
-        print(f"| {sign} | {found:,} | {percent(right, found)} |")
+            for told in score.told:
+                by_sign[round(told, 1)].update(
+                    told=score.told[told],
+                    at_home=score.at_home[told],
+                    found=score.found[told],
+                    right=score.right[told],
+                )
+    print("\n| confidence told | calls | workflow right % | parent right % |\n|---|---|---|---|")
+    for sign, counts in sorted(by_sign.items()):
+        home = percent(counts["at_home"], counts["told"])
+        right = percent(counts["right"], counts["found"])
+        print(f"| {sign} | {counts['told']:,} | {home} | {right} |")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_keys_and_quotas(tmp_path: Path) -> None:
             stranger = await caught(rig, anthropic.AuthenticationError)
             assert kind(stranger) == "401 authentication_error"
             assert stranger.response.headers["www-authenticate"] == "Bearer"
-            key = {"x-api-key": secret}
+            key = {"authorization": f"Bearer {secret}"}
             async with a_client(rig) as client:
                 await client.messages.create(**asking(extra_headers=key))
             much = await caught(rig, anthropic.RateLimitError, extra_headers=key)

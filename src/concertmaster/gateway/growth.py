@@ -22,12 +22,17 @@ _Folder: TypeAlias = tuple[int, int, int]
 
 
 class Place(NamedTuple):
-    """A call that was seen: of which workflow, its position there, and when."""
+    """A call that was seen: of which workflow, its position there, and when.
+
+    Attributes:
+        followed: Whether another call has gone on with it.
+    """
 
     workflow_id: WorkflowId
     stage: int
     request_id: RequestId = RequestId("")
     seen_s: float = 0.0
+    followed: bool = False
 
 
 class Growth:
@@ -80,8 +85,8 @@ class Growth:
 
 
 def add_twin(twins: list[Place], place: Place) -> None:
-    """Add a place to those of the same text; one that is sent again takes its own place."""
-    twins[:] = [twin for twin in twins if twin[:2] != place[:2]]
+    """Add a place to those of the same text, for those that were gone on with and for itself."""
+    twins[:] = [twin for twin in twins if not twin.followed and twin[:2] != place[:2]]
     if len(twins) < MOST_TWINS:
         twins.append(place)
 

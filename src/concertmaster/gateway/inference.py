@@ -18,7 +18,7 @@ from concertmaster.gateway.identity import Identity
 
 NEW, GROWS, EXTENDS, ANSWERS_TOOL = 0.5, 0.7, 0.9, 0.95
 """Confidence of a first call, of a text that goes on with another, of a prompt that extends
-another, of an answered tool call."""
+another, of an answered tool call; shared out where several workflows sent the same prompt."""
 
 SILENT_S = 600.0
 """A call that nobody went on with for so long is no candidate beside one that is fresher."""
@@ -75,11 +75,13 @@ class WorkflowInference:
         parent: Place | None = None
         if known:
             self._ends.move_to_end(ends[known - 1])
-            parent, confidence = _next_of(self._ends[ends[known - 1]], asked, now_s), EXTENDS
+            parent, odds = _next_of(self._ends[ends[known - 1]], asked, now_s)
+            confidence = EXTENDS * odds
         elif asked is not None:
             parent, confidence = asked, ANSWERS_TOOL
         elif may_grow and (grown := self._growth.find(before, last)):
-            parent, confidence = _next_of(grown, None, now_s), GROWS
+            parent, odds = _next_of(grown, None, now_s)
+            confidence = GROWS * odds
         else:
             confidence = NEW
         place = self._after(parent, RequestId(request_id), now_s)
@@ -145,17 +147,23 @@ class WorkflowInference:
             self._ends.popitem(last=False)
 
 
-def _next_of(twins: list[Place], asked: Place | None, now_s: float) -> Place:
-    """Choose whom a prompt goes on with, of those that sent the same one before.
+def _next_of(twins: list[Place], asked: Place | None, now_s: float) -> tuple[Place, float]:
+    """Choose whom a prompt goes on with, of those that sent the same one before; and its odds.
 
     That is the one whose tool call it answers, else of those still awake the one that has
-    waited longest; where all are silent, the latest. Others may follow, so the last one stays.
+    waited longest, as likely as any of their workflows; where all are silent, the latest.
+    Others may branch off, so the last one stays until the same prompt is sent again.
     """
     ours = asked.workflow_id if asked else None
     awake = [i for i, twin in enumerate(twins) if now_s - twin.seen_s <= SILENT_S]
     likely = awake[0] if awake else len(twins) - 1
-    chosen = next((i for i, twin in enumerate(twins) if twin.workflow_id == ours), likely)
-    return twins.pop(chosen) if len(twins) > 1 else twins[chosen]
+    told = next((i for i, twin in enumerate(twins) if twin.workflow_id == ours), None)
+    chosen = likely if told is None else told
+    rivals = len({twins[i].workflow_id for i in awake}) if told is None else 1
+    place = twins.pop(chosen)
+    if not twins:
+        twins.append(place._replace(followed=True))
+    return place, 1 / max(1, rivals)
 
 
 def _messages(text: memoryview) -> Sequence[memoryview | msgspec.Raw]:
