@@ -114,7 +114,7 @@ def as_coding(rows: Sequence[dict[str, Any]]) -> Iterator[Asked]:
         if row["prompt_tokens"] < prompt_tokens / 2:
             turns = [turns[0], said("user", f"summary of {session} at {stage}")]
         if "tool_result" in (row["input_kinds"] or "") and call_id:
-            turn = {"role": "tool", "tool_call_id": call_id, "content": f"result {stage}"}
+            turn = {**said("tool", f"result {stage}"), "tool_call_id": call_id}
         else:
             turn = said("user", f"{session} {role} {stage}")
         turns = [*turns, turn]
