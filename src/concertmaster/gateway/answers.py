@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-from concertmaster.gateway.apis.anthropic_answer import worded
 from concertmaster.gateway.openai_api import error_body
 
 JSON = "application/json"
@@ -18,14 +17,8 @@ def json_answer(content: object) -> Response:
 
 
 def problem_answer(
-    status: int,
-    message: str,
-    code: str,
-    headers: Mapping[str, str] | None = None,
-    *,
-    target: bytes = b"",
+    status: int, message: str, code: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Answer with an error, in the words of the API that its target belongs to."""
+    """Answer with an error."""
     body = error_body(message, _KINDS.get(status, "invalid_request_error"), code=code)
-    status, body = worded(target, status, body)
     return Response(body, status_code=status, headers=headers, media_type=JSON)

@@ -17,6 +17,7 @@ from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import Replica
 from concertmaster.core.request import WorkflowId
 from concertmaster.gateway.answers import JSON, json_answer, problem_answer
+from concertmaster.gateway.apis.anthropic_answer import speaks, worded
 from concertmaster.gateway.apis.desk import PATHS
 from concertmaster.gateway.apis.responses_store import owner_of
 from concertmaster.gateway.decisions_api import DecisionRoutes
@@ -257,14 +258,28 @@ def _success_in(body: bytes) -> float | None:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path, target = f"{request.method} {request.url.path}", request.scope["raw_path"]
+    path = f"{request.method} {request.url.path}"
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "GET")
-        message, headers = f"{path}: expected {allowed}", {"allow": allowed}
-        return problem_answer(405, message, "method_not_allowed", headers, target=target)
-    message = f"{path}: no such address"
-    return problem_answer(error.status_code, message, "not_found", target=target)
+        message = f"{path}: expected {allowed}"
+        answer = problem_answer(405, message, "method_not_allowed", {"allow": allowed})
+    else:
+        answer = problem_answer(error.status_code, f"{path}: no such address", "not_found")
+    return _reworded(request, answer)
 
 
-async def _internal_error(_: Request, __: Exception) -> Response:
-    return problem_answer(500, "internal error; the log says more", "internal")
+async def _internal_error(request: Request, _: Exception) -> Response:
+    answer = problem_answer(500, "internal error; the log says more", "internal")
+    return _reworded(request, answer)
+
+
+def _reworded(request: Request, answer: Response) -> Response:
+    """Return an error in the words of the API that was asked."""
+    target = request.scope["raw_path"]
+    if not speaks(target):
+        return answer
+    name = request.scope["name"]()
+    status, body = worded(target, answer.status_code, bytes(answer.body), name)
+    kept = {key: value for key, value in answer.headers.items() if key == "allow"}
+    headers = {**kept, "request-id": name}
+    return Response(body, status_code=status, headers=headers, media_type=JSON)

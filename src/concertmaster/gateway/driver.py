@@ -213,6 +213,10 @@ class Gateway:
             self._end(exchange, 499)
             self.feed(RequestCancelled(exchange.request.request_id))
 
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what to call a message that becomes no call."""
+        return self._intake.name(headers)
+
     def take(self, agent: AgentConnection, message: Message) -> None:
         """Answer a message: a call goes to the core, all else through the side door."""
         chat = _CALL_PATHS.get(message.target.partition(b"?")[0])
@@ -221,7 +225,8 @@ class Gateway:
             return
         caller: Caller = agent if chat is not None else self.apis.caller(agent, message)
         if self.draining or self._guard.shedding.refuses_all():
-            self._refusals.refuse_unread(caller, draining=self.draining, guard=self._guard.shedding)
+            name, shedding = self.name(message.headers), self._guard.shedding
+            self._refusals.refuse_unread(caller, name, draining=self.draining, guard=shedding)
             return
         now_s, teaches = self._clock(), True
         try:
@@ -238,10 +243,7 @@ class Gateway:
                 reads_prompts=self._forecaster.reads_prompts,
             )
         except CallerError as error:
-            status, body = openai_api.caller_error(error)
-            self.metrics.answered(status, 0.0)
-            caller.write(openai_api.response(status, body, error.headers))
-            caller.finished(keep_alive=True)
+            self._refusals.refuse_caller(caller, error, self.name(message.headers))
             return
         agent.exchange, exchange.teaches = exchange, teaches
         exchange.may_hold = exchange.streams and message.takes_chunks
@@ -338,9 +340,7 @@ class Gateway:
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
         self._guard.served(ReplicaId(exchange.replica_id))
         if exchange.tool_call_ids:
-            self._intake.note_tool_calls(
-                exchange.tool_call_ids, request.workflow_id, request.stage or 0
-            )
+            self._intake.note_tool_calls(exchange.tool_call_ids, request)
         if exchange.status == 200:
             pool = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool
             completion = Completion(

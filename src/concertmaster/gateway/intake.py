@@ -1,13 +1,13 @@
 """A message becomes a call: its prompt, whose workflow it belongs to, what it allows."""
 
 import itertools
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
-from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId
 from concertmaster.gateway import heads, openai_api
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.exchange import Caller, Exchange
-from concertmaster.gateway.identity import Identity, Normalizer, with_hints
+from concertmaster.gateway.identity import MAX_ID_CHARS, Identity, Normalizer, with_hints
 from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.openai_api import CallBody
@@ -55,11 +55,15 @@ class Intake:
         headers = message.headers
         text = call.text()
         hashes = openai_api.prefix_hashes(text)
-        identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
+        quota = message.quota
+        tenant = "" if quota is None else quota.tenant
+        request_id = self.name(headers)
+        while request_id in taken:
+            request_id = self.name({})
+        identity = self._normalizer.identify(headers, call) or self._inference.infer(
+            text, request_id=request_id, tenant=tenant, now_s=now_s
+        )
         identity = with_hints(headers, call, identity)
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        while not request_id or request_id in taken:
-            request_id = f"cm-{next(self._numbers)}"
         models = call.models() or self._chat_models
         request = Request(
             request_id=RequestId(request_id),
@@ -77,6 +81,8 @@ class Intake:
             service_class=identity.service_class,
             prefix_hashes=hashes,
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
+            tenant=tenant,
+            tenant_weight=1.0 if quota is None else quota.weight,
         )
         exchange = Exchange(
             request,
@@ -89,14 +95,23 @@ class Intake:
         exchange.response_headers = heads.identity_headers(request_id, identity)
         if reads_prompts:
             exchange.prompt = read_prompt(call)
-        if message.quota is not None:
-            exchange.response_headers += message.quota.begin(request.prompt_tokens)
-            exchange.quota = message.quota
+        if quota is not None:
+            exchange.response_headers += quota.begin(request.prompt_tokens)
+            exchange.quota = quota
         self._metrics.opened(exchange, message)
         return exchange, identity
 
-    def note_tool_calls(
-        self, tool_call_ids: Iterable[bytes], workflow_id: WorkflowId, stage: int
-    ) -> None:
-        """Remember which workflow tools were asked for by: their results come without a name."""
-        self._inference.note_tool_calls(tool_call_ids, workflow_id, stage)
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what a caller calls its message, else a name that is fresh."""
+        given = headers.get(b"x-request-id", b"")[:MAX_ID_CHARS].decode("latin-1")
+        return given or f"cm-{next(self._numbers)}"
+
+    def note_tool_calls(self, tool_call_ids: Iterable[bytes], request: Request) -> None:
+        """Remember which call tools were asked for by: their results come without a name."""
+        self._inference.note_tool_calls(
+            tool_call_ids,
+            request.workflow_id,
+            request.stage or 0,
+            request_id=request.request_id,
+            tenant=request.tenant,
+        )

@@ -114,9 +114,10 @@ class Keyring:
         for name, limits in tenants.items():
             quota = self._quotas.get(name)
             if quota is None:
-                self._quotas[name] = Quota(limits, self._clock)
+                quota = self._quotas[name] = Quota(limits, self._clock, name)
             else:
                 quota.limit(limits)
+            quota.shared = len(tenants) > 1
         self._good = {
             key.digest: Holder(key.digest, key.tenant, key.operator, self._quotas[key.tenant])
             for key in self._store.issued()

@@ -192,7 +192,9 @@ def tool_call_ids(data: bytes) -> list[bytes]:
 
 # Answers of our own
 
-GatewayReason: TypeAlias = Literal["saturated", "pool_full", "engines_failing", "timed_out"]
+GatewayReason: TypeAlias = Literal[
+    "saturated", "tenant_full", "pool_full", "engines_failing", "timed_out"
+]
 """Why the gateway itself refuses a call, which the core never hears of or hears cancelled."""
 
 Reason: TypeAlias = RejectReason | FailReason | GatewayReason
@@ -222,6 +224,12 @@ _REJECTIONS: Mapping[Reason, tuple[int, str, str, str]] = {
     "replica_died": (502, "server_error", "replica_died", "the replica died while it answered"),
     "engine_error": (502, "server_error", "engine_error", "the engine failed to answer"),
     "saturated": (503, "overloaded_error", "saturated", "the gateway has too many open calls"),
+    "tenant_full": (
+        429,
+        "rate_limit_error",
+        "tenant_full",
+        "too many calls of this tenant are open",
+    ),
     "pool_full": (429, "rate_limit_error", "pool_full", "too many calls wait for this model"),
     "engines_failing": (
         503,
@@ -268,11 +276,6 @@ def shut_down() -> Refusal:
     message = "the gateway is shutting down: try another one"
     body = error_body(message, "overloaded_error", code="shutting_down")
     return 503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
-
-
-def shutting_down() -> bytes:
-    """Answer a call that comes while the gateway drains."""
-    return response(*shut_down())
 
 
 def caller_error(error: CallerError) -> tuple[int, bytes]:
