@@ -136,6 +136,7 @@ def router(program: Path, name: str, *command: str) -> list[str]:
         "port": str(PORTS[name]),
         "policy": "round_robin",
         "log-level": "error",
+        "prometheus-port": str(PORTS[name] + 100),
     }
     pairs = [part for key, value in options.items() for part in (f"--{key}", value)]
     return [str(program), *command, *pairs]
