@@ -7,7 +7,7 @@ import re
 import socket
 import ssl
 import subprocess
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +272,8 @@ def test_a_client_that_does_not_get_on_is_told_so_and_cut_off(
             status, body = await wire.answer()
             assert status == 408
             assert json.loads(body)["error"]["message"] == f"{part}: expected within 0.1 s"
-            assert await wire.rest() == b""
+            with suppress(ConnectionResetError):  # it may be cut off amid a drop
+                assert await wire.rest() == b""
             dripping.cancel()
             assert len(upstream.heard) == again
 
