@@ -125,12 +125,14 @@ def serve(
             )
             admin.reload = reloader.reload
             try:
-                url = f"http{'s' if settings.tls_cert else ''}://{settings.host}:{bound}"
+                scheme = f"http{'s' if settings.tls_cert else ''}"
+                url = f"{scheme}://{settings.host}:{bound}"
+                page = f"{scheme}://{settings.admin}" if settings.admin else url
                 show.say(
                     show.console(),
                     f"{url}/v1   policy {settings.policy}   "
                     f"{len(urls)} replicas in {len(fleet.pools)} pools   "
-                    f"page {url}/   {'with keys' if settings.keys else 'loopback only, no keys'}"
+                    f"page {page}/   {'with keys' if settings.keys else 'loopback only, no keys'}"
                     "   stop with Ctrl-C",
                 )
                 async with followed(reloader):
