@@ -11,7 +11,7 @@ import httptools
 from concertmaster.core.errors import CallerError
 from concertmaster.gateway.apis.anthropic_answer import worded
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.openai_api import caller_error, error_body, response
+from concertmaster.gateway.openai_api import caller_error, error_body, internal_error, response
 from concertmaster.gateway.quotas import Quota
 
 _log = logging.getLogger(__name__)
@@ -319,8 +319,7 @@ class AgentConnection(asyncio.Protocol):
         if self.exchange is not None and (self.exchange.started or self.exchange.held):
             self.abort()
             return
-        body = error_body("internal error; the log says more", "server_error", code="internal")
-        self.write(response(500, body, close=True))
+        self.write(internal_error())
         self.close()
 
     def abort(self) -> None:

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -20,7 +20,7 @@ NEW, EXTENDS, ANSWERS_TOOL = 0.5, 0.9, 0.95
 """Confidence of a first call, of a prompt that extends another, of an answered tool call."""
 
 _MAX_TWINS = 16
-_LATEST = 8
+LATEST = 8
 """Messages at the end of a prompt whose tool calls are looked at."""
 
 _TOOL_CALL_ID = re.compile(rb'"tool_call_id"\s*:\s*"([^"]{1,128})"')
@@ -32,6 +32,38 @@ class _Place(NamedTuple):
 
     workflow_id: WorkflowId
     stage: int
+
+
+class Trail(Protocol):
+    """What is told of a prompt that names no workflow."""
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """Where each message ends, as a length and a checksum of all before."""
+
+    def tool_calls(self, known: int) -> Sequence[bytes]:
+        """Tool calls that the latest messages after the first ``known`` are about."""
+
+
+class PromptTrail:
+    """The trail of a prompt at hand.
+
+    Args:
+        text: Its raw JSON.
+    """
+
+    def __init__(self, text: memoryview) -> None:
+        self._messages = _messages(text)
+        self.ends: Sequence[int] = _ends(self._messages)
+
+    def tool_calls(self, known: int) -> Sequence[bytes]:
+        """Tool calls that the latest messages after the first ``known`` are about."""
+        fresh = self._messages[known:][-LATEST:]
+        return _TOOL_CALL_ID.findall(b"".join(map(bytes, fresh)))
+
+    def by_message(self, latest: int) -> list[list[bytes]]:
+        """Tool calls that each of the latest messages is about."""
+        return [_TOOL_CALL_ID.findall(bytes(one)) for one in self._messages[-latest:]]
 
 
 class WorkflowInference:
@@ -51,11 +83,13 @@ class WorkflowInference:
 
     def infer(self, text: memoryview) -> Identity:
         """Return the workflow that this prompt most likely goes on with, else a fresh one."""
-        messages = _messages(text)
-        ends = _ends(messages)
+        return self.follow(PromptTrail(text))
+
+    def follow(self, trail: Trail) -> Identity:
+        """Do so from what a prompt leaves of itself."""
+        ends = trail.ends
         known = self._longest(ends[:-1])
-        fresh = messages[known:][-_LATEST:]
-        ids = _TOOL_CALL_ID.findall(b"".join(map(bytes, fresh)))
+        ids = trail.tool_calls(known)
         asked = self._by_tool_call(ids)
         if known:
             place, confidence = self._extend(ends[known - 1], asked), EXTENDS

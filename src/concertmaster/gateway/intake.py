@@ -1,17 +1,15 @@
 """A message becomes a call: its prompt, whose workflow it belongs to, what it allows."""
 
 import itertools
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
-from concertmaster.gateway import heads, openai_api
-from concertmaster.gateway.agent import Message
-from concertmaster.gateway.exchange import Caller, Exchange
-from concertmaster.gateway.identity import Identity, Normalizer, with_hints
-from concertmaster.gateway.inference import WorkflowInference
+from concertmaster.gateway import heads
+from concertmaster.gateway.exchange import Exchange, Relay
+from concertmaster.gateway.identity import Identity, Normalizer
+from concertmaster.gateway.inference import Trail, WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
-from concertmaster.gateway.openai_api import CallBody
-from concertmaster.gateway.prompts import read_prompt
+from concertmaster.gateway.reading import Opened
 
 
 class Intake:
@@ -20,9 +18,16 @@ class Intake:
     Args:
         chat_models: Models that ``auto`` may mean; empty for all.
         metrics: Told of every call.
+        taken: Names of calls without an outcome.
     """
 
-    def __init__(self, chat_models: tuple[ModelName, ...], metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        chat_models: tuple[ModelName, ...],
+        metrics: GatewayMetrics,
+        taken: Container[RequestId],
+    ) -> None:
+        self._taken = taken
         self._chat_models = chat_models
         self._metrics = metrics
         self._normalizer = Normalizer()
@@ -32,42 +37,33 @@ class Intake:
     def open(
         self,
         now_s: float,
-        caller: Caller,
-        message: Message,
-        call: CallBody,
-        *,
-        taken: Container[RequestId],
-        reads_prompts: bool,
+        opened: Opened,
+        trail: Callable[[], Trail],
+        relay: Relay | None = None,
     ) -> tuple[Exchange, Identity]:
         """Return the call of a message, and who sent it.
 
         Args:
             now_s: The instant.
-            caller: Who waits for the answer.
-            message: What the engine is to be sent.
-            call: What its body says.
-            taken: Names of calls without an outcome.
-            reads_prompts: Whether the predictor wants to see the prompt.
+            opened: The message, as it was read.
+            trail: Makes what is told of its prompt, where it names no workflow.
+            relay: The process that moves its bytes; ``None`` for this one.
 
         Raises:
-            CallerError: A header of ours, or the model, is wrong, or its tenant is at a limit.
+            QuotaError: Its tenant is at a limit.
         """
-        headers = message.headers
-        text = call.text()
-        hashes = openai_api.prefix_hashes(text)
-        identity = self._normalizer.identify(headers, call) or self._inference.infer(text)
-        identity = with_hints(headers, call, identity)
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        while not request_id or request_id in taken:
+        caller, message, reading, _ = opened
+        identity = self._identity(reading.identity, trail)
+        request_id = message.headers.get(b"x-request-id", b"").decode("latin-1")
+        while not request_id or request_id in self._taken:
             request_id = f"cm-{next(self._numbers)}"
-        models = call.models() or self._chat_models
         request = Request(
             request_id=RequestId(request_id),
             workflow_id=identity.workflow_id,
             arrival_s=now_s,
-            prompt_tokens=openai_api.prompt_tokens(text),
-            max_output_tokens=call.max_output_tokens(),
-            models=models,
+            prompt_tokens=reading.prompt_tokens,
+            max_output_tokens=reading.max_output_tokens,
+            models=reading.models or self._chat_models,
             role=identity.role,
             app=identity.app,
             template=identity.template,
@@ -75,25 +71,36 @@ class Intake:
             stage=identity.stage,
             parents=identity.parents,
             service_class=identity.service_class,
-            prefix_hashes=hashes,
+            prefix_hashes=reading.prefix_hashes,
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
         )
         exchange = Exchange(
             request,
             caller,
-            heads.engine_head(message, request_id),
+            b"" if relay is not None else heads.engine_head(message, request_id),
             message.body,
-            model_named=call.model if isinstance(call.model, str) else "",
-            streams=bool(call.stream),
+            model_named=reading.model_named,
+            streams=reading.streams,
         )
+        exchange.relay, exchange.prompt, exchange.teaches = relay, reading.prompt, reading.teaches
+        exchange.may_hold = reading.streams and message.takes_chunks
         exchange.response_headers = heads.identity_headers(request_id, identity)
-        if reads_prompts:
-            exchange.prompt = read_prompt(call)
         if message.quota is not None:
             exchange.response_headers += message.quota.begin(request.prompt_tokens)
             exchange.quota = message.quota
         self._metrics.opened(exchange, message)
         return exchange, identity
+
+    def _identity(self, told: Identity, trail: Callable[[], Trail]) -> Identity:
+        if told.workflow_id:
+            return self._normalizer.rooted(told)
+        inferred = self._inference.follow(trail())
+        return told._replace(
+            workflow_id=inferred.workflow_id,
+            stage=inferred.stage if told.stage is None else told.stage,
+            confidence=inferred.confidence,
+            dialect=inferred.dialect,
+        )
 
     def note_tool_calls(
         self, tool_call_ids: Iterable[bytes], workflow_id: WorkflowId, stage: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from concertmaster.core.errors import CallerError
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway import openai_api, stream
 from concertmaster.gateway.exchange import Caller, Exchange
@@ -100,3 +101,11 @@ class Refusals:
             headers.append((b"x-request-id", exchange.request.request_id.encode("latin-1")))
             exchange.caller.write(openai_api.response(status, body, headers))
         exchange.caller.finished(keep_alive=True)
+
+
+def tell_mistake(caller: Caller, error: CallerError, count: Callable[[int, float], None]) -> None:
+    """Answer a call that cannot be taken because of how it was made."""
+    status, body = openai_api.caller_error(error)
+    count(status, 0.0)
+    caller.write(openai_api.response(status, body, error.headers))
+    caller.finished(keep_alive=True)
