@@ -74,7 +74,6 @@ class Overseer:
             return await self._oversee(port)
 
     async def _oversee(self, port: int) -> int:
-        loop = asyncio.get_running_loop()
         for name in self._commands:
             await self._start(name)
         try:
@@ -82,16 +81,23 @@ class Overseer:
             if code is not None:
                 return code
             self._ready(port)
-            loop.add_signal_handler(signal.SIGHUP, self._read_again)
-            watches = [asyncio.create_task(self._watch(name)) for name in self._commands]
-            await self._stopped.wait()
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
+            await self._keep_running()
         finally:
-            loop.remove_signal_handler(signal.SIGHUP)
             await self._end()
         return 0
+
+    async def _keep_running(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self._read_again)
+        stopping = asyncio.create_task(self._stopped.wait())
+        watches = [asyncio.create_task(self._watch(name)) for name in self._commands]
+        try:
+            await asyncio.wait([stopping, *watches], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            loop.remove_signal_handler(signal.SIGHUP)
+            for task in (stopping, *watches):
+                task.cancel()
+            await asyncio.gather(stopping, *watches, return_exceptions=True)
 
     async def _begin(self) -> int | None:
         """Wait until all workers listen; return the exit code if that will not be."""
@@ -125,7 +131,7 @@ class Overseer:
         while True:
             process = self._processes[name]
             code = await process.wait()
-            facts = {"event": "process_ended", "process": name, "pid": process.pid, "code": code}
+            facts = {"event": "process_ended", "part": name, "pid": process.pid, "code": code}
             _log.error("%s ended with %d, starting it again", name, code, extra=facts)
             await asyncio.sleep(RESTART_S)
             await self._start(name)

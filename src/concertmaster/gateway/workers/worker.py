@@ -9,11 +9,13 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import uvloop
 
+from concertmaster.config import GatewaySection
 from concertmaster.gateway.agent import Patience, hurry, see_off
 from concertmaster.gateway.keyring import KeyCheck
 from concertmaster.gateway.reach import tls_of
@@ -29,6 +31,7 @@ from concertmaster.observe.logs import log_to
 LOOK_S = 0.05
 DRAIN_S = 30.0
 LISTENING = b"listening\n"
+_OUTPUT = 1
 
 
 class Worker:
@@ -37,12 +40,15 @@ class Worker:
     Args:
         folder: Has the scheduler's sockets.
         number: Its name.
+
+    Attributes:
+        carrier: Its desk; ``None`` until the scheduler has told the rules.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder = folder
         self._number = number
-        self._carrier: Carrier | None = None
+        self.carrier: Carrier | None = None
         self._rules: asyncio.Future[Rules] = asyncio.get_running_loop().create_future()
         self._lost = asyncio.Event()
 
@@ -68,16 +74,21 @@ class Worker:
         assert isinstance(frame, Rules), "a scheduler tells the rules first"
         if not self._rules.done():
             self._rules.set_result(frame)
-        if self._carrier is None:
-            self._carrier = Carrier(frame, SideRelay(self._folder / SIDE_SOCKET))
-        self._carrier.hear(wire, frame)
-        self._carrier.connected(wire)
-        wire.hear = self._carrier.hear
+        if self.carrier is None:
+            self.carrier = Carrier(frame, SideRelay(self._folder / SIDE_SOCKET))
+        self.carrier.hear(wire, frame)
+        self.carrier.connected(wire)
+        wire.hear = self.carrier.hear
 
     def _lose(self, _: Wire[FromScheduler]) -> None:
-        if self._carrier is not None:
-            self._carrier.orphaned()
+        if self.carrier is not None:
+            self.carrier.orphaned()
         self._lost.set()
+
+    @property
+    def settings(self) -> GatewaySection:
+        """What the rules say first."""
+        return self._rules.result().settings
 
     async def has_rules(self, stopped: asyncio.Event) -> bool:
         """Wait for the rules, or until told to stop before."""
@@ -86,12 +97,10 @@ class Worker:
         ending.cancel()
         return self._rules.done()
 
-    async def serve(self, stopped: asyncio.Event) -> None:
-        """Listen until told to stop; then let calls end."""
-        rules = self._rules.result()
-        assert self._carrier is not None
-        carrier, settings = self._carrier, rules.settings
-        log_to(settings.log)
+    async def serve(self, stopped: asyncio.Event, listening: Callable[[], object]) -> None:
+        """Listen, tell so, and go on until told to stop; then let calls end."""
+        rules, settings, carrier = self._rules.result(), self.settings, self.carrier
+        assert carrier is not None, "the rules come first"
         async with AsyncExitStack() as stack:
             keyring = await stack.enter_async_context(keyring_of(settings.keys))
             judge = None if keyring is None else KeyCheck(keyring, carrier.count)
@@ -100,7 +109,7 @@ class Worker:
             patience = Patience(settings.head_timeout_s, settings.body_timeout_s)
             duties = (carrier.watch(), carrier.sweep(), hurry(carrier.agents, patience))
             tasks = [asyncio.create_task(duty) for duty in duties]
-            os.write(1, LISTENING)
+            listening()
             await stopped.wait()
             server.close()
             await _drain(carrier)
@@ -124,7 +133,8 @@ async def run(folder: Path, number: int) -> None:
     touch = asyncio.create_task(worker.keep_in_touch())
     try:
         if await worker.has_rules(stopped):
-            await worker.serve(stopped)
+            log_to(worker.settings.log)
+            await worker.serve(stopped, lambda: os.write(_OUTPUT, LISTENING))
     finally:
         touch.cancel()
 
