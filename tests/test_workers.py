@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from concertmaster.gateway.workers.carrier import Carrier, _trail
 from concertmaster.gateway.workers.frames import Frame, FromWorker, Gone, Progress, Say
 from concertmaster.gateway.workers.wire import Wire
 from concertmaster.serving import check_workers
-from crew import Crew, over_engines, over_upstreams
+from crew import over_engines, over_upstreams
 from gateway_rig import (
     CHAT,
     STREAM_HEAD,
@@ -34,6 +35,8 @@ from gateway_rig import (
     says_hello,
     until,
 )
+from gateway_rig import Wire as Line
+from test_engine_watch import _certificate
 from test_gateway_keys import Safe
 
 
@@ -187,16 +190,14 @@ def test_requests_in_flight_are_counted_over_all_workers(tmp_path: Path) -> None
     ("call", "status", "code"),
     [
         (a_call(model="other"), 404, "model_not_found"),
-        (a_call(max_tokens=0), 400, None),
-        (a_message("POST", CHAT, b"{"), 400, None),
-        (a_message("POST", CHAT, b"{}", {"x-concertmaster-stage": "x"}), 400, None),
+        (a_call(max_tokens=0), 400, "invalid_request"),
+        (a_message("POST", CHAT, b"{"), 400, "invalid_request"),
+        (a_message("POST", CHAT, b"{}", {"x-concertmaster-stage": "x"}), 400, "invalid_request"),
         (a_message("GET", CHAT), 405, "method_not_allowed"),
         (a_message("POST", "/nowhere"), 404, "not_found"),
     ],
 )
-def test_a_call_that_cannot_be_served_is_told_why(
-    call: bytes, status: int, code: str | None
-) -> None:
+def test_a_call_that_cannot_be_served_is_told_why(call: bytes, status: int, code: str) -> None:
     async def main() -> None:
         async with over_upstreams() as (crew, upstream):
             wire = await crew.wire(1)
@@ -376,7 +377,7 @@ def test_without_a_scheduler_calls_are_refused_and_those_at_engines_end() -> Non
             waits.send(a_call(stream=True))
             await until(lambda: carrier.open_calls == 2)
             crew.lose_scheduler()
-            await until(lambda: carrier._wire is None)
+            await until(lambda: len(carrier._orphans) == 2)
             body = await streams.reader.readuntil(b"0\r\n\r\n")
             assert body.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
             await until(lambda: carrier._wire is not None)
@@ -452,6 +453,23 @@ def test_a_larger_limit_reaches_workers_while_they_serve() -> None:
             wire = await crew.wire(0)
             wire.send(big)
             assert (await wire.answer())[0] == 200
+
+    play(main())
+
+
+def test_each_worker_speaks_tls(tmp_path: Path) -> None:
+    certificate, key = _certificate(tmp_path)
+    trust = ssl.create_default_context(cafile=certificate)
+    trust.check_hostname = False
+
+    async def main() -> None:
+        async with over_upstreams(tls_cert=str(certificate), tls_key=str(key)) as (crew, _):
+            for _ in range(6):
+                wire = Line(*await asyncio.open_connection("127.0.0.1", crew.rig.port, ssl=trust))
+                wire.send(a_call())
+                assert (await wire.answer())[0] == 200
+                await wire.close()
+            await crew.idle()
 
     play(main())
 
