@@ -127,7 +127,8 @@ def played(workers: int, file: FleetFile, workload: Workload, folder: Path) -> R
 def quality(options: argparse.Namespace) -> None:
     """Print makespans of one process and of two workers."""
     file = msgspec.structs.replace(
-        fleet_file(), emulator=msgspec.structs.replace(fleet_file().emulator, speedup=10.0)
+        fleet_file(),
+        emulator=msgspec.structs.replace(fleet_file().emulator, speedup=options.speedup),
     )
     figures: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as name:
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workflows", type=int, default=150)
     parser.add_argument("--rate", type=float, default=1.2, help="workflows a second")
+    parser.add_argument("--speedup", type=float, default=4.0, help="of the emulated engines")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--connections", type=int, default=32)
