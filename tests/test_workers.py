@@ -219,6 +219,10 @@ def test_what_is_no_call_is_answered_by_the_scheduler_and_liveness_by_each() -> 
             for path in ("/livez", "/readyz", "/v1/models", "/state"):
                 wire.send(a_message("GET", path))
                 assert (await wire.answer())[0] == 200
+            wire.send(a_message("HEAD", "/v1/models"))
+            assert b"200 OK" in await wire.head()
+            wire.send(a_message("GET", "/v1/models"))
+            assert b'"auto"' in (await wire.answer())[1]
             await until(lambda: crew.hub.lines[1].cpu_s > 0)
             text = (await crew.rig.ask("GET", "/metrics")).body.decode()
             for number in (0, 1):

@@ -20,7 +20,9 @@ ELSEWHERE = Request(
 )
 """Stands for a call that another process knows."""
 
-_DROPPED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"content-length"})
+_DROPPED = frozenset(
+    {b"connection", b"content-length", b"expect", b"keep-alive", b"transfer-encoding", b"upgrade"}
+)
 
 
 class SideRelay:
@@ -60,7 +62,7 @@ class _Answer(asyncio.Protocol):
         self._agent = agent
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
-        self._begun = self._done = False
+        self._begun = self._done = self._bodiless = False
         self.paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -73,13 +75,18 @@ class _Answer(asyncio.Protocol):
         exchange = Exchange(ELSEWHERE, self._agent, b"", b"", model_named="", streams=False)
         exchange.engine = self
         self._agent.exchange = exchange
+        self._bodiless = message.method == b"HEAD"
         self._transport.write(_as_http(message))
 
     # httptools callbacks
 
+    def on_headers_complete(self) -> None:
+        """Note that an answer without a body is whole."""
+        self._done = self._bodiless
+
     def on_message_complete(self) -> None:
         """Note that the answer is whole."""
-        self._done = self._parser.get_status_code() >= 200
+        self._done = True
 
     # asyncio callbacks
 
