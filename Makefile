@@ -18,6 +18,11 @@ SEED ?=
 chaos: setup ## faults against a live gateway; SEED and DURATION (seconds) set the plan
 	CHAOS_DURATION_S=$(DURATION) CHAOS_SEED=$(SEED) $(BIN)/pytest -s tests/chaos/test_chaos.py
 
+CALLS ?= 200000
+.PHONY: soak
+soak: setup ## CALLS at full speed against a live gateway with everything on: nothing of it may grow
+	SOAK_CALLS=$(CALLS) $(BIN)/pytest -s tests/soak
+
 .PHONY: setup store demo check lint types layers test fix bench golden docs
 setup: .venv/.ready ## make the environment in .venv
 
@@ -65,14 +70,14 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/engine_model.py
 	$(BIN)/python benchmarks/parity.py
 
-NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fleet.py hbm.py ladder.py memory.py outlook.py prefill_share.py promise.py queue.py \
+NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fair_share.py fleet.py hbm.py ladder.py memory.py outlook.py prefill_share.py promise.py queue.py \
   reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py weighing.py window.py \
   workflow.py) \
   policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
-  $(addprefix gateway/,agent.py alarm.py dispatching.py driver.py exchange.py heads.py inference.py intake.py \
-  stream.py upstream.py)
+  $(addprefix gateway/,agent.py alarm.py dispatching.py driver.py exchange.py growth.py heads.py inference.py intake.py \
+  stream.py trails.py upstream.py)
 
 .PHONY: native test-native
 native: setup ## compile the hot path into .native (needs a C compiler); run with PYTHONPATH=.native

@@ -1,5 +1,5 @@
 # ruff: noqa: INP001  # a script beside the pages it writes into, not a package
-"""Writes what can be generated: help into the page of commands, and the schemas of files.
+"""Writes what can be generated: help into the page of commands, schemas, the OpenAPI document.
 
 ``python docs/generate.py`` rewrites; with ``--check`` it fails if a page is stale.
 """
@@ -15,6 +15,7 @@ import typer
 from concertmaster.cli import app
 from concertmaster.config import EngineFile, FleetFile
 from concertmaster.config_files import schema
+from concertmaster.gateway.openapi import document
 
 DOCS = Path(__file__).parent
 CLI_PAGE = DOCS / "cli.md"
@@ -57,6 +58,7 @@ def wanted() -> dict[Path, str]:
     schemas = {"fleet": FleetFile, "engine": EngineFile}
     return {
         CLI_PAGE: filled(CLI_PAGE.read_text(), cli_help()),
+        DOCS / "openapi.json": json.dumps(document(), indent=1) + "\n",
         **{
             DOCS / f"{name}.schema.json": json.dumps(schema(kind), indent=2) + "\n"
             for name, kind in schemas.items()

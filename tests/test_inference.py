@@ -2,11 +2,18 @@ import json
 import random
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from concertmaster.gateway.identity import Identity
-from concertmaster.gateway.inference import ANSWERS_TOOL, EXTENDS, NEW, WorkflowInference
+from concertmaster.gateway.inference import (
+    ANSWERS_TOOL,
+    EXTENDS,
+    GROWS,
+    NEW,
+    WorkflowInference,
+)
 
 Message = dict[str, Any]
 
@@ -205,6 +212,77 @@ def test_twins_are_told_apart_by_the_tool_calls_of_their_answers() -> None:
         call = f"call_{number}"
         found = infer(inference, [SYSTEM, user("same"), asks_tool(call), tool(call)])
         assert found.workflow_id == ids[number]
+
+
+def named(inference: WorkflowInference, name: str, prompt: object, **more: Any) -> Identity:  # noqa: ANN401
+    text = memoryview(json.dumps(prompt).encode())
+    return inference.infer(text, request_id=name, **more)
+
+
+def test_what_a_call_goes_on_with_is_its_parent() -> None:
+    inference = WorkflowInference()
+    prompt = [user("goal")]
+    began = named(inference, "a", prompt)
+    prompt += [assistant("ok"), user("more")]
+    then = named(inference, "b", prompt)
+    inference.note_tool_calls([b"call_1"], then.workflow_id, 1, request_id="b")
+    last = named(inference, "c", [user("summary"), asks_tool("call_1"), tool("call_1")])
+
+    assert [one.parents for one in (began, then, last)] == [(), ("a",), ("b",)]
+
+
+SCRATCHPAD = "Task: find the largest file below /srv and say who owns it."
+
+
+@pytest.mark.parametrize("goal", [SCRATCHPAD, SCRATCHPAD * 5])
+@pytest.mark.parametrize("ends", ["", "]", '"', " \n"])
+def test_a_scratchpad_in_one_message_is_one_workflow(goal: str, ends: str) -> None:
+    inference = WorkflowInference()
+    text, ids = goal + ends, []
+    for turn in range(4):
+        told = named(inference, str(turn), [SYSTEM, user(text)])
+        ids.append(told.workflow_id)
+        assert (told.stage, told.confidence) == (turn, GROWS if turn else NEW)
+        text += f"\n> du {turn}\n{turn} MB{ends}"
+    assert len(set(ids)) == 1
+
+
+def test_a_text_is_gone_on_with_after_a_whole_word_and_if_it_is_long_enough() -> None:
+    inference = WorkflowInference()
+    for first, then in ((SCRATCHPAD[:-1], SCRATCHPAD[:-1] + "s"), ("go", "go on")):
+        prompts = ([user(first)], [user(then)])
+        ids = {infer(inference, prompt).workflow_id for prompt in prompts}
+        assert len(ids) == 2
+
+
+def test_a_scratchpad_behind_another_system_prompt_is_another_workflow() -> None:
+    inference = WorkflowInference()
+    began = infer(inference, [SYSTEM, user(SCRATCHPAD)])
+    other = infer(inference, [user("be brief"), user(SCRATCHPAD + "\n> ls")])
+
+    assert other.workflow_id != began.workflow_id
+
+
+def test_of_twins_the_odds_are_told_and_those_gone_on_with_or_silent_are_none() -> None:
+    inference = WorkflowInference()
+    first, then = [user("same")], [user("same"), assistant("x"), user("on")]
+    silent = named(inference, "a", first, now_s=0.0)
+    twins = [named(inference, name, first, now_s=700.0) for name in "bc"]
+    told = [named(inference, f"{i}", [*then, user(str(i))], now_s=710.0) for i in range(2)]
+
+    assert [one.workflow_id for one in told] == [twin.workflow_id for twin in twins]
+    assert [one.confidence for one in told] == [EXTENDS / 2, EXTENDS]
+    fresh = named(inference, "d", first, now_s=720.0)
+    late = named(inference, "e", [*then, user("late")], now_s=730.0)
+    assert late.workflow_id == fresh.workflow_id != silent.workflow_id
+
+
+def test_growing_texts_are_bounded_in_number() -> None:
+    inference = WorkflowInference(max_prompts=100)
+    for number in range(300):
+        infer(inference, [user(f"{number} " * 60)])
+        infer(inference, [user(SCRATCHPAD + "x" * number)])
+    assert len(inference._growth) <= 100
 
 
 def edges(*, goals: int, notes_answers: bool) -> tuple[float, float]:

@@ -71,7 +71,7 @@ def test_a_lane_does_not_hoard_calls_that_are_gone() -> None:
             lane.remove(call)
 
     assert len(lane) == 1
-    assert len(lane._heap) < 100
+    assert len(lane._heaps[""]) < 100
 
 
 def test_a_call_that_comes_back_under_its_name_is_not_mistaken_for_the_old_one() -> None:

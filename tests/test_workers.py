@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from concertmaster.config_files import load_fleet
 from concertmaster.core.errors import InputError
-from concertmaster.gateway.inference import LATEST, PromptTrail
-from concertmaster.gateway.workers.carrier import Carrier, _trail
+from concertmaster.gateway.trails import LATEST, MOST_GROWING, PromptTrail
+from concertmaster.gateway.workers.carrier import Carrier, _told
 from concertmaster.gateway.workers.frames import Frame, FromWorker, Gone, Progress, Say
 from concertmaster.gateway.workers.wire import Wire
 from concertmaster.serving import check_workers
@@ -542,8 +542,11 @@ turns = st.fixed_dictionaries(
 @given(st.one_of(st.lists(turns, max_size=2 * LATEST), st.text(max_size=9)), st.integers(0, 20))
 def test_a_trail_that_is_told_says_what_the_prompt_does(prompt: object, known: int) -> None:
     text = memoryview(json.dumps(prompt).encode())
-    told, here = _trail(text), PromptTrail(text)
+    here = PromptTrail(text, "team")
+    told = _told(here)
     assert list(told.ends) == list(here.ends)
+    assert told.last == here.last
+    assert (len(told.last) > 0) == (len(told.ends) <= MOST_GROWING)
     if known <= len(here.ends):
         assert list(told.tool_calls(known)) == list(here.tool_calls(known))
 

@@ -1,4 +1,4 @@
-"""Gateway overhead beside sglang-router, LiteLLM and nginx: one upstream, one run, in turn.
+"""Gateway overhead beside other routers and nginx: one upstream, one run, in turn.
 
 Each round loads every proxy once, so that a drift of the machine's speed meets all of them.
 Figures are medians over rounds; added latency is a proxy's percentile minus the direct one.
@@ -19,8 +19,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
+
+from concertmaster.state.key_file import KeyFile
+from concertmaster.state.keys import new_key
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / ".native"
@@ -33,7 +37,21 @@ PORTS = {
     "litellm": 9904,
     "nginx": 9905,
     "compiled": 9906,
+    "vllm-router": 9907,
+    "smg": 9908,
+    "relay": 9909,
+    "scheduling": 9910,
+    "everything": 9911,
+    "compiled-everything": 9912,
 }
+VARIANTS: Mapping[str, tuple[str, str]] = {
+    "concertmaster": ("least-tokens", ""),
+    "relay": ("round-robin", 'models = "recent"'),
+    "scheduling": ("least-tokens+las", 'models = "recent"'),
+    "everything": ("least-tokens+las", 'keys = "{folder}/keys"\nreceipts = "{folder}/{name}"'),
+}
+"""Policy and further settings. Lengths seen lately are the least that can be forecast."""
+
 START_TIMEOUT_S = 90.0
 
 NGINX = """
@@ -69,24 +87,18 @@ def commands(peers: Path, folder: Path) -> dict[str, list[str]]:
     )
     (folder / "litellm.yaml").write_text(LITELLM.format(upstream=UPSTREAM_PORT))
     python = Path(sys.executable)
+    compiled = ["/usr/bin/env", f"PYTHONPATH={NATIVE}"]
     all_of_them = {
         "direct": [str(python), str(HERE / "upstream.py"), str(UPSTREAM_PORT)],
-        "concertmaster": serve(python, PORTS["concertmaster"]),
-        "compiled": ["/usr/bin/env", f"PYTHONPATH={NATIVE}", *serve(python, PORTS["compiled"])],
-        "sglang-router": [
-            str(peers / "bin/sglang-router"),
-            "launch",
-            "--worker-urls",
-            f"http://127.0.0.1:{UPSTREAM_PORT}",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(PORTS["sglang-router"]),
-            "--policy",
-            "round_robin",
-            "--log-level",
-            "error",
+        **{name: serve(python, folder, name) for name in VARIANTS},
+        "compiled": [*compiled, *serve(python, folder, "concertmaster", "compiled")],
+        "compiled-everything": [
+            *compiled,
+            *serve(python, folder, "everything", "compiled-everything"),
         ],
+        "sglang-router": router(peers / "bin/sglang-router", "sglang-router", "launch"),
+        "smg": router(peers / "bin/smg", "smg", "launch"),
+        "vllm-router": router(peers / "bin/vllm-router", "vllm-router"),
         "litellm": [
             str(peers / "bin/litellm"),
             "--config",
@@ -99,14 +111,43 @@ def commands(peers: Path, folder: Path) -> dict[str, list[str]]:
         "nginx": ["/usr/sbin/nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)],
     }
     if not NATIVE.exists():
-        del all_of_them["compiled"]
+        del all_of_them["compiled"], all_of_them["compiled-everything"]
     return {name: command for name, command in all_of_them.items() if Path(command[0]).exists()}
 
 
-def serve(python: Path, port: int) -> list[str]:
-    """Start our gateway on the benchmark's fleet."""
-    program, fleet = str(python.parent / "concertmaster"), str(HERE / "fleet.toml")
-    return [program, "serve", "-c", fleet, "--port", str(port)]
+def serve(python: Path, folder: Path, variant: str, name: str = "") -> list[str]:
+    """Start our gateway on the benchmark's fleet, as a variant has it."""
+    name = name or variant
+    policy, more = VARIANTS[variant]
+    text = (HERE / "fleet.toml").read_text()
+    named = text.replace('"least-tokens"', f'"{policy}"')
+    settings = more.format(folder=folder, name=f"{name}.sqlite")
+    fleet = folder / f"{name}.toml"
+    fleet.write_text(named.replace("[gateway]\n", f"[gateway]\n{settings}\n"))
+    program = str(python.parent / "concertmaster")
+    return [program, "serve", "-c", str(fleet), "--port", str(PORTS[name])]
+
+
+def router(program: Path, name: str, *command: str) -> list[str]:
+    """Start one of SGLang's router and its relatives, with its lightest policy."""
+    options = {
+        "worker-urls": f"http://127.0.0.1:{UPSTREAM_PORT}",
+        "host": "127.0.0.1",
+        "port": str(PORTS[name]),
+        "policy": "round_robin",
+        "log-level": "error",
+        "prometheus-port": str(PORTS[name] + 100),
+    }
+    pairs = [part for key, value in options.items() for part in (f"--{key}", value)]
+    return [str(program), *command, *pairs]
+
+
+def make_key(path: Path) -> str:
+    """Make the key that all callers send; who has no keys drops it."""
+    key, secret = new_key("benchmark", now_s=0.0)
+    with closing(KeyFile(path)) as store:
+        store.create(key)
+    return secret
 
 
 @contextlib.contextmanager
@@ -136,7 +177,7 @@ def wait_for(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
         json.dumps(body).encode(),
-        {"content-type": "application/json"},
+        {"content-type": "application/json", "x-api-key": os.environ["KEY"]},
     )
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s and process.poll() is None:
@@ -196,7 +237,7 @@ def measure(names: list[str], rounds: int, seconds: float) -> Rows:
                     figures = load(PORTS[name], connections, seconds, stream=kind == "stream")
                     rows.setdefault((kind, name, connections), []).append(figures)
                     print(
-                        f"round {one + 1} {kind} {connections:>2} {name:<14} "
+                        f"round {one + 1} {kind} {connections:>2} {name:<20} "
                         f"{figures['rps']:>9,.0f} rps",
                         file=sys.stderr,
                     )
@@ -208,7 +249,7 @@ def show(rows: Rows, names: list[str]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for kind, connections in (("json", 16), ("json", 64), ("stream", 16), ("stream", 64)):
         print(f"\n{kind}, {connections} connections")
-        print(f"{'':<16}{'req/s':>10}{'of ours':>9}{'added P50 ms':>14}{'added P99 ms':>14}")
+        print(f"{'':<20}{'req/s':>10}{'of ours':>9}{'added P50 ms':>14}{'added P99 ms':>14}")
         median = {
             name: {
                 key: statistics.median(row[key] for row in rows[kind, name, connections])
@@ -220,7 +261,7 @@ def show(rows: Rows, names: list[str]) -> dict[str, dict[str, float]]:
             mine, direct = median[name], median["direct"]
             ours = mine["rps"] / median["concertmaster"]["rps"]
             added = mine["p50_ms"] - direct["p50_ms"], mine["p99_ms"] - direct["p99_ms"]
-            print(f"{name:<16}{mine['rps']:>10,.0f}{ours:>9.3f}{added[0]:>14.3f}{added[1]:>14.3f}")
+            print(f"{name:<20}{mine['rps']:>10,.0f}{ours:>9.3f}{added[0]:>14.3f}{added[1]:>14.3f}")
             table[f"{kind}-{connections}-{name}"] = mine
     return table
 
@@ -238,6 +279,7 @@ def main() -> None:
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.environ["KEY"] = make_key(folder / "keys")
         found = commands(options.peers, folder)
         names = [
             name

@@ -2,5 +2,6 @@
 local stream = os.getenv("STREAM") == "1" and "true" or "false"
 wrk.method = "POST"
 wrk.headers["content-type"] = "application/json"
+wrk.headers["x-api-key"] = os.getenv("KEY")
 wrk.body = '{"model":"qwen2.5-7b-instruct","stream":' .. stream ..
   ',"max_tokens":64,"messages":[{"role":"user","content":"' .. string.rep("hello agent ", 42) .. '"}]}'

@@ -21,6 +21,9 @@ Tokens = Annotated[
 InFlight = Annotated[
     int | None, typer.Option("--in-flight", help="Requests at a time. Default: no limit.")
 ]
+Weight = Annotated[
+    int | None, typer.Option(help="Share beside other tenants while several wait. Default: 1.")
+]
 FILE = Path("keys.sqlite")
 
 
@@ -40,6 +43,7 @@ def create(
     requests_per_min: Requests = None,
     tokens_per_min: Tokens = None,
     in_flight: InFlight = None,
+    weight: Weight = None,
     file: File = FILE,
 ) -> None:
     """Make a key and print its secret, this once.
@@ -48,7 +52,7 @@ def create(
 
     Example: concertmaster keys create --tenant team-a --tokens-per-min 200000
     """
-    limits = _limits(requests_per_min, tokens_per_min, in_flight)
+    limits = _limits(requests_per_min, tokens_per_min, in_flight, weight)
     commands_keys.create(file=file, tenant=tenant, name=name, operator=operator, limits=limits)
 
 
@@ -59,13 +63,14 @@ def limit(
     requests_per_min: Requests = None,
     tokens_per_min: Tokens = None,
     in_flight: InFlight = None,
+    weight: Weight = None,
     file: File = FILE,
 ) -> None:
     """Set what a tenant may use, in place of all it was told before.
 
     Example: concertmaster keys limit --tenant team-a --in-flight 8
     """
-    limits = _limits(requests_per_min, tokens_per_min, in_flight)
+    limits = _limits(requests_per_min, tokens_per_min, in_flight, weight)
     commands_keys.limit(file=file, tenant=tenant, limits=limits)
 
 
@@ -92,8 +97,14 @@ def revoke(
 
 
 def _limits(
-    requests_per_min: int | None, tokens_per_min: int | None, in_flight: int | None
+    requests_per_min: int | None,
+    tokens_per_min: int | None,
+    in_flight: int | None,
+    weight: int | None,
 ) -> Limits:
     return Limits(
-        requests_per_min=requests_per_min, tokens_per_min=tokens_per_min, in_flight=in_flight
+        requests_per_min=requests_per_min,
+        tokens_per_min=tokens_per_min,
+        in_flight=in_flight,
+        weight=weight,
     )

@@ -71,7 +71,10 @@ def _limits(limits: Limits) -> str:
         (limits.tokens_per_min, "tokens/min"),
         (limits.in_flight, "in flight"),
     )
-    return ", ".join(f"{most} {unit}" for most, unit in parts if most is not None) or "none"
+    told = [f"{most} {unit}" for most, unit in parts if most is not None]
+    if limits.weight is not None:
+        told.append(f"weight {limits.weight}")
+    return ", ".join(told) or "none"
 
 
 def _date(instant_s: float | None) -> str:

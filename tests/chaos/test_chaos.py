@@ -91,8 +91,8 @@ async def ask(url: str, http: aiohttp.ClientSession, call: Transcript) -> Transc
             async for piece in answer.content.iter_any():
                 call = replace(call, body=call.body + piece)
             return replace(call, whole=True)
-    except aiohttp.ClientError:
-        return call
+    except aiohttp.ClientError as error:
+        return replace(call, error=repr(error))
 
 
 async def trouble(run: Run, steps: list[Step]) -> None:
@@ -212,6 +212,7 @@ REFUSED = b'{"error":{"message":"no","type":"server_error","param":null,"code":"
         ({"body": A + A + B + END, "whole": True}, "lost, doubled or moved"),
         ({"body": B + A + END, "whole": True}, "lost, doubled or moved"),
         ({"body": A + B + END, "whole": True, "took_s": 9.0}, "took 9.0 s"),
+        ({"body": A + B + END, "whole": True, "took_s": 9.0, "gateway_died": True}, ""),
         ({"status": 0}, "the gateway lived"),
         ({"status": 0, "gateway_died": True}, ""),
         ({"status": 0, "left": True}, ""),

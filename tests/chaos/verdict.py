@@ -19,6 +19,7 @@ class Transcript:
         whole: Whether the body ended as HTTP says it must.
         left: Whether the agent hung up.
         gateway_died: Whether the gateway was killed, or not back, while it waited.
+        error: What the client's library made of an answer that broke.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Transcript:
     whole: bool = False
     left: bool = False
     gateway_died: bool = False
+    error: str = ""
 
 
 class Verdict:
@@ -53,7 +55,7 @@ class Verdict:
         """Say what is wrong with an answer; empty if nothing is."""
         outcome, problem = self._judge(call)
         self.outcomes[outcome] += 1
-        if call.took_s > self._longest_s:
+        if call.took_s > self._longest_s and not call.gateway_died:  # it waits until that is back
             problem = problem or f"took {call.took_s:.1f} s, expected {self._longest_s:.1f} at most"
         return problem and f"{call.name}: {problem}"
 
@@ -61,7 +63,8 @@ class Verdict:
         if call.left:
             return "left", ""
         if not call.status:
-            return "no answer", "" if call.gateway_died else "no answer, and the gateway lived"
+            problem = f"no answer, and the gateway lived: {call.error} after {call.took_s:.1f} s"
+            return "no answer", "" if call.gateway_died else problem
         if call.status != 200:
             return f"refused {call.status}", _refusal_problem(call)
         if call.stream:

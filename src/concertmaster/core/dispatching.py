@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from concertmaster.core.actions import Action, Dispatch
+from concertmaster.core.fair_share import engine_s
 from concertmaster.core.fleet import InFlight, Pool, PoolId, Replica, ReplicaId
 from concertmaster.core.outlook import key_of
 from concertmaster.core.policy import Policy
@@ -90,18 +91,35 @@ class Dispatcher:
         lanes = [lane for lane in self._line.lanes.values() if self._may_move(lane, blocked)]
         while lanes:
             heads = [
-                (head.key, head.serial, lane, head)
-                for lane in lanes
-                if (head := lane.head(refresh))
+                (*lane.turn(head), lane, head) for lane in lanes if (head := lane.head(refresh))
             ]
-            _, _, lane, call = min(heads)
+            _, _, _, lane, call = min(heads)
             replicas = self.room_for(call, blocked)
             if replicas:
                 self._line.remove(call.request.request_id)
                 actions += self.place(now_s, call, replicas)
+                self._charge(call)
             else:
                 blocked.update(dict.fromkeys(lane.pools))
             lanes = [lane for lane in lanes if len(lane) and self._may_move(lane, blocked)]
+
+    def _charge(self, call: Waiting) -> None:
+        """Put a call that has waited, and was handed out, on its tenant's account."""
+        request = call.request
+        if not request.tenant:
+            return
+        replica = self._running[request.request_id][1]
+        in_flight = replica.in_flight[request.request_id]
+        call.charged_tokens = in_flight.expected_tokens
+        seconds = engine_s(replica.pool, in_flight.prefill_tokens, in_flight.expected_tokens)
+        self._line.shares.charge(replica.pool, request, seconds)
+
+    def _settle(self, call: Waiting, pool: Pool, streamed_tokens: int) -> None:
+        """Put right what a call was charged, by what it has written."""
+        charged_tokens, call.charged_tokens = call.charged_tokens, None
+        if charged_tokens is not None:
+            seconds = engine_s(pool, 0, streamed_tokens - charged_tokens)
+            self._line.shares.charge(pool, call.request, seconds)
 
     def _may_move(self, lane: Lane, blocked: dict[PoolId, None]) -> bool:
         return any(
@@ -221,6 +239,7 @@ class Dispatcher:
             return None
         call, replica = self._running.pop(request_id)
         released = replica.release(request_id)
+        self._settle(call, replica.pool, released.streamed_tokens)
         if finished and self._promises is not None:
             self._promises.learn(replica.pool, released)
         call.workflow.ends.pop(request_id, None)

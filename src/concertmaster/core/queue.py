@@ -9,7 +9,9 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
+from concertmaster.core.fair_share import FairShare
 from concertmaster.core.fleet import PoolId
 from concertmaster.core.forecast import UNKNOWN_OUTPUT_TOKENS, Forecast, Quantiles
 from concertmaster.core.ladder import NO_WORK, Ladder, Rank, Work
@@ -54,6 +56,7 @@ class Waiting:
         expires_s: When it is refused if still here.
         kv_level: Probability with which its answer shall fit the KV room promised to it.
         by_mean: Whether its output is taken to be the mean of the forecast, for certain.
+        charged_tokens: Output tokens that its tenant was charged; ``None`` if nothing was.
         owed_tokens: What its workflow needs from here on where it is to go, by forecast.
     """
 
@@ -68,6 +71,7 @@ class Waiting:
     by_mean: bool = False
     key: float = 0.0
     owed_tokens: int = 0
+    charged_tokens: int | None = None
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
     _sketches: dict[ModelName, Sketch] = field(default_factory=dict)
@@ -144,17 +148,25 @@ class Waiting:
         return max(self.expected_tokens(model), round(mean))
 
 
+_Heap: TypeAlias = list[tuple[float, int, Waiting]]
+
+
 class Lane:
-    """Waiting calls that may go to the same pools, in order.
+    """Waiting calls that may go to the same pools, in order; each tenant has a line of its own.
+
+    Args:
+        pools: Where they may go.
+        shares: Says whose turn it is.
 
     Attributes:
         tokens: What the workflows of those calls need from here on, by forecast.
     """
 
-    def __init__(self, pools: tuple[PoolId, ...]) -> None:
+    def __init__(self, pools: tuple[PoolId, ...], shares: FairShare | None = None) -> None:
         self.pools = pools
         self.tokens = 0
-        self._heap: list[tuple[float, int, Waiting]] = []
+        self._shares = shares or FairShare()
+        self._heaps: dict[str, _Heap] = {}
         self._waiting: dict[RequestId, Waiting] = {}
         self._ladders: dict[tuple[ModelName, bool], Ladder] = {}
 
@@ -172,16 +184,19 @@ class Lane:
         self._waiting[call.request.request_id] = call
         self.tokens += call.owed_tokens
         self._climb(call)
-        heapq.heappush(self._heap, (call.key, call.serial, call))
+        heap = self._heaps.setdefault(call.request.tenant, [])
+        heapq.heappush(heap, (call.key, call.serial, call))
 
     def remove(self, call: Waiting) -> None:
         """Take a call out, wherever it stands."""
         del self._waiting[call.request.request_id]
         self.tokens -= call.owed_tokens
         self._step_off(call)
-        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._waiting):
-            self._heap = [entry for entry in self._heap if entry[2] in self]
-            heapq.heapify(self._heap)
+        tenant = call.request.tenant
+        heap = self._heaps[tenant]
+        if len(heap) > 64 and len(heap) > 2 * len(self._waiting):
+            kept = self._heaps[tenant] = [entry for entry in heap if entry[2] in self]
+            heapq.heapify(kept)
 
     def head(self, current_key: Callable[[Waiting], float] | None) -> Waiting | None:
         """Return the call that goes next; keys that have grown are put right on the way.
@@ -189,7 +204,23 @@ class Lane:
         Args:
             current_key: Recomputes a key that may have grown since; ``None`` if keys stay.
         """
-        heap = self._heap
+        best: Waiting | None = None
+        best_rank = (0, 0.0, 0)
+        for tenant in list(self._heaps):
+            call = self._first(self._heaps[tenant], current_key)
+            if call is None:
+                del self._heaps[tenant]
+                continue
+            rank = self.turn(call)
+            if best is None or rank < best_rank:
+                best, best_rank = call, rank
+        return best
+
+    def turn(self, call: Waiting) -> tuple[int, float, int]:
+        """Return the place of a head among other heads; the smallest goes first."""
+        return (self._shares.turn(self.pools, call.request.tenant), call.key, call.serial)
+
+    def _first(self, heap: _Heap, current_key: Callable[[Waiting], float] | None) -> Waiting | None:
         while heap:
             key, serial, call = heap[0]
             if call not in self:
@@ -248,11 +279,13 @@ class WaitingLine:
     """All lanes, when their calls expire, and how fast calls get through.
 
     Attributes:
+        shares: What tenants were handed.
         since_s: Arrival of the call that first had to wait since nobody did; ``None`` if
             nobody ever has.
     """
 
     def __init__(self) -> None:
+        self.shares = FairShare()
         self.since_s: float | None = None
         self.lanes: dict[tuple[PoolId, ...], Lane] = {}
         self._by_id: dict[RequestId, Waiting] = {}
@@ -287,13 +320,15 @@ class WaitingLine:
         """Put a call into the lane to its pools."""
         lane = self.lanes.get(call.pools)
         if lane is None:
-            lane = self.lanes[call.pools] = Lane(call.pools)
+            lane = self.lanes[call.pools] = Lane(call.pools, self.shares)
         lane.push(call)
+        self.shares.enter(call.pools, call.request.tenant)
 
     def leave(self, call: Waiting) -> None:
         """Take a call out of its lane, which it must enter again if it waits on."""
         lane = self.lanes[call.pools]
         lane.remove(call)
+        self.shares.leave(call.pools, call.request.tenant)
         if not lane:
             del self.lanes[call.pools]
 
@@ -348,3 +383,4 @@ class WaitingLine:
         assert sorted(in_lanes) == sorted(self._by_id), "a lane and the index differ"
         for lane in self.lanes.values():
             lane.validate()
+        self.shares.validate((call.pools, call.request.tenant) for call in self)

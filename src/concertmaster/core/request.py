@@ -54,6 +54,8 @@ class Request:
         prefix_hashes: Chained hashes of the prompt's leading chunks of
             ``PREFIX_CHUNK_TOKENS`` tokens; equal hashes mean an equal prefix up to there.
         deadline_s: Instant by which the last token is due; ``None`` if none was promised.
+        tenant: Who pays for it, in the gateway's words; "" if nobody is told apart.
+        tenant_weight: Share of its tenant beside those of others that wait; above 0.
     """
 
     request_id: RequestId
@@ -71,6 +73,8 @@ class Request:
     service_class: ServiceClass = ServiceClass.INTERACTIVE
     prefix_hashes: tuple[int, ...] = ()
     deadline_s: float | None = None
+    tenant: str = ""
+    tenant_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.max_output_tokens < 1:

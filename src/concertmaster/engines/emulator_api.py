@@ -18,6 +18,7 @@ from concertmaster.engines.emulator_calls import (
     tokens_in,
 )
 from concertmaster.engines.emulator_control import ControlRoutes
+from concertmaster.engines.emulator_embeddings import Embeddings
 from concertmaster.engines.emulator_sinks import StreamedAnswer, WholeAnswer
 from concertmaster.engines.faults import Faults
 from concertmaster.engines.http_server import HttpExchange, HttpServer
@@ -61,6 +62,7 @@ class EmulatorServer(HttpServer):
             "/v1/models": ("GET", self._models),
             "/v1/chat/completions": ("POST", self._chat),
             "/v1/completions": ("POST", self._complete),
+            "/v1/embeddings": ("POST", self._embed),
             "/emulator/faults": ("GET POST", self._faults),
         }
 
@@ -89,23 +91,33 @@ class EmulatorServer(HttpServer):
     def _complete(self, exchange: HttpExchange) -> None:
         self._answer(exchange, "text_completion", "cmpl")
 
+    def _embed(self, exchange: HttpExchange) -> None:
+        embeddings = Embeddings(self._emulator, f"embd-{next(self._numbers)}", exchange)
+        if self._is_able(exchange):
+            embeddings.begin()
+
     def _answer(self, exchange: HttpExchange, kind: Kind, prefix: str) -> None:
         emulator = self._emulator
         number = f"{prefix}-{next(self._numbers)}"
         ask = read_ask(emulator, number, kind, exchange.headers, exchange.body)
-        if emulator.residency != "awake":
-            _not_ready(exchange, emulator)
-            return
-        if emulator.dropped:
-            _fail(exchange, 500, "the weights were dropped by sleep and not reloaded")
-            return
-        if _fails_at_once(exchange, emulator):
+        if not self._is_able(exchange):
             return
         emulator.settings.check_fits(ask.call)
         chosen_id = exchange.headers.get("x-request-id") or f"{emulator.rng.getrandbits(128):032x}"
         sink = _sink(exchange, ask, f"{prefix}-{chosen_id}", emulator.model_name)
         answer = emulator.answer(ask.call, sink, ask.finish_reason)
         exchange.on_disconnect = lambda: emulator.cancel(answer)
+
+    def _is_able(self, exchange: HttpExchange) -> bool:
+        """Whether a call can be answered; if not, say why."""
+        emulator = self._emulator
+        if emulator.residency != "awake":
+            _not_ready(exchange, emulator)
+        elif emulator.dropped:
+            _fail(exchange, 500, "the weights were dropped by sleep and not reloaded")
+        else:
+            return not _fails_at_once(exchange, emulator)
+        return False
 
     # Everything else.
 

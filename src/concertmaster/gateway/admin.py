@@ -1,7 +1,7 @@
 """The admin door: what changes a gateway, on a port and with a key of its own."""
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.requests import Request
@@ -95,6 +95,10 @@ class AdminDesk:
         self._gateway = gateway
         self._side_door = side_door
         self.max_body_bytes = 1_000_000
+
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what to call a message."""
+        return self._gateway.name(headers)
 
     def take(self, agent: AgentConnection, message: Message) -> None:
         """Answer a message."""

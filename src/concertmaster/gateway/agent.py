@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol, cast
 import httptools
 
 from concertmaster.core.errors import CallerError
-from concertmaster.gateway.apis.anthropic_answer import worded
+from concertmaster.gateway.apis.anthropic_answer import worded_response
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.openai_api import caller_error, error_body, internal_error, response
+from concertmaster.gateway.openai_api import caller_error, error_body, internal_error
 from concertmaster.gateway.quotas import Quota
 
 _log = logging.getLogger(__name__)
@@ -60,6 +60,9 @@ class Desk(Protocol):
     """Who takes the messages of agents."""
 
     max_body_bytes: int
+
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what to call a message: its sender's own name for it, else a fresh one."""
 
     def take(self, agent: "AgentConnection", message: Message) -> None:
         """Begin to answer; ``agent.finished`` ends it."""
@@ -146,8 +149,9 @@ class AgentConnection(asyncio.Protocol):
             self._quota = judge(self._target, self._headers)
         except CallerError as error:
             if self._refusal is None:
-                status, body = worded(self._target, *caller_error(error))
-                self._refusal = response(status, body, error.headers, close=True)
+                name = self.name(self._headers)
+                answer = caller_error(error)
+                self._refusal = worded_response(self._target, name, *answer, error.headers)
             return False
         return True
 
@@ -290,7 +294,11 @@ class AgentConnection(asyncio.Protocol):
             self._desk.take(self, message)
         except Exception:  # noqa: BLE001  # one call must not stop the gateway
             _log.exception("%r %r failed", message.method, message.target)
-            self.fail()
+            self.fail(message)
+
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what a message is called in an answer that no call stands behind."""
+        return self._desk.name(headers)
 
     def write(self, data: bytes) -> None:
         """Send bytes on, as they are."""
@@ -314,12 +322,13 @@ class AgentConnection(asyncio.Protocol):
         else:
             self._go_on()
 
-    def fail(self) -> None:
+    def fail(self, message: Message) -> None:
         """Answer 500 for a fault of our own and close: nothing is known of the call's state."""
         if self.exchange is not None and (self.exchange.started or self.exchange.held):
             self.abort()
             return
-        self.write(internal_error())
+        name = self.name(message.headers)
+        self.write(worded_response(message.target, name, *internal_error()))
         self.close()
 
     def abort(self) -> None:
@@ -345,10 +354,11 @@ class AgentConnection(asyncio.Protocol):
 
     def _refuse(self, status: int, message: str, code: str | None = None) -> None:
         """Read no further; what was read before is still answered, in turn."""
+        self._body = []
         if self._refusal is None:
             body = error_body(message, "invalid_request_error", code=code)
-            status, body = worded(self._target, status, body)
-            self._refusal = response(status, body, close=True)
+            name = self.name(self._headers)
+            self._refusal = worded_response(self._target, name, status, body)
 
 
 async def hurry(agents: Mapping[AgentConnection, None], patience: Patience) -> None:

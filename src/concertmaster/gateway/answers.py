@@ -1,4 +1,4 @@
-"""Answers of the side door: JSON, and errors in OpenAI's words."""
+"""Answers of the side door: JSON, and errors."""
 
 from collections.abc import Mapping
 

@@ -17,12 +17,15 @@ from concertmaster.core.errors import InvalidRequestError
 from concertmaster.core.fleet import Replica
 from concertmaster.core.request import WorkflowId
 from concertmaster.gateway.answers import JSON, json_answer, problem_answer
+from concertmaster.gateway.apis.anthropic_answer import speaks, worded
 from concertmaster.gateway.apis.desk import PATHS
 from concertmaster.gateway.apis.responses_store import owner_of
 from concertmaster.gateway.decisions_api import DecisionRoutes
 from concertmaster.gateway.identity import MAX_ID_CHARS
 from concertmaster.gateway.metrics import exposition
 from concertmaster.gateway.openai_api import AUTO, caller_error
+from concertmaster.gateway.openapi import document
+from concertmaster.gateway.operations import OPENAPI
 from concertmaster.gateway.receipts import Receipts
 
 if TYPE_CHECKING:
@@ -196,7 +199,17 @@ def _state(replica: Replica) -> str:
 
 def _app(routes: Sequence[Route]) -> Starlette:
     handlers = {HTTPException: _http_error, Exception: _internal_error}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    return Starlette(routes=[*routes, _described(routes)], exception_handlers=handlers)
+
+
+def _described(routes: Sequence[Route]) -> Route:
+    """Return the route of the document about these, and about itself."""
+    paths = {OPENAPI, *(route.path_format for route in routes)}
+
+    async def describe(_: Request) -> Response:
+        return json_answer(document(paths))
+
+    return Route(OPENAPI, describe)
 
 
 def _view(replica: Replica) -> dict[str, Any]:
@@ -249,9 +262,24 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "GET")
         message = f"{path}: expected {allowed}"
-        return problem_answer(405, message, "method_not_allowed", {"allow": allowed})
-    return problem_answer(error.status_code, f"{path}: no such address", "not_found")
+        answer = problem_answer(405, message, "method_not_allowed", {"allow": allowed})
+    else:
+        answer = problem_answer(error.status_code, f"{path}: no such address", "not_found")
+    return _reworded(request, answer)
 
 
-async def _internal_error(_: Request, __: Exception) -> Response:
-    return problem_answer(500, "internal error; the log says more", "internal")
+async def _internal_error(request: Request, _: Exception) -> Response:
+    answer = problem_answer(500, "internal error; the log says more", "internal")
+    return _reworded(request, answer)
+
+
+def _reworded(request: Request, answer: Response) -> Response:
+    """Return an error in the words of the API that was asked."""
+    target = request.scope["raw_path"]
+    if not speaks(target):
+        return answer
+    name = request.scope["name"]()
+    status, body = worded(target, answer.status_code, bytes(answer.body), name)
+    kept = {key: value for key, value in answer.headers.items() if key == "allow"}
+    headers = {**kept, "request-id": name}
+    return Response(body, status_code=status, headers=headers, media_type=JSON)

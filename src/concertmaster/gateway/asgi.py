@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
@@ -38,6 +39,11 @@ class SideDoor:
 
     async def _answer(self, agent: AgentConnection, message: Message) -> None:
         path, _, query = message.target.partition(b"?")
+
+        @cache
+        def name() -> str:
+            return agent.name(message.headers)
+
         scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -51,10 +57,11 @@ class SideDoor:
             "client": None,
             "server": None,
             "message": message,
+            "name": name,
         }
         body: list[bytes] = [message.body]
         done = asyncio.Event()
-        reply = _Reply(agent, bodiless=message.method == b"HEAD")
+        reply = _Reply(agent, name, bodiless=message.method == b"HEAD")
 
         async def receive() -> Scope:
             if body:
@@ -83,8 +90,9 @@ class _GoneError(OSError):
 class _Reply:
     """Writes what the app sends as HTTP/1.1."""
 
-    def __init__(self, agent: AgentConnection, *, bodiless: bool) -> None:
+    def __init__(self, agent: AgentConnection, name: Callable[[], str], *, bodiless: bool) -> None:
         self._agent = agent
+        self._name = name
         self._bodiless = bodiless
         self._chunked = False
         self.complete = False
@@ -112,6 +120,8 @@ class _Reply:
         if self._chunked:
             headers.append((b"transfer-encoding", b"chunked"))
         status = part["status"]
+        if status >= HTTPStatus.BAD_REQUEST:
+            headers.append((b"x-request-id", self._name().encode("latin-1")))
         self._agent.write(
             b"HTTP/1.1 %d %s\r\n" % (status, HTTPStatus(status).phrase.encode())
             + b"".join(b"%b: %b\r\n" % header for header in headers)

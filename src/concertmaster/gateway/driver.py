@@ -37,7 +37,6 @@ from concertmaster.gateway.apis.desk import served
 from concertmaster.gateway.exchange import Caller, Exchange, Relay, progress
 from concertmaster.gateway.guard import Guard
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
-from concertmaster.gateway.inference import PromptTrail, Trail
 from concertmaster.gateway.intake import Intake
 from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.limits import LIMITS, Limits
@@ -219,41 +218,41 @@ class Gateway:
             self._end(exchange, 499)
             self.feed(RequestCancelled(exchange.request.request_id))
 
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what to call a message that becomes no call."""
+        return self._intake.name(headers)
+
     def take(self, agent: AgentConnection, message: Message) -> None:
         """Answer a message: a call goes to the core, all else through the side door."""
         if not self._reader.is_call(message):
             self._side_door(agent, message)
             return
         caller = self._reader.caller(agent, message)
-        if self.refuses_unread(caller):
+        if self.refuses_unread(caller, message.headers):
             return
         now_s, reads_prompts = self.clock(), self.forecaster.reads_prompts
         try:
             opened = self._reader.read(agent, message, reads_prompts=reads_prompts)
             caller = opened.caller
-            exchange = self.admit(now_s, opened, lambda: PromptTrail(opened.text))
+            exchange = self.admit(now_s, opened)
         except CallerError as error:
-            tell_mistake(caller, error, self.metrics.answered)
+            tell_mistake(caller, error, self.name(message.headers), self.metrics.answered)
             return
         agent.exchange = exchange
         self.consider(exchange)
 
-    def refuses_unread(self, caller: Caller) -> bool:
+    def refuses_unread(self, caller: Caller, headers: Mapping[bytes, bytes]) -> bool:
         """Refuse a call if no call is taken at all."""
-        refuses = self.draining or self._guard.shedding.refuses_all()
+        shedding = self._guard.shedding
+        refuses = self.draining or shedding.refuses_all()
         if refuses:
-            self._refusals.refuse_unread(caller, draining=self.draining, guard=self._guard.shedding)
+            name = self.name(headers)
+            self._refusals.refuse_unread(caller, name, draining=self.draining, guard=shedding)
         return refuses
 
-    def admit(
-        self,
-        now_s: float,
-        opened: Opened,
-        trail: Callable[[], Trail],
-        relay: Relay | None = None,
-    ) -> Exchange:
+    def admit(self, now_s: float, opened: Opened, relay: Relay | None = None) -> Exchange:
         """Take a call in; raises ``CallerError`` if its tenant is at a limit."""
-        exchange, identity = self._intake.open(now_s, opened, trail, relay)
+        exchange, identity = self._intake.open(now_s, opened, relay)
         self._exchanges[exchange.request.request_id] = exchange
         self._idle.begin(now_s, exchange.request.workflow_id, is_final=identity.is_final)
         return exchange
@@ -345,9 +344,7 @@ class Gateway:
         self._feed(now_s, RequestFinished(request.request_id, exchange.attempt, output_tokens))
         self._guard.served(ReplicaId(exchange.replica_id))
         if exchange.tool_call_ids:
-            self._intake.note_tool_calls(
-                exchange.tool_call_ids, request.workflow_id, request.stage or 0
-            )
+            self._intake.note_tool_calls(exchange.tool_call_ids, request)
         if exchange.status == 200:
             pool = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool
             self.forecaster.served(now_s, exchange, pool)

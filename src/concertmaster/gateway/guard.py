@@ -96,11 +96,14 @@ class Guard:
 
     def refuses(self, exchange: Exchange) -> bool:
         """Refuse a call that has just come in if it is one too many."""
-        request = exchange.request
+        request, quota, open_calls = exchange.request, exchange.quota, len(self._exchanges)
+        drain_s = self._scheduler.line.drain_s
         if self.shedding.refuses(request.service_class):
             self._refuse(exchange, "saturated", self.shedding.retry_after_s())
-        elif self._bulkheads.refuses(request, len(self._exchanges)):
-            self._refuse(exchange, "pool_full", self._scheduler.line.drain_s(self._clock()))
+        elif quota is not None and self._bulkheads.refuses_tenant(quota, open_calls):
+            self._refuse(exchange, "tenant_full", drain_s(self._clock()))
+        elif self._bulkheads.refuses(request, open_calls):
+            self._refuse(exchange, "pool_full", drain_s(self._clock()))
         else:
             return False
         return True

@@ -1,73 +1,30 @@
 """Workflows of clients that send no identity, told from what their calls have in common.
 
 A later turn repeats the earlier messages and adds to them. Where a client shortens what it
-repeats, tool calls still carry the ids they had. Either is found with a confidence, which
-docs/identity.md explains.
+repeats, tool calls still carry the ids they had. Where it keeps all in one message, that one
+grows. Each is found with a confidence, which docs/identity.md explains.
 """
 
-import re
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
 
-import msgspec
-
-from concertmaster.core.request import WorkflowId
+from concertmaster.core.request import RequestId, WorkflowId
+from concertmaster.gateway.growth import Growth, Place, add_twin
 from concertmaster.gateway.identity import Identity
+from concertmaster.gateway.trails import PromptTrail, Trail, root_of
 
-NEW, EXTENDS, ANSWERS_TOOL = 0.5, 0.9, 0.95
-"""Confidence of a first call, of a prompt that extends another, of an answered tool call."""
+NEW, GROWS, EXTENDS, ANSWERS_TOOL = 0.5, 0.7, 0.9, 0.95
+"""Confidence of a first call, of a text that goes on with another, of a prompt that extends
+another, of an answered tool call; shared out where several workflows sent the same prompt."""
 
-_MAX_TWINS = 16
-LATEST = 8
-"""Messages at the end of a prompt whose tool calls are looked at."""
-
-_TOOL_CALL_ID = re.compile(rb'"tool_call_id"\s*:\s*"([^"]{1,128})"')
-_split = msgspec.json.Decoder(list[msgspec.Raw]).decode
-
-
-class _Place(NamedTuple):
-    """A call that was seen: of which workflow, and its position there."""
-
-    workflow_id: WorkflowId
-    stage: int
-
-
-class Trail(Protocol):
-    """What is told of a prompt that names no workflow."""
-
-    @property
-    def ends(self) -> Sequence[int]:
-        """Where each message ends, as a length and a checksum of all before."""
-
-    def tool_calls(self, known: int) -> Sequence[bytes]:
-        """Tool calls that the latest messages after the first ``known`` are about."""
-
-
-class PromptTrail:
-    """The trail of a prompt at hand.
-
-    Args:
-        text: Its raw JSON.
-    """
-
-    def __init__(self, text: memoryview) -> None:
-        self._messages = _messages(text)
-        self.ends: Sequence[int] = _ends(self._messages)
-
-    def tool_calls(self, known: int) -> Sequence[bytes]:
-        """Tool calls that the latest messages after the first ``known`` are about."""
-        fresh = self._messages[known:][-LATEST:]
-        return _TOOL_CALL_ID.findall(b"".join(map(bytes, fresh)))
-
-    def by_message(self, latest: int) -> list[list[bytes]]:
-        """Tool calls that each of the latest messages is about."""
-        return [_TOOL_CALL_ID.findall(bytes(one)) for one in self._messages[-latest:]]
+SILENT_S = 600.0
+"""A call that nobody went on with for so long is no candidate beside one that is fresher."""
 
 
 class WorkflowInference:
     """Remembers where recent prompts ended and which tool calls they were about.
+
+    Calls of different tenants are never put together.
 
     Args:
         max_prompts: Different prompts to remember.
@@ -77,50 +34,91 @@ class WorkflowInference:
     def __init__(self, *, max_prompts: int = 100_000, max_tool_calls: int = 100_000) -> None:
         self._max_prompts = max_prompts
         self._max_tool_calls = max_tool_calls
-        self._ends: OrderedDict[int, list[_Place]] = OrderedDict()
-        self._tool_calls: OrderedDict[bytes, _Place | None] = OrderedDict()
+        self._ends: OrderedDict[int, list[Place]] = OrderedDict()
+        self._growth = Growth(max_prompts)
+        self._tool_calls: OrderedDict[tuple[str, bytes], Place | None] = OrderedDict()
         self._count = 0
 
-    def infer(self, text: memoryview) -> Identity:
-        """Return the workflow that this prompt most likely goes on with, else a fresh one."""
-        return self.follow(PromptTrail(text))
+    def infer(
+        self, text: memoryview, *, request_id: str = "", tenant: str = "", now_s: float = 0.0
+    ) -> Identity:
+        """Return the workflow that this prompt most likely goes on with, else a fresh one.
 
-    def follow(self, trail: Trail) -> Identity:
+        Args:
+            text: Raw JSON of the messages.
+            request_id: What the call is named; later ones find it as their parent.
+            tenant: Who sent it.
+            now_s: The instant.
+        """
+        trail = PromptTrail(text, tenant)
+        return self.follow(trail, request_id=request_id, tenant=tenant, now_s=now_s)
+
+    def follow(self, trail: Trail, *, request_id: str, tenant: str, now_s: float) -> Identity:
         """Do so from what a prompt leaves of itself."""
-        ends = trail.ends
+        ends, last = trail.ends, trail.last
         known = self._longest(ends[:-1])
         ids = trail.tool_calls(known)
-        asked = self._by_tool_call(ids)
+        asked = self._by_tool_call(ids, tenant)
+        before = ends[-2] if len(ends) > 1 else root_of(tenant)
+        parent: Place | None = None
         if known:
-            place, confidence = self._extend(ends[known - 1], asked), EXTENDS
+            self._ends.move_to_end(ends[known - 1])
+            parent, odds = _next_of(self._ends[ends[known - 1]], asked, now_s)
+            confidence = EXTENDS * odds
         elif asked is not None:
-            place, confidence = asked, ANSWERS_TOOL
+            parent, confidence = asked, ANSWERS_TOOL
+        elif last and (grown := self._growth.find(before, last)):
+            parent, odds = _next_of(grown, None, now_s)
+            confidence = GROWS * odds
         else:
-            place, confidence = self._fresh(), NEW
+            confidence = NEW
+        place = self._after(parent, RequestId(request_id), now_s)
         self._remember(ends[-1], place)
-        self.note_tool_calls(ids, place.workflow_id, place.stage)
+        if last:
+            self._growth.add(before, last, place)
+        self._note(ids, tenant, place)
+        parents = (parent.request_id,) if parent is not None and parent.request_id else ()
         return Identity(
-            place.workflow_id, stage=place.stage, confidence=confidence, dialect="inferred"
+            place.workflow_id,
+            stage=place.stage,
+            parents=parents,
+            confidence=confidence,
+            dialect="inferred",
         )
 
-    def note_tool_calls(self, ids: Iterable[bytes], workflow_id: WorkflowId, stage: int) -> None:
+    def note_tool_calls(
+        self,
+        ids: Iterable[bytes],
+        workflow_id: WorkflowId,
+        stage: int,
+        *,
+        request_id: str = "",
+        tenant: str = "",
+    ) -> None:
         """Remember whose tool calls these are; an id that two workflows use tells nothing."""
+        self._note(ids, tenant, Place(workflow_id, stage, RequestId(request_id)))
+
+    def _note(self, ids: Iterable[bytes], tenant: str, place: Place) -> None:
         for tool_call_id in ids:
-            known = self._tool_calls.pop(tool_call_id, _Place(workflow_id, stage))
-            ours = known is not None and known.workflow_id == workflow_id
-            self._tool_calls[tool_call_id] = _Place(workflow_id, stage) if ours else None
+            key = (tenant, tool_call_id)
+            known = self._tool_calls.pop(key, place)
+            ours = known is not None and known.workflow_id == place.workflow_id
+            self._tool_calls[key] = place if ours else None
             if len(self._tool_calls) > self._max_tool_calls:
                 self._tool_calls.popitem(last=False)
 
-    def _fresh(self) -> _Place:
+    def _after(self, parent: Place | None, request_id: RequestId, now_s: float) -> Place:
+        """Return the place after a parent; without one, the first of another workflow."""
+        if parent is not None:
+            return Place(parent.workflow_id, parent.stage + 1, request_id, now_s)
         self._count += 1
-        return _Place(WorkflowId(f"inferred-{self._count}"), 0)
+        return Place(WorkflowId(f"inferred-{self._count}"), 0, request_id, now_s)
 
-    def _by_tool_call(self, ids: Sequence[bytes]) -> _Place | None:
+    def _by_tool_call(self, ids: Sequence[bytes], tenant: str) -> Place | None:
         for tool_call_id in reversed(ids):
-            known = self._tool_calls.get(tool_call_id)
+            known = self._tool_calls.get((tenant, tool_call_id))
             if known is not None:
-                return _Place(known.workflow_id, known.stage + 1)
+                return known
         return None
 
     def _longest(self, ends: Sequence[int]) -> int:
@@ -130,45 +128,27 @@ class WorkflowInference:
                 return count
         return 0
 
-    def _extend(self, end: int, asked: _Place | None) -> _Place:
-        """Go on with the prompt that ended here; of twins, with the one whose tools answer.
-
-        Where no tool call tells them apart, it is the one that has waited longest.
-        """
-        twins = self._ends[end]
+    def _remember(self, end: int, place: Place) -> None:
+        add_twin(self._ends.setdefault(end, []), place)
         self._ends.move_to_end(end)
-        ours = asked.workflow_id if asked else None
-        chosen = next((i for i, twin in enumerate(twins) if twin.workflow_id == ours), 0)
-        place = twins.pop(chosen) if len(twins) > 1 else twins[chosen]
-        return _Place(place.workflow_id, place.stage + 1)
-
-    def _remember(self, end: int, place: _Place) -> None:
-        twins = self._ends.setdefault(end, [])
-        self._ends.move_to_end(end)
-        if place not in twins and len(twins) < _MAX_TWINS:
-            twins.append(place)
         if len(self._ends) > self._max_prompts:
             self._ends.popitem(last=False)
 
 
-def _messages(text: memoryview) -> Sequence[memoryview | msgspec.Raw]:
-    """Split a prompt into its messages; a prompt that is no list is one message."""
-    try:
-        return _split(text) or (text,)
-    except msgspec.ValidationError:
-        return (text,)
+def _next_of(twins: list[Place], asked: Place | None, now_s: float) -> tuple[Place, float]:
+    """Choose whom a prompt goes on with, of those that sent the same one before; and its odds.
 
-
-def _ends(messages: Sequence[memoryview | msgspec.Raw]) -> list[int]:
-    """Length and checksum of all up to each message's end, as one number.
-
-    >>> [end >> 32 for end in _ends([memoryview(b"abc"), memoryview(b"de")])]
-    [3, 5]
+    That is the one whose tool call it answers, else of those still awake the one that has
+    waited longest, as likely as any of their workflows; where all are silent, the latest.
+    Others may branch off, so the last one stays until the same prompt is sent again.
     """
-    found: list[int] = []
-    length = checksum = 0
-    for message in messages:
-        checksum = zlib.crc32(message, checksum)
-        length += len(message)
-        found.append(length << 32 | checksum)
-    return found
+    ours = asked.workflow_id if asked else None
+    awake = [i for i, twin in enumerate(twins) if now_s - twin.seen_s <= SILENT_S]
+    likely = awake[0] if awake else len(twins) - 1
+    told = next((i for i, twin in enumerate(twins) if twin.workflow_id == ours), None)
+    chosen = likely if told is None else told
+    rivals = len({twins[i].workflow_id for i in awake}) if told is None else 1
+    place = twins.pop(chosen)
+    if not twins:
+        twins.append(place._replace(followed=True))
+    return place, 1 / max(1, rivals)

@@ -1,14 +1,14 @@
 """A message becomes a call: its prompt, whose workflow it belongs to, what it allows."""
 
-import itertools
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
-from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId
 from concertmaster.gateway import heads
 from concertmaster.gateway.exchange import Exchange, Relay
 from concertmaster.gateway.identity import Identity, Normalizer
-from concertmaster.gateway.inference import Trail, WorkflowInference
+from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
+from concertmaster.gateway.naming import Names
 from concertmaster.gateway.reading import Opened
 
 
@@ -32,13 +32,12 @@ class Intake:
         self._metrics = metrics
         self._normalizer = Normalizer()
         self._inference = WorkflowInference()
-        self._numbers = itertools.count(1)
+        self._names = Names()
 
     def open(
         self,
         now_s: float,
         opened: Opened,
-        trail: Callable[[], Trail],
         relay: Relay | None = None,
     ) -> tuple[Exchange, Identity]:
         """Return the call of a message, and who sent it.
@@ -46,17 +45,25 @@ class Intake:
         Args:
             now_s: The instant.
             opened: The message, as it was read.
-            trail: Makes what is told of its prompt, where it names no workflow.
             relay: The process that moves its bytes; ``None`` for this one.
 
         Raises:
             QuotaError: Its tenant is at a limit.
         """
-        caller, message, reading, _ = opened
-        identity = self._identity(reading.identity, trail)
-        request_id = message.headers.get(b"x-request-id", b"").decode("latin-1")
-        while not request_id or request_id in self._taken:
-            request_id = f"cm-{next(self._numbers)}"
+        caller, message, reading, trail = opened
+        quota = message.quota
+        tenant = "" if quota is None else quota.tenant
+        request_id = self.name(message.headers)
+        while request_id in self._taken:
+            request_id = self._names.fresh()
+        told = reading.identity
+        if told.workflow_id:
+            identity = self._normalizer.rooted(told)
+        else:
+            identity = _inferred(
+                told,
+                self._inference.follow(trail(), request_id=request_id, tenant=tenant, now_s=now_s),
+            )
         request = Request(
             request_id=RequestId(request_id),
             workflow_id=identity.workflow_id,
@@ -73,6 +80,8 @@ class Intake:
             service_class=identity.service_class,
             prefix_hashes=reading.prefix_hashes,
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
+            tenant=tenant,
+            tenant_weight=1.0 if quota is None else quota.weight,
         )
         exchange = Exchange(
             request,
@@ -85,25 +94,33 @@ class Intake:
         exchange.relay, exchange.prompt, exchange.teaches = relay, reading.prompt, reading.teaches
         exchange.may_hold = reading.streams and message.takes_chunks
         exchange.response_headers = heads.identity_headers(request_id, identity)
-        if message.quota is not None:
-            exchange.response_headers += message.quota.begin(request.prompt_tokens)
-            exchange.quota = message.quota
+        if quota is not None:
+            exchange.response_headers += quota.begin(request.prompt_tokens)
+            exchange.quota = quota
         self._metrics.opened(exchange, message)
         return exchange, identity
 
-    def _identity(self, told: Identity, trail: Callable[[], Trail]) -> Identity:
-        if told.workflow_id:
-            return self._normalizer.rooted(told)
-        inferred = self._inference.follow(trail())
-        return told._replace(
-            workflow_id=inferred.workflow_id,
-            stage=inferred.stage if told.stage is None else told.stage,
-            confidence=inferred.confidence,
-            dialect=inferred.dialect,
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what a caller calls its message, else a name that is fresh."""
+        return self._names.name(headers)
+
+    def note_tool_calls(self, tool_call_ids: Iterable[bytes], request: Request) -> None:
+        """Remember which call tools were asked for by: their results come without a name."""
+        self._inference.note_tool_calls(
+            tool_call_ids,
+            request.workflow_id,
+            request.stage or 0,
+            request_id=request.request_id,
+            tenant=request.tenant,
         )
 
-    def note_tool_calls(
-        self, tool_call_ids: Iterable[bytes], workflow_id: WorkflowId, stage: int
-    ) -> None:
-        """Remember which workflow tools were asked for by: their results come without a name."""
-        self._inference.note_tool_calls(tool_call_ids, workflow_id, stage)
+
+def _inferred(told: Identity, found: Identity) -> Identity:
+    """Place a call by inference, as far as its caller did not."""
+    return told._replace(
+        workflow_id=found.workflow_id,
+        stage=found.stage if told.stage is None else told.stage,
+        parents=told.parents or found.parents,
+        confidence=found.confidence,
+        dialect=found.dialect,
+    )

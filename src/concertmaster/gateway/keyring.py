@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from concertmaster.core.errors import CallerError, ForbiddenError, InputError, UnauthorizedError
+from concertmaster.gateway.operations import OPENAPI
 from concertmaster.gateway.quotas import Quota
 from concertmaster.state.keys import KeyStore, digest_of
 
@@ -21,6 +22,7 @@ OPEN_PATHS = LIVE_PATHS | {b"/readyz", b"/health/ready", b"/readiness"}
 TENANT_HEADER = b"x-concertmaster-tenant"
 """Set on what was let in, for those who keep answers apart; no caller's own gets through."""
 
+_DOCUMENT = OPENAPI.encode()
 _log = logging.getLogger(__name__)
 
 
@@ -106,9 +108,10 @@ class Keyring:
         for name, limits in tenants.items():
             quota = self._quotas.get(name)
             if quota is None:
-                self._quotas[name] = Quota(limits, self._clock)
+                quota = self._quotas[name] = Quota(limits, self._clock, name)
             else:
                 quota.limit(limits)
+            quota.shared = len(tenants) > 1
         self._good = {
             key.digest: Holder(key.digest, key.tenant, key.operator, self._quotas[key.tenant])
             for key in self._store.issued()
@@ -121,7 +124,8 @@ class Keyring:
 class KeyCheck:
     """Lets in who has a key: the ``Judge`` of a gateway that has keys.
 
-    Calls and what belongs to them (``/v1/…``) take any good key, all else an operator's.
+    Calls, what belongs to them (``/v1/…``) and the document that describes them take any good key,
+    all else an operator's.
 
     Args:
         keyring: Knows the keys.
@@ -144,7 +148,7 @@ class KeyCheck:
         if path not in OPEN_PATHS:
             if holder is None:
                 raise self._counted(UnauthorizedError("expected a good API key"))
-            if not holder.operator and not path.startswith(b"/v1/"):
+            if not holder.operator and not path.startswith(b"/v1/") and path != _DOCUMENT:
                 raise self._counted(ForbiddenError("expected an operator's API key"))
         headers.pop(TENANT_HEADER, None)
         if holder is None:

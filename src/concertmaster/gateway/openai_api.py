@@ -108,9 +108,11 @@ def read_fields(body: bytes, decode: Callable[[bytes], _Fields]) -> _Fields:
     """Decode a body, and say in one line what is wrong with it.
 
     Raises:
-        InvalidRequestError: It is not JSON, or a field is missing or of the wrong type.
+        InvalidRequestError: It is not JSON in UTF-8, or a field is missing or of the wrong type.
     """
     try:
+        if not body.isascii():
+            body.decode()  # parts that are passed on unread are read by engines
         return decode(body)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `")
@@ -190,7 +192,9 @@ def tool_call_ids(data: bytes) -> list[bytes]:
 
 # Answers of our own
 
-GatewayReason: TypeAlias = Literal["saturated", "pool_full", "engines_failing", "timed_out"]
+GatewayReason: TypeAlias = Literal[
+    "saturated", "tenant_full", "pool_full", "engines_failing", "timed_out"
+]
 """Why the gateway itself refuses a call, which the core never hears of or hears cancelled."""
 
 Reason: TypeAlias = RejectReason | FailReason | GatewayReason
@@ -220,6 +224,12 @@ _REJECTIONS: Mapping[Reason, tuple[int, str, str, str]] = {
     "replica_died": (502, "server_error", "replica_died", "the replica died while it answered"),
     "engine_error": (502, "server_error", "engine_error", "the engine failed to answer"),
     "saturated": (503, "overloaded_error", "saturated", "the gateway has too many open calls"),
+    "tenant_full": (
+        429,
+        "rate_limit_error",
+        "tenant_full",
+        "too many calls of this tenant are open",
+    ),
     "pool_full": (429, "rate_limit_error", "pool_full", "too many calls wait for this model"),
     "engines_failing": (
         503,
@@ -268,11 +278,6 @@ def shut_down() -> Refusal:
     return 503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
 
 
-def shutting_down() -> bytes:
-    """Answer a call that comes while the gateway drains."""
-    return response(*shut_down())
-
-
 def starting_again() -> Refusal:
     """Status, body and headers of a call that comes while the scheduler is started again."""
     message = "the scheduler is being started again: try again in a second"
@@ -280,10 +285,10 @@ def starting_again() -> Refusal:
     return 503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
 
 
-def internal_error() -> bytes:
-    """Answer a call that met a fault of ours, and close."""
+def internal_error() -> tuple[int, bytes]:
+    """Status and body of a call that met a fault of ours."""
     body = error_body("internal error; the log says more", "server_error", code="internal")
-    return response(500, body, close=True)
+    return 500, body
 
 
 def caller_error(error: CallerError) -> tuple[int, bytes]:
@@ -318,8 +323,12 @@ def error_message(body: bytes) -> str:
     return body[:1000].decode(errors="replace") or "the engine gave no reason"
 
 
-def _phrase(status: int) -> bytes:
-    """Return the words beside a status, also of one that HTTP does not name."""
+def phrase(status: int) -> bytes:
+    """Return the words beside a status, also of one that HTTP does not name.
+
+    >>> phrase(404), phrase(529)
+    (b'Not Found', b'Overloaded')
+    """
     try:
         return HTTPStatus(status).phrase.encode()
     except ValueError:
@@ -336,7 +345,7 @@ def response(
 ) -> bytes:
     """Serialise a whole HTTP/1.1 response."""
     lines = [
-        b"HTTP/1.1 %d %s" % (status, _phrase(status)),
+        b"HTTP/1.1 %d %s" % (status, phrase(status)),
         b"content-type: " + content_type,
         b"content-length: %d" % len(body),
         *(name + b": " + value for name, value in headers),

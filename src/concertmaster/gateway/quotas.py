@@ -73,21 +73,39 @@ class Quota:
     Args:
         limits: What it may use.
         clock: Seconds that never go back.
+        tenant: Its name.
 
     Attributes:
         in_flight: Requests that were admitted and have not ended.
+        shared: Whether there are other tenants.
     """
 
-    __slots__ = ("_clock", "_lasts_s", "_limits", "_requests", "_tokens", "in_flight")
+    __slots__ = (
+        "_clock",
+        "_lasts_s",
+        "_limits",
+        "_requests",
+        "_tokens",
+        "in_flight",
+        "shared",
+        "tenant",
+    )
 
-    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float], tenant: str = "") -> None:
         self._clock = clock
+        self.tenant = tenant
+        self.shared = False
         self._limits = NO_LIMITS
         self._requests: Bucket | None = None
         self._tokens: Bucket | None = None
         self._lasts_s = _FIRST_S
         self.in_flight = 0
         self.limit(limits)
+
+    @property
+    def weight(self) -> float:
+        """Its share beside those of other tenants."""
+        return float(self._limits.weight or 1)
 
     def limit(self, limits: Limits) -> None:
         """Set other limits; what was used stays used."""

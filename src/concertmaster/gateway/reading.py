@@ -3,6 +3,7 @@
 Reading needs no memory of other calls, so that any process can do it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -15,6 +16,7 @@ from concertmaster.gateway.exchange import Caller
 from concertmaster.gateway.identity import Identity, named, with_hints
 from concertmaster.gateway.openai_api import CallBody
 from concertmaster.gateway.prompts import read_prompt
+from concertmaster.gateway.trails import PromptTrail, Trail
 from concertmaster.predictors.interface import NO_PROMPT, Prompt
 
 _CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
@@ -46,13 +48,13 @@ class Opened(NamedTuple):
     Attributes:
         caller: Who waits for the answer.
         message: What the engine is to be sent.
-        text: Raw JSON of the prompt.
+        trail: Makes what is told of its prompt, where it names no workflow.
     """
 
     caller: Caller
     message: Message
     reading: Reading
-    text: memoryview
+    trail: Callable[[], Trail]
 
 
 class Reader:
@@ -86,16 +88,16 @@ class Reader:
         chat = _CALL_PATHS.get(message.target.partition(b"?")[0])
         if chat is not None:
             call = openai_api.parse_call(message.body, chat=chat)
-            reading, text = _read(message, call, teaches=True, reads_prompts=reads_prompts)
-            return Opened(agent, message, reading, text)
+            reading, trail = _read(message, call, teaches=True, reads_prompts=reads_prompts)
+            return Opened(agent, message, reading, trail)
         caller, message, call, teaches = self._apis.open(agent, message)
-        reading, text = _read(message, call, teaches=teaches, reads_prompts=reads_prompts)
-        return Opened(caller, message, reading, text)
+        reading, trail = _read(message, call, teaches=teaches, reads_prompts=reads_prompts)
+        return Opened(caller, message, reading, trail)
 
 
 def _read(
     message: Message, call: CallBody, *, teaches: bool, reads_prompts: bool
-) -> tuple[Reading, memoryview]:
+) -> tuple[Reading, Callable[[], Trail]]:
     headers, text = message.headers, call.text()
     reading = Reading(
         with_hints(headers, call, named(headers, call)),
@@ -108,4 +110,5 @@ def _read(
         teaches,
         read_prompt(call) if reads_prompts else NO_PROMPT,
     )
-    return reading, text
+    tenant = "" if message.quota is None else message.quota.tenant
+    return reading, lambda: PromptTrail(text, tenant)

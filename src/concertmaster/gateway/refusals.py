@@ -65,17 +65,16 @@ class Refusals:
         )
         self._answer(exchange, refusal, retry_after_s)
 
-    def refuse_unread(self, caller: Caller, *, draining: bool, guard: Shedding) -> None:
+    def refuse_unread(self, caller: Caller, name: str, *, draining: bool, guard: Shedding) -> None:
         """Answer a call that is not even read: the gateway ends, or has too many of them."""
         if draining:
-            caller.write(openai_api.shutting_down())
-        else:
-            self._metrics.refused("saturated")
-            retry_after_s = guard.retry_after_s()
-            refusal = openai_api.refusal("saturated", detail="", retry_after_s=retry_after_s)
-            self._metrics.answered(refusal[0], 0.0)
-            caller.write(openai_api.response(*refusal))
-        caller.finished(keep_alive=True)
+            reply(caller, name, openai_api.shut_down())
+            return
+        self._metrics.refused("saturated")
+        retry_after_s = guard.retry_after_s()
+        refusal = openai_api.refusal("saturated", detail="", retry_after_s=retry_after_s)
+        self._metrics.answered(refusal[0], 0.0)
+        reply(caller, name, refusal)
 
     def turn_away(self, exchange: Exchange) -> None:
         """Tell a caller that the gateway ends, or cut an answer that had begun."""
@@ -92,20 +91,31 @@ class Refusals:
         self, exchange: Exchange, refusal: openai_api.Refusal, retry_after_s: float | None
     ) -> None:
         """Send an error: as an event where the stream has begun, which ends it."""
-        status, body, headers = refusal
+        status, body, _ = refusal
         self._end(exchange, status)
         if exchange.held:
             event = stream.error_event(body, retry_after_s=retry_after_s)
             exchange.caller.write(stream.chunk(event) + stream.END)
         else:
-            headers.append((b"x-request-id", exchange.request.request_id.encode("latin-1")))
-            exchange.caller.write(openai_api.response(status, body, headers))
+            reply(exchange.caller, exchange.request.request_id, refusal)
+            return
         exchange.caller.finished(keep_alive=True)
 
 
-def tell_mistake(caller: Caller, error: CallerError, count: Callable[[int, float], None]) -> None:
+def tell_mistake(
+    caller: Caller, error: CallerError, name: str, count: Callable[[int, float], None]
+) -> None:
     """Answer a call that cannot be taken because of how it was made."""
     status, body = openai_api.caller_error(error)
     count(status, 0.0)
-    caller.write(openai_api.response(status, body, error.headers))
-    caller.finished(keep_alive=True)
+    reply(caller, name, (status, body, list(error.headers)))
+
+
+def reply(
+    caller: Caller, name: str, refusal: openai_api.Refusal, *, keep_alive: bool = True
+) -> None:
+    """Send a whole error under the name of its request."""
+    status, body, headers = refusal
+    named = [*headers, (b"x-request-id", name.encode("latin-1"))]
+    caller.write(openai_api.response(status, body, named, close=not keep_alive))
+    caller.finished(keep_alive=keep_alive)

@@ -6,6 +6,7 @@ from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.request import Request, ServiceClass
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.limits import Limits
+from concertmaster.gateway.quotas import Quota
 
 BATCH_RATIO = 0.8
 """Share of the open calls, and half of it of the lag, from which batch is refused."""
@@ -58,11 +59,12 @@ class Shedding:
 
 
 class Bulkheads:
-    """Keeps calls that wait for one pool from taking all room for open calls.
+    """Keeps calls that wait for one pool, and those of one tenant, from taking all room.
 
     A call is refused if as many wait for each of its pools as there is room left in all: one
     slow pool then leaves half of the room to others, two leave a third, and so on
-    (dynamic thresholds, Choudhury and Hahne 1998).
+    (dynamic thresholds, Choudhury and Hahne 1998). So is one whose tenant has more calls open
+    than that: a tenant that floods leaves half of the room to the others.
 
     Args:
         scheduler: Its line and its replicas.
@@ -83,6 +85,11 @@ class Bulkheads:
             return False
         pools = [one for one in self._scheduler.pools.values() if _may_go(request, one)]
         return bool(pools) and all(self._waiting(pool) >= room for pool in pools)
+
+    def refuses_tenant(self, quota: Quota, open_calls: int) -> bool:
+        """Whether a tenant has more calls open than there is room left for those of others."""
+        busy = open_calls >= self._most_open // 4
+        return busy and quota.shared and quota.in_flight > self._most_open - open_calls
 
     def _waiting(self, pool: Pool) -> int:
         """Count the calls that wait for a pool, in the line or ahead of time at its engines."""

@@ -72,7 +72,11 @@ class SwarmX:
         return {"workflows": world.WORKFLOWS, "horizon_s": HORIZON_S, "slo": world.SLO_FACTOR}
 
     def cells(self, *, seeds: int, full: bool) -> Sequence[Cell]:
-        """Routers in three worlds, the rest in one; the full grid has all worlds."""
+        """Routers in three worlds, the rest in one; the full grid has all worlds.
+
+        Cells that begin side by side need other worlds and forecasts, so that no two processes
+        make the same ones.
+        """
         worlds = list(world.WORLDS)[: None if full else DEFAULT_WORLDS]
         scenarios = list(SCENARIOS)[: None if full else DEFAULT_SCENARIOS]
         loads = sorted((1.0, *MORE_LOADS * full))
@@ -84,7 +88,7 @@ class SwarmX:
         grid = [
             *(
                 (f"{ROUTING}/{name}", arm, load)
-                for name, load, arm in product(worlds, loads, routers)
+                for load, arm, name in product(loads, routers, worlds)
             ),
             *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in DEEP_ROUTERS if not full),
             *((f"{RATES}/{DEEP}", arm, 0.0) for arm in searched),

@@ -81,7 +81,7 @@ ARMS: Mapping[str, Arm] = {
 """Every arm of the study."""
 
 ROUTERS = (BLIND, LATE, MEANS, POINT_ROLES, ROLES)
-DEEP_ROUTERS = (TWO, LATE_TWO, POINT, OURS, FIFO)
+DEEP_ROUTERS = (OURS, TWO, LATE_TWO, FIFO, POINT)
 MORE_ROUTERS = (RANDOM, CALLS, AFFINE, LATE_AFFINE, COMONOTONE)
 """Compared on a fleet that stays as it is: in every world; beside them in deep research, and in
 every world of the full grid; in the full grid alone."""

@@ -33,13 +33,16 @@ SCHEMA = Schema(
             )
             """,
         ),
+        ("ALTER TABLE tenants ADD COLUMN weight INTEGER",),
     ),
 )
 
 _COLUMNS = "key_id, digest, shown, tenant, name, operator, created_s, revoked_s"
 _INSERT = f"INSERT INTO keys ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - names of this file
 _KEYS = f"SELECT {_COLUMNS} FROM keys ORDER BY seq"  # noqa: S608 - names of this file
-_TENANTS = "SELECT name, requests_per_min, tokens_per_min, in_flight FROM tenants ORDER BY name"
+_TENANTS = """
+SELECT name, requests_per_min, tokens_per_min, in_flight, weight FROM tenants ORDER BY name
+"""
 _FORGET = """
 DELETE FROM keys WHERE seq IN (
   SELECT seq FROM keys WHERE revoked_s IS NOT NULL
@@ -47,7 +50,8 @@ DELETE FROM keys WHERE seq IN (
 )
 """
 _LIMIT = """
-UPDATE tenants SET requests_per_min = ?, tokens_per_min = ?, in_flight = ? WHERE name = ?
+UPDATE tenants SET requests_per_min = ?, tokens_per_min = ?, in_flight = ?, weight = ?
+WHERE name = ?
 """
 
 
@@ -101,7 +105,12 @@ class KeyFile:
         """Set what a tenant may use, in place of all it was told before."""
         with self._db.transaction():
             known = self._db.write(
-                _LIMIT, limits.requests_per_min, limits.tokens_per_min, limits.in_flight, tenant
+                _LIMIT,
+                limits.requests_per_min,
+                limits.tokens_per_min,
+                limits.in_flight,
+                limits.weight,
+                tenant,
             )
             if not known:
                 problem = f"no tenant of this name: {tenant!r}"
@@ -140,4 +149,10 @@ def _key(row: tuple[Any, ...]) -> Key:
 
 
 def _limits(row: tuple[Any, ...]) -> Limits:
-    return Limits(requests_per_min=row[1], tokens_per_min=row[2], in_flight=row[3])
+    _, requests_per_min, tokens_per_min, in_flight, weight = row
+    return Limits(
+        requests_per_min=requests_per_min,
+        tokens_per_min=tokens_per_min,
+        in_flight=in_flight,
+        weight=weight,
+    )

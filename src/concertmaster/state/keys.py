@@ -25,11 +25,13 @@ class Limits:
     Attributes:
         tokens_per_min: Prompt and output tokens together.
         in_flight: Requests that have arrived and not ended.
+        weight: Its share beside those of other tenants while several wait; ``None`` is 1.
     """
 
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
     in_flight: int | None = None
+    weight: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

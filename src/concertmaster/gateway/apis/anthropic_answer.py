@@ -1,13 +1,13 @@
 """Anthropic's Messages on their way out: a chat answer becomes a message, or its events."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from concertmaster.gateway.apis.chat_answer import BrokenAnswerError, ChatAnswer, Part, Step
 from concertmaster.gateway.apis.chat_request import Fields
 from concertmaster.gateway.apis.events import named_event
-from concertmaster.gateway.openai_api import error_message
+from concertmaster.gateway.openai_api import error_message, response
 
 MESSAGES = "/v1/messages"
 OVERLOADED = 529
@@ -45,7 +45,7 @@ def error_of(status: int, message: str, request_id: str = "") -> tuple[int, byte
     return status, msgspec.json.encode(fields)
 
 
-def worded(target: bytes, status: int, body: bytes) -> tuple[int, bytes]:
+def worded(target: bytes, status: int, body: bytes, request_id: str = "") -> tuple[int, bytes]:
     """Return status and body of an error as the API of a target words it.
 
     >>> body = b'{"error":{"message":"too large"}}'
@@ -54,24 +54,52 @@ def worded(target: bytes, status: int, body: bytes) -> tuple[int, bytes]:
     >>> worded(b"/v1/messages?beta=true", 413, body)[1]
     b'{"type":"error","error":{"type":"request_too_large","message":"too large"}}'
     """
-    return error_of(status, error_message(body)) if speaks(target) else (status, body)
+    return error_of(status, error_message(body), request_id) if speaks(target) else (status, body)
+
+
+def worded_response(
+    target: bytes,
+    request_id: str,
+    status: int,
+    body: bytes,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    *,
+    close: bool = True,
+) -> bytes:
+    """Serialise an error under the name of its request.
+
+    Args:
+        target: What was asked for; its API words the error.
+        request_id: The name, which clients show beside the error.
+        status: As OpenAI's API has it.
+        body: Likewise.
+        headers: What goes with it.
+        close: Whether the connection closes after it.
+    """
+    status, body = worded(target, status, body, request_id)
+    name = request_id.encode("latin-1")
+    named = [*headers, (b"x-request-id", name)]
+    if speaks(target):
+        named.append((b"request-id", name))
+    return response(status, body, named, close=close)
 
 
 def speaks(target: bytes) -> bool:
-    """Whether a target is one of Anthropic's API."""
-    return target.startswith(MESSAGES.encode())
+    """Whether a target is one of Anthropic's API.
+
+    >>> speaks(b"/v1/messages/count_tokens"), speaks(b"/v1/messages2")
+    (True, False)
+    """
+    path = target.partition(b"?")[0]
+    return path == MESSAGES.encode() or path.startswith(MESSAGES.encode() + b"/")
 
 
 class MessageAnswer:
-    """Writes one answer as Anthropic's API does.
+    """Writes one answer as Anthropic's API does."""
 
-    Args:
-        request_id: The call's name as far as its caller gave it one.
-    """
-
-    def __init__(self, request_id: str = "") -> None:
+    def __init__(self) -> None:
         self._answer = ChatAnswer()
-        self._request_id = request_id
+        self._request_id = ""
         self._begun = False
 
     def meet(self, headers: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -27,7 +27,9 @@ _NOT_SERVED = ("container", "mcp_servers")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-class _Message(msgspec.Struct):
+class Turn(msgspec.Struct):
+    """One message of a conversation."""
+
     role: str
     content: str | list[Fields]
 
@@ -36,7 +38,7 @@ class MessagesBody(msgspec.Struct):
     """A body of ``POST /v1/messages``; what is not named here has no meaning for an engine."""
 
     model: str
-    messages: list[_Message]
+    messages: list[Turn]
     max_tokens: int | None = None
     system: str | list[Fields] | None = None
     stop_sequences: list[str] | None = None
@@ -145,7 +147,7 @@ def _unserved(block: Fields, where: str) -> InvalidRequestError:
     return wrong(f"{where}.type", expected, kind_of(block))
 
 
-def _messages(messages: Sequence[_Message]) -> list[Fields]:
+def _messages(messages: Sequence[Turn]) -> list[Fields]:
     found: list[Fields] = []
     for at, message in enumerate(messages):
         where = f"messages.{at}"

@@ -78,10 +78,8 @@ class ApiDesk:
         """Return who words errors as the API of a message does."""
         if not speaks(message.target):
             return agent
-        request_id = message.headers.get(b"x-request-id", b"").decode("latin-1")
         takes_chunks = message.takes_chunks
-        answer = MessageAnswer(request_id)
-        return TranslatingCaller(agent, answer, streams=False, takes_chunks=takes_chunks)
+        return TranslatingCaller(agent, MessageAnswer(), streams=False, takes_chunks=takes_chunks)
 
     def open(self, agent: AgentConnection, message: Message) -> Opening:
         """Read a call.

@@ -10,14 +10,16 @@ from concertmaster.gateway.apis.chat_request import wrong
 from concertmaster.gateway.openai_api import AUTO, CallBody, read_fields
 
 
-class _EmbeddingsBody(msgspec.Struct):
+class EmbeddingsBody(msgspec.Struct):
+    """A body of ``POST /v1/embeddings``; what is not named here goes on to the engine."""
+
     model: str
     input: msgspec.Raw = msgspec.Raw()
     metadata: msgspec.Raw = msgspec.Raw()
     session_id: object = None
 
 
-_decode = msgspec.json.Decoder(_EmbeddingsBody).decode
+_decode = msgspec.json.Decoder(EmbeddingsBody).decode
 
 
 def embeddings_call(body: bytes, models: Collection[ModelName]) -> CallBody:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Mapping
 from typing import NamedTuple, assert_never
 
 from concertmaster.core.errors import CallerError
@@ -11,13 +12,14 @@ from concertmaster.gateway import dispatching, heads, openai_api, stream
 from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.apis.desk import RESPONSES, ApiDesk
 from concertmaster.gateway.exchange import Caller, Exchange
-from concertmaster.gateway.inference import LATEST, PromptTrail
 from concertmaster.gateway.keyring import LIVE_PATHS, TENANT_HEADER
 from concertmaster.gateway.limits import limits_of
+from concertmaster.gateway.naming import Names
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.reading import Opened, Reader
-from concertmaster.gateway.refusals import tell_mistake
+from concertmaster.gateway.refusals import reply, tell_mistake
 from concertmaster.gateway.timeouts import Timeouts
+from concertmaster.gateway.trails import LATEST, PromptTrail, Trail
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.gateway.workers.frames import (
     Began,
@@ -56,6 +58,7 @@ WireToScheduler = Wire[FromScheduler]
 class _Carried(NamedTuple):
     exchange: Exchange
     message: Message
+    name: str
 
 
 class Carrier:
@@ -64,19 +67,21 @@ class Carrier:
     Args:
         rules: How to serve.
         side: Answers what is no call.
+        number: The worker's name.
 
     Attributes:
         agents: Connections.
         max_body_bytes: Largest body.
     """
 
-    def __init__(self, rules: Rules, side: SideRelay) -> None:
+    def __init__(self, rules: Rules, side: SideRelay, number: int) -> None:
         limits = limits_of(rules.settings)
         self._limits = limits._replace(total_s=limits.total_s + SPARE_S)
         self._reader = Reader(ApiDesk(rules.embedding_models))
         self._side = side
         self._links: dict[str, EngineLink] = {}
         self._places: dict[str, Engine] = {}
+        self._names = Names(f"cm-{number}-")
         self._numbers = itertools.count(1)
         self._calls: dict[int, _Carried] = {}
         self._asking: dict[int, None] = {}
@@ -116,6 +121,10 @@ class Carrier:
         if exchange.number:
             self._tell(Gone(exchange.number))
 
+    def name(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return what to call a message that the scheduler does not hear of."""
+        return self._names.name(headers)
+
     def take(self, agent: AgentConnection, message: Message) -> None:
         """Answer a message."""
         path = message.target.partition(b"?")[0]
@@ -124,26 +133,25 @@ class Carrier:
         elif path == RESPONSES.encode() or not self._reader.is_call(message):
             self._side(agent, message)
         elif self._wire is None:
-            self._refuse_unread(self._reader.caller(agent, message))
+            self._refuse_unread(self._reader.caller(agent, message), self.name(message.headers))
         else:
             self._ask(agent, message)
 
-    def _refuse_unread(self, caller: Caller) -> None:
+    def _refuse_unread(self, caller: Caller, name: str) -> None:
         refusal = openai_api.starting_again()
         self.count(refusal[0])
-        caller.write(openai_api.response(*refusal))
-        caller.finished(keep_alive=True)
+        reply(caller, name, refusal)
 
     def _ask(self, agent: AgentConnection, message: Message) -> None:
         caller = self._reader.caller(agent, message)
         try:
             opened = self._reader.read(agent, message, reads_prompts=self._reads_prompts)
         except CallerError as error:
-            tell_mistake(caller, error, self.count)
+            tell_mistake(caller, error, self.name(message.headers), self.count)
             return
         number = next(self._numbers)
         exchange = agent.exchange = _exchange(opened, number)
-        self._calls[number] = _Carried(exchange, opened.message)
+        self._calls[number] = _Carried(exchange, opened.message, "")
         self._asking[number] = None
         self._tell(_called(number, opened))
 
@@ -213,6 +221,7 @@ class Carrier:
     def _send(self, call: _Carried, frame: Send) -> None:
         exchange = call.exchange
         self._asking.pop(frame.number, None)
+        self._calls[frame.number] = call._replace(name=frame.request_id)
         if not exchange.head:
             head = heads.engine_head(call.message, frame.request_id)
             exchange.head = heads.traced(head, frame.traced) if frame.traced else head
@@ -287,17 +296,18 @@ class Carrier:
 
     def _refuse(self, exchange: Exchange, refusal: openai_api.Refusal) -> None:
         """Answer a call without the scheduler."""
-        status, body, headers = refusal
+        status, body, _ = refusal
         self.count(status)
         if exchange.started:
             self._cut(exchange)
             return
+        _, message, name = self._calls[exchange.number]
         self._end(exchange)
         if exchange.held:
             exchange.caller.write(stream.chunk(stream.error_event(body)) + stream.END)
+            exchange.caller.finished(keep_alive=True)
         else:
-            exchange.caller.write(openai_api.response(status, body, headers))
-        exchange.caller.finished(keep_alive=True)
+            reply(exchange.caller, name or self.name(message.headers), refusal)
 
     def _end_too_long(self, exchange: Exchange, problem: str) -> None:
         if exchange.started and exchange.engine is not None:
@@ -328,7 +338,7 @@ class Carrier:
         if self._wire is None:
             return
         tokens = []
-        for number, (exchange, _) in self._calls.items():
+        for number, (exchange, _, _) in self._calls.items():
             if exchange.tokens > exchange.told_tokens:
                 exchange.told_tokens = exchange.tokens
                 tokens.append((number, exchange.attempt, exchange.tokens))
@@ -365,13 +375,13 @@ def _exchange(opened: Opened, number: int) -> Exchange:
 def _called(number: int, opened: Opened) -> Called:
     message, reading = opened.message, opened.reading
     headers = {name: message.headers[name] for name in _TOLD_HEADERS if name in message.headers}
-    trail = None if reading.identity.workflow_id else _trail(opened.text)
+    trail = None if reading.identity.workflow_id else _told(opened.trail())
     return Called(number, message.target, headers, message.takes_chunks, reading, trail)
 
 
-def _trail(text: memoryview) -> ToldTrail:
-    trail = PromptTrail(text)
-    return ToldTrail(list(trail.ends), trail.by_message(LATEST))
+def _told(trail: Trail) -> ToldTrail:
+    assert isinstance(trail, PromptTrail), "a worker has the prompt at hand"
+    return ToldTrail(list(trail.ends), trail.by_message(LATEST), trail.last)
 
 
 def _give_up(exchange: Exchange, problem: str) -> None:

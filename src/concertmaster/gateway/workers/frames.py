@@ -30,7 +30,7 @@ class Hello(Frame, tag=0):
 
 
 class ToldTrail(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a prompt leaves of itself, see ``inference.Trail``.
+    """What a prompt leaves of itself, see ``trails.Trail``.
 
     Attributes:
         latest: Tool calls that each of the latest messages is about.
@@ -38,6 +38,7 @@ class ToldTrail(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     ends: list[int]
     latest: list[list[bytes]]
+    last: bytes
 
     def tool_calls(self, known: int) -> Sequence[bytes]:
         """Tool calls that the latest messages after the first ``known`` are about."""

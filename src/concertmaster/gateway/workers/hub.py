@@ -14,7 +14,7 @@ from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.keyring import TENANT_HEADER, Keyring
 from concertmaster.gateway.quotas import Quota
 from concertmaster.gateway.reading import Opened
-from concertmaster.gateway.refusals import tell_mistake
+from concertmaster.gateway.refusals import reply, tell_mistake
 from concertmaster.gateway.workers.frames import (
     Began,
     Broke,
@@ -40,7 +40,6 @@ SOCKET, SIDE_SOCKET = "calls.sock", "side.sock"
 """Where workers bring calls, and all that is no call, as HTTP."""
 
 LOOK_S = 0.25
-_NO_TEXT = memoryview(b"")
 _log = logging.getLogger(__name__)
 
 
@@ -218,22 +217,21 @@ class WorkerLine:
             self._open(call, frame)
         except Exception:  # noqa: BLE001  # one call must not stop the others
             _log.exception("a call of worker %d failed", self.worker)
-            call.write(openai_api.internal_error())
-            call.finished(keep_alive=False)
+            name = self._gateway.name(frame.headers)
+            reply(call, name, (*openai_api.internal_error(), []), keep_alive=False)
             if call.exchange is not None:
                 self._gateway.abandon(call.exchange)
 
     def _open(self, call: RelayedCall, frame: Called) -> None:
         gateway = self._gateway
-        if gateway.refuses_unread(call):
+        if gateway.refuses_unread(call, frame.headers):
             return
         try:
             message = self._message(frame)
-            opened = Opened(call, message, frame.reading, _NO_TEXT)
-            trail = frame.trail
-            exchange = gateway.admit(gateway.clock(), opened, lambda: _trail(trail), call)
+            opened = Opened(call, message, frame.reading, lambda: _trail(frame.trail))
+            exchange = gateway.admit(gateway.clock(), opened, call)
         except CallerError as error:
-            tell_mistake(call, error, gateway.metrics.answered)
+            tell_mistake(call, error, gateway.name(frame.headers), gateway.metrics.answered)
             return
         call.exchange = exchange
         gateway.consider(exchange)

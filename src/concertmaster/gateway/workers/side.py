@@ -9,6 +9,7 @@ import httptools
 from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.gateway import openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
+from concertmaster.gateway.apis.anthropic_answer import worded_response
 from concertmaster.gateway.exchange import Exchange
 
 ELSEWHERE = Request(
@@ -45,21 +46,24 @@ class SideRelay:
     async def _pass_on(self, agent: AgentConnection, message: Message) -> None:
         loop = asyncio.get_running_loop()
         try:
-            _, answer = await loop.create_unix_connection(lambda: _Answer(agent), str(self._path))
+            _, answer = await loop.create_unix_connection(
+                lambda: _Answer(agent, message), str(self._path)
+            )
         except OSError:
-            agent.answer(openai_api.response(*openai_api.starting_again()))
+            _refuse(agent, message)
             return
         if agent.gone:
             answer.cancel()
         else:
-            answer.ask(message)
+            answer.ask()
 
 
 class _Answer(asyncio.Protocol):
     """One answer on its way back, byte for byte."""
 
-    def __init__(self, agent: AgentConnection) -> None:
+    def __init__(self, agent: AgentConnection, message: Message) -> None:
         self._agent = agent
+        self._message = message
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._begun = self._done = self._bodiless = False
@@ -69,14 +73,14 @@ class _Answer(asyncio.Protocol):
         """Keep the transport."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
 
-    def ask(self, message: Message) -> None:
+    def ask(self) -> None:
         """Send the message."""
         assert self._transport is not None
         exchange = Exchange(ELSEWHERE, self._agent, b"", b"", model_named="", streams=False)
         exchange.engine = self
         self._agent.exchange = exchange
-        self._bodiless = message.method == b"HEAD"
-        self._transport.write(_as_http(message))
+        self._bodiless = self._message.method == b"HEAD"
+        self._transport.write(_as_http(self._message))
 
     # httptools callbacks
 
@@ -110,7 +114,7 @@ class _Answer(asyncio.Protocol):
         if self._begun:
             self._agent.abort()
         else:
-            self._agent.answer(openai_api.response(*openai_api.starting_again()))
+            _refuse(self._agent, self._message)
 
     # EngineSide
 
@@ -134,6 +138,12 @@ class _Answer(asyncio.Protocol):
         if self._transport is not None and self.paused:
             self.paused = False
             self._transport.resume_reading()
+
+
+def _refuse(agent: AgentConnection, message: Message) -> None:
+    """Answer in the words of the API that was asked: there is no scheduler."""
+    name, refusal = agent.name(message.headers), openai_api.starting_again()
+    agent.answer(worded_response(message.target, name, *refusal, close=False))
 
 
 def _as_http(message: Message) -> bytes:

@@ -75,7 +75,7 @@ class Worker:
         if not self._rules.done():
             self._rules.set_result(frame)
         if self.carrier is None:
-            self.carrier = Carrier(frame, SideRelay(self._folder / SIDE_SOCKET))
+            self.carrier = Carrier(frame, SideRelay(self._folder / SIDE_SOCKET), self._number)
         self.carrier.hear(wire, frame)
         self.carrier.connected(wire)
         wire.hear = self.carrier.hear
