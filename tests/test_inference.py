@@ -1,11 +1,13 @@
 import json
 import random
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from concertmaster.gateway.growth import unclosed
 from concertmaster.gateway.identity import Identity
 from concertmaster.gateway.inference import (
     ANSWERS_TOOL,
@@ -321,3 +323,16 @@ def test_edges_are_found_with_high_precision_and_recall() -> None:
 def test_edges_of_many_equal_first_prompts_are_found_with_the_answers_tool_calls() -> None:
     assert min(edges(goals=100, notes_answers=True)) > 0.99
     assert min(edges(goals=1000, notes_answers=False)) > 0.85
+
+
+CLOSING = re.compile(rb'(?:"\s*,\s*"(?:role|type)"\s*:\s*"\w+)?["}\]\s]*\Z')
+scraps = st.sampled_from(
+    [b'"', b"}", b"]", b" ", b"\n", b",", b":", b"role", b"type", b"user", b"x"]
+)
+
+
+@given(st.lists(scraps, max_size=16).map(b"".join))
+def test_what_closes_a_message_is_its_last_marks_and_its_role(message: bytes) -> None:
+    assert unclosed(message) == CLOSING.sub(b"", message, count=1)
+    whole = message + b'", "role": "user"}]'
+    assert unclosed(whole) == CLOSING.sub(b"", whole, count=1)

@@ -16,7 +16,9 @@ HEADS = (160, 48)
 
 MOST_TWINS = 16
 _MOST_TEXTS = 512
-_CLOSING = re.compile(rb'(?:"\s*,\s*"(?:role|type)"\s*:\s*"\w+)?["}\]\s]*\Z')
+_CLOSERS = b'"}] \t\n\r\f\v'
+_KIND = re.compile(rb'"\s*,\s*"(?:role|type)"\s*:\s*"\w+\Z')
+_KIND_BYTES = 64
 
 _Folder: TypeAlias = tuple[int, int, int]
 
@@ -63,7 +65,7 @@ class Growth:
 
     def add(self, before: int, message: bytes, place: Place) -> None:
         """Remember a prompt by its last message, without what closes it."""
-        text = _CLOSING.sub(b"", message, count=1)
+        text = unclosed(message)
         size = next((one for one in HEADS if len(text) >= one), 0)
         if not size:
             return
@@ -82,6 +84,17 @@ class Growth:
 
     def __len__(self) -> int:
         return self._count
+
+
+def unclosed(message: bytes) -> bytes:
+    """Return a message without what closes it, in time that grows with its length at most.
+
+    >>> unclosed(b'{"content": "so far", "role": "user"}')
+    b'{"content": "so far'
+    """
+    text = message.rstrip(_CLOSERS)
+    kind = _KIND.search(text, max(0, len(text) - _KIND_BYTES))
+    return text if kind is None else text[: kind.start()]
 
 
 def add_twin(twins: list[Place], place: Place) -> None:
