@@ -18,7 +18,7 @@ from pathlib import Path
 from chaos.yard import free_ports
 from concertmaster.state.key_file import KeyFile
 from concertmaster.state.keys import new_key
-from soak.agents import MODEL, Crowd
+from soak.crowd import MODEL, Crowd
 
 CALLS = int(os.environ.get("SOAK_CALLS") or 1_500)
 WARM_UP = CALLS // 4
@@ -96,7 +96,7 @@ async def a_yard(folder: Path) -> AsyncIterator[Yard]:
     with closing(KeyFile(folder / "keys.sqlite")) as store:
         store.create(key)
     upstream = [str(REPO / "benchmarks" / "gateway" / "upstream.py"), str(engine)]
-    child = [str(Path(__file__).with_name("gateway_child.py")), str(folder)]
+    child = [str(Path(__file__).with_name("soaked_child.py")), str(folder)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     log = (folder / "log.txt").open("wb")
     started = [

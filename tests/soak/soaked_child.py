@@ -1,6 +1,6 @@
 """The gateway of a soak: a process of its own, in which tables reach their steady size in seconds.
 
-Usage: gateway_child.py FOLDER
+Usage: soaked_child.py FOLDER
 
 The folder holds ``fleet.toml``. Workflows are over after two seconds of silence instead of ten
 minutes, and prompts are remembered for 2,000 calls instead of 100,000; all else is as served.
