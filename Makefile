@@ -77,7 +77,7 @@ NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fair_share.py fleet.
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
   $(addprefix gateway/,agent.py alarm.py dispatching.py driver.py exchange.py growth.py heads.py inference.py intake.py \
-  stream.py upstream.py)
+  stream.py trails.py upstream.py)
 
 .PHONY: native test-native
 native: setup ## compile the hot path into .native (needs a C compiler); run with PYTHONPATH=.native

@@ -27,6 +27,7 @@ from concertmaster.gateway.admin import AdminRoutes
 from concertmaster.gateway.driver import Gateway
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.server import running_gateway
+from concertmaster.gateway.workers.hub import Hub
 from concertmaster.predictors.interface import Predictor
 from concertmaster.predictors.recent import RecentLengths
 from concertmaster.sim.driver import engine_settings
@@ -362,6 +363,7 @@ async def a_rig(
     peers: Mapping[ReplicaId, Peer] | None = None,
     admin_routes: AdminRoutes | None = None,
     environ: Mapping[str, str] | None = None,
+    hub: Hub | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[Rig]:
     """Start a gateway; whatever goes wrong unseen in its event loop fails the test."""
@@ -397,6 +399,7 @@ async def a_rig(
                 peers=peers,
                 admin=admin_routes,
                 environ=environ or {},
+                hub=hub,
             ) as (gateway, port),
             aiohttp.ClientSession(
                 f"http://127.0.0.1:{port}", timeout=aiohttp.ClientTimeout(total=10)

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import msgspec
@@ -212,6 +213,8 @@ def test_every_prometheus_metric_has_a_row() -> None:
     metrics.answered(200, 0.1)
     metrics.refused("queue_full")
     metrics.tally = Tally(scheduler)
+    member = SimpleNamespace(calls=1, connections=1, cpu_s=1.0)
+    metrics.workers = SimpleNamespace(lines={0: member})
     metrics.tally._calls["m", "m", "interactive", "served"] = 1
     engines = EngineWatch({}, {}, scheduler.replicas, lambda _: True, interval_s=1.0)
     engines.readings = {

@@ -305,9 +305,9 @@ def test_calls_that_expire_while_others_are_routed_anew_are_answered_once(
             gateway = rig.gateway
             calls = [asyncio.ensure_future(rig.call()) for _ in range(3)]
             await until(lambda: gateway.open_exchanges == 3)
-            now_s = gateway._clock()
+            now_s = gateway.clock()
             once = iter([now_s])
-            monkeypatch.setattr(gateway, "_clock", lambda: next(once, now_s + 200.0))
+            monkeypatch.setattr(gateway, "clock", lambda: next(once, now_s + 200.0))
             gateway.service._hear(ReplicaDied(ReplicaId("p-0")))
             replies = await asyncio.gather(*calls)
             assert {reply.status for reply in replies} == {503}

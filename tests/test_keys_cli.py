@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from concertmaster import commands
+from concertmaster import commands_serve
 from concertmaster.cli import app
 from concertmaster.core.errors import InputError
 from concertmaster.state.key_file import KeyFile
@@ -26,7 +26,8 @@ def said(*arguments: str, file: Path | None = None) -> str:
 
 
 def serve(*, host: str = "127.0.0.1", config: str = FLEET) -> None:
-    commands.serve(config=Path(config), host=host, port=0, policy=None, models="recent", trace=None)
+    changes = {"host": host, "port": 0, "policy": None, "models": "recent"}
+    commands_serve.serve(Path(config), changes, None)
 
 
 def test_a_key_is_made_shown_once_listed_and_ended(tmp_path: Path) -> None:

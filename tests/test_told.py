@@ -12,7 +12,7 @@ from concertmaster.core.events import Event, PaceObserved, ReplicaDied, Workflow
 from concertmaster.core.fleet import Fleet, ReplicaId
 from concertmaster.core.request import ModelName
 from concertmaster.core.scheduler import Scheduler
-from concertmaster.gateway import driver, intake
+from concertmaster.gateway import driver, reading
 from concertmaster.gateway.idle import IdleWatch
 from concertmaster.physics.fast import FastEngine
 from concertmaster.predictors.interface import NO_PROMPT, Prompt
@@ -152,7 +152,7 @@ def test_a_gateway_call_is_predicted_from_its_prompt_and_learnt_from_with_it() -
 def test_no_prompt_is_read_for_a_predictor_that_reads_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(intake, "read_prompt", None)
+    monkeypatch.setattr(reading, "read_prompt", None)
 
     async def main() -> None:
         notebook = Notebook(reads_prompts=False)

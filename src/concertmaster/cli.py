@@ -14,6 +14,7 @@ from concertmaster import (
     commands_explain,
     commands_learning,
     commands_reproduce,
+    commands_serve,
     forecaster,
 )
 from concertmaster.core.errors import InputError
@@ -105,7 +106,8 @@ def serve(
 
     Example: concertmaster serve -c examples/fleets/local.toml --port 8000
     """
-    commands.serve(config=config, host=host, port=port, policy=policy, models=models, trace=trace)
+    changes = {"host": host, "port": port, "policy": policy, "models": models}
+    commands_serve.serve(config, changes, trace)
 
 
 @app.command()

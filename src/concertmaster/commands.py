@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import random
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,26 +13,21 @@ from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
-from concertmaster import compose, forecaster
+from concertmaster import compose
 from concertmaster import demo as demonstration
 from concertmaster.config_files import load_engine, load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import Fleet
-from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.emulator_api import serve as serve_emulator
-from concertmaster.gateway.admin import AdminRoutes
 from concertmaster.gateway.replay import Replay
-from concertmaster.gateway.server import controls_of, running_gateway
 from concertmaster.observe import console as show
 from concertmaster.observe import plots
 from concertmaster.observe.compare import compare_reports
-from concertmaster.observe.logs import log_to
 from concertmaster.observe.report import Report, build_report
 from concertmaster.observe.trace import Header, TraceWriter
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
-from concertmaster.reloading import Reloader, followed
-from concertmaster.serving import check_servable, prepared
+from concertmaster.serving import check_servable
 from concertmaster.sim.driver import engine_settings
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.load import load_workloads
@@ -72,75 +66,6 @@ def demo(
     for name in chosen:
         check_servable(name)
     demonstration.run(chosen, workflows=workflows, keep=keep, port=port, json=json)
-
-
-def serve(
-    *,
-    config: Path,
-    host: str | None,
-    port: int | None,
-    policy: str | None,
-    models: str | None,
-    trace: Path | None,
-) -> None:
-    """Run the gateway until it is told to stop."""
-    changes = {"host": host, "port": port, "policy": policy, "models": models}
-    _check_port(port or 0)
-    served = prepared(config, changes, os.environ)
-    file, settings, fleet, urls = served.file, served.settings, served.fleet, served.urls
-    log_to(settings.log)
-    with ExitStack() as stack:
-        writer = None
-        if trace is not None:
-            header = Header(trace=1, fleet=fleet.name, policy=settings.policy, seed=settings.seed)
-            writer = stack.enter_context(TraceWriter(trace, header))
-        scheduler = Scheduler(
-            fleet,
-            served.policy,
-            random.Random(settings.seed),
-            record_candidates=writer is not None,
-            weighs=True,
-        )
-
-        predictor = forecaster.serving_predictor(settings, fleet)
-        admin = AdminRoutes()
-
-        async def run() -> None:
-            gateway = running_gateway(
-                scheduler,
-                predictor,
-                urls,
-                settings,
-                speedup=file.emulator.speedup,
-                observe=writer,
-                commands=compose.commands(file),
-                controls=controls_of(file),
-                peers=served.peers,
-                admin=admin,
-            )
-            where = f"{settings.host}:{settings.port}"
-            live, bound = await compose.listening(gateway.__aenter__(), where, settings.port)
-            reloader = Reloader(
-                config, changes, os.environ, served, live, traced=writer is not None
-            )
-            admin.reload = reloader.reload
-            try:
-                scheme = f"http{'s' if settings.tls_cert else ''}"
-                url = f"{scheme}://{settings.host}:{bound}"
-                page = f"{scheme}://{settings.admin}" if settings.admin else url
-                show.say(
-                    show.console(),
-                    f"{url}/v1   policy {settings.policy}   "
-                    f"{len(urls)} replicas in {len(fleet.pools)} pools   "
-                    f"page {page}/   {'with keys' if settings.keys else 'loopback only, no keys'}"
-                    "   stop with Ctrl-C",
-                )
-                async with followed(reloader):
-                    await until_stopped()
-            finally:
-                await gateway.__aexit__(None, None, None)
-
-        compose.run_loop(run())
 
 
 async def until_stopped() -> None:

@@ -126,6 +126,7 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     host: str = "127.0.0.1"
     port: Port = 8000
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
     policy: str = "least-tokens+las"
     models: str = "default"
     forecast_budget_ms: Above0 = 20.0

@@ -53,6 +53,7 @@ def prepared(
     told = {key: value for key, value in changes.items() if value is not None}
     settings = replace(file.gateway, **told)
     check_safe(str(path), settings, environ)
+    check_workers(str(path), file, settings.workers)
     fleet = compose.build_fleet(file, name=path.stem, served=True)
     urls = compose.endpoints(file, where=str(path))
     policy = serving_policy(settings)
@@ -71,6 +72,21 @@ def serving_policy(settings: GatewaySection) -> Policy:
     if settings.window_s is None:
         return policy
     return dataclasses.replace(policy, window_s=settings.window_s)
+
+
+def check_workers(where: str, file: FleetFile, workers: int) -> None:
+    """Refuse several workers where the gateway starts engines itself.
+
+    A scheduler that is killed leaves its engines behind, and the next one could not start them.
+
+    Raises:
+        InputError: A pool has a command.
+    """
+    pool = next((pool.name for pool in file.pools if pool.command), "")
+    if workers > 1 and pool:
+        problem = f'expected 1 where the gateway starts engines, as for pool "{pool}"'
+        hint = "start its engines yourself, and leave out its command"
+        raise InputError(where, "gateway.workers", f"{problem}, found {workers}", hint)
 
 
 def check_servable(name: str) -> None:
@@ -100,6 +116,7 @@ def build_problems(path: Path, file: FleetFile, environ: Mapping[str, str]) -> I
             partial(compose.endpoints, file, where=str(path)),
             partial(peers_of, str(path), file, environ),
             partial(check_safe, str(path), file.gateway, environ),
+            partial(check_workers, str(path), file, file.gateway.workers),
         ]
     for error in broken(checks):
         yield InputError(str(path), _place(path, error), error.problem, error.hint)

@@ -11,7 +11,7 @@ import httptools
 from concertmaster.core.errors import CallerError
 from concertmaster.gateway.apis.anthropic_answer import worded_response
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.gateway.openai_api import caller_error, error_body
+from concertmaster.gateway.openai_api import caller_error, error_body, internal_error
 from concertmaster.gateway.quotas import Quota
 
 _log = logging.getLogger(__name__)
@@ -327,9 +327,8 @@ class AgentConnection(asyncio.Protocol):
         if self.exchange is not None and (self.exchange.started or self.exchange.held):
             self.abort()
             return
-        body = error_body("internal error; the log says more", "server_error", code="internal")
         name = self.name(message.headers)
-        self.write(worded_response(message.target, name, 500, body))
+        self.write(worded_response(message.target, name, *internal_error()))
         self.close()
 
     def abort(self) -> None:

@@ -36,18 +36,27 @@ def links(
     return found
 
 
-def send(exchange: Exchange, action: Dispatch, replica: Replica, link: EngineLink) -> None:
-    """Begin an attempt; the one before is on a replica that is gone."""
-    if exchange.engine is not None:
-        exchange.engine.cancel()
+def send(exchange: Exchange, action: Dispatch, replica: Replica, links: Links) -> None:
+    """Begin an attempt, here or in the process that moves the call's bytes."""
     exchange.attempt, exchange.replica_id = action.attempt, action.replica_id
     exchange.tokens = exchange.told_tokens = 0
-    model, body = replica.pool.model.name, exchange.body
+    if exchange.relay is not None:
+        exchange.relay.send(exchange, action, replica)
+        return
+    priority = action.priority if replica.pool.priority_scheduling else 0
+    begin(exchange, replica.pool.model.name, priority, links[action.replica_id])
+
+
+def begin(exchange: Exchange, model: str, priority: int, link: EngineLink) -> None:
+    """Send a call to an engine; the attempt before is on a replica that is gone."""
+    if exchange.engine is not None:
+        exchange.engine.cancel()
+    body = exchange.body
     if exchange.model_named != model:
         body = openai_api.with_model(body, model)
     head = heads.addressed(exchange.head, link.prefix, link.api_key)
-    if replica.pool.priority_scheduling and action.priority:
-        line, body = link.dialect.prioritised(body, action.priority)
+    if priority:
+        line, body = link.dialect.prioritised(body, priority)
         head += line
     head += b"host: %b\r\ncontent-length: %d\r\n" % (link.authority, len(body))
     link.send(exchange, head + b"\r\n" + body)

@@ -30,11 +30,11 @@ from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
-from concertmaster.gateway import dispatching, openai_api
+from concertmaster.gateway import dispatching
 from concertmaster.gateway.agent import PATIENCE, AgentConnection, Message, Patience, hurry, see_off
 from concertmaster.gateway.alarm import Alarm
 from concertmaster.gateway.apis.desk import served
-from concertmaster.gateway.exchange import Caller, Exchange, progress
+from concertmaster.gateway.exchange import Caller, Exchange, Relay, progress
 from concertmaster.gateway.guard import Guard
 from concertmaster.gateway.idle import IDLE_S, IdleWatch
 from concertmaster.gateway.intake import Intake
@@ -42,16 +42,16 @@ from concertmaster.gateway.learning import Forecaster
 from concertmaster.gateway.limits import LIMITS, Limits
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.gateway.peers import Peer
-from concertmaster.gateway.refusals import Refusals
+from concertmaster.gateway.reading import Opened, Reader
+from concertmaster.gateway.refusals import Refusals, tell_mistake
 from concertmaster.gateway.service import Service
-from concertmaster.predictors.interface import Completion, Predictor
+from concertmaster.predictors.interface import Predictor
 from concertmaster.predictors.rates import PaceWatch
 
 PROGRESS_S = 1.0
 """How often the core is told how far every stream has come; the simulator does the same."""
 
 HOLD_S = 600.0
-_CALL_PATHS = {b"/v1/chat/completions": True, b"/v1/completions": False}
 Clock = Callable[[], float]
 Observer = Callable[[float, Event, list[Action]], None]
 SideDoor = Callable[[AgentConnection, Message], None]
@@ -105,17 +105,18 @@ class Gateway:
         self.max_body_bytes = max_body_bytes
         self._patience = patience
         self.draining = False
-        self._forecaster = Forecaster(predictor, self.metrics)
-        self._clock = clock
+        self.forecaster = Forecaster(predictor, self.metrics)
+        self.clock = clock
         self._speedup = speedup
         self._side_door = side_door
         self._observe = observe
         self.apis, chat_models = served(scheduler, peers)
-        self._intake = Intake(chat_models, self.metrics)
+        self._reader = Reader(self.apis)
         self._idle = IdleWatch(idle_s=workflow_idle_s)
         self._pace = PaceWatch(scheduler) if follow_pace else None
         self.links = dispatching.links(urls, self, peers, limits)
         self._exchanges: dict[RequestId, Exchange] = {}
+        self._intake = Intake(chat_models, self.metrics, self._exchanges)
         self.service = Service(
             scheduler,
             urls,
@@ -145,7 +146,7 @@ class Gateway:
         )
         self.metrics.guarded = self._guard
         self._agents: dict[AgentConnection, None] = {}
-        self._alarm = Alarm(self._fire, speedup=speedup)
+        self._alarm = Alarm(lambda: self.feed(TimerFired()), speedup=speedup)
         self._tasks: list[asyncio.Task[None]] = []
 
     # Life
@@ -159,11 +160,11 @@ class Gateway:
         duties = (
             self._tick(),
             hurry(self._agents, self._patience),
-            self.service.hold(self._overdue),
+            self.service.hold(lambda one: self._refusals.refuse(one, "waited_too_long")),
             self._guard.watch(),
             self.service.health.watch(),
             self.engines.watch(),
-            self._forecaster.watch(),
+            self.forecaster.watch(),
         )
         self._tasks = [asyncio.create_task(duty) for duty in duties]
         if self.scheduler.policy.scaling is not None:
@@ -172,8 +173,8 @@ class Gateway:
     async def stop(self, *, drain_s: float) -> None:
         """Take nothing new, let calls end for a while, answer those that have not begun, close."""
         self.draining = True
-        deadline_s = self._clock() + drain_s * self._speedup
-        while self._exchanges and self._clock() < deadline_s:  # noqa: ASYNC110  # polled once a life
+        deadline_s = self.clock() + drain_s * self._speedup
+        while self._exchanges and self.clock() < deadline_s:  # noqa: ASYNC110  # polled once a life
             await asyncio.sleep(0.02)
         for task in self._tasks:
             task.cancel()
@@ -184,7 +185,7 @@ class Gateway:
         for link in self.links.values():
             link.close()
         await self.service.control.close()
-        await self._forecaster.stop()
+        await self.forecaster.stop()
 
     def _turn_all_away(self) -> None:
         """Answer what is open; those that wait first, so that nobody gets their room."""
@@ -208,8 +209,12 @@ class Gateway:
     def lost(self, agent: AgentConnection) -> None:
         """Cancel what a vanished agent was waiting for."""
         self._agents.pop(agent, None)
-        exchange = agent.exchange
-        if exchange is not None and not exchange.over:
+        if agent.exchange is not None:
+            self.abandon(agent.exchange)
+
+    def abandon(self, exchange: Exchange) -> None:
+        """Cancel a call for which nobody waits any more."""
+        if not exchange.over:
             self._end(exchange, 499)
             self.feed(RequestCancelled(exchange.request.request_id))
 
@@ -219,46 +224,51 @@ class Gateway:
 
     def take(self, agent: AgentConnection, message: Message) -> None:
         """Answer a message: a call goes to the core, all else through the side door."""
-        chat = _CALL_PATHS.get(message.target.partition(b"?")[0])
-        if message.method != b"POST" or (chat is None and not self.apis.serves(message)):
+        if not self._reader.is_call(message):
             self._side_door(agent, message)
             return
-        caller: Caller = agent if chat is not None else self.apis.caller(agent, message)
-        if self.draining or self._guard.shedding.refuses_all():
-            name, shedding = self.name(message.headers), self._guard.shedding
-            self._refusals.refuse_unread(caller, name, draining=self.draining, guard=shedding)
+        caller = self._reader.caller(agent, message)
+        if self.refuses_unread(caller, message.headers):
             return
-        now_s, teaches = self._clock(), True
+        now_s, reads_prompts = self.clock(), self.forecaster.reads_prompts
         try:
-            if chat is not None:
-                call = openai_api.parse_call(message.body, chat=chat)
-            else:
-                caller, message, call, teaches = self.apis.open(agent, message)
-            exchange, identity = self._intake.open(
-                now_s,
-                caller,
-                message,
-                call,
-                taken=self._exchanges,
-                reads_prompts=self._forecaster.reads_prompts,
-            )
+            opened = self._reader.read(agent, message, reads_prompts=reads_prompts)
+            caller = opened.caller
+            exchange = self.admit(now_s, opened)
         except CallerError as error:
-            self._refusals.refuse_caller(caller, error, self.name(message.headers))
+            tell_mistake(caller, error, self.name(message.headers), self.metrics.answered)
             return
-        agent.exchange, exchange.teaches = exchange, teaches
-        exchange.may_hold = exchange.streams and message.takes_chunks
+        agent.exchange = exchange
+        self.consider(exchange)
+
+    def refuses_unread(self, caller: Caller, headers: Mapping[bytes, bytes]) -> bool:
+        """Refuse a call if no call is taken at all."""
+        shedding = self._guard.shedding
+        refuses = self.draining or shedding.refuses_all()
+        if refuses:
+            name = self.name(headers)
+            self._refusals.refuse_unread(caller, name, draining=self.draining, guard=shedding)
+        return refuses
+
+    def admit(self, now_s: float, opened: Opened, relay: Relay | None = None) -> Exchange:
+        """Take a call in; raises ``CallerError`` if its tenant is at a limit."""
+        exchange, identity = self._intake.open(now_s, opened, relay)
         self._exchanges[exchange.request.request_id] = exchange
         self._idle.begin(now_s, exchange.request.workflow_id, is_final=identity.is_final)
+        return exchange
+
+    def consider(self, exchange: Exchange) -> None:
+        """Refuse a call that is one too many, or ask the core."""
         if self._guard.refuses(exchange):
             return
-        forecast = self._forecaster.predict(exchange)
-        self._feed(now_s, RequestArrived(exchange.request, forecast))
+        forecast = self.forecaster.predict(exchange)
+        self._feed(exchange.arrived_s, RequestArrived(exchange.request, forecast))
 
     # The core
 
     def feed(self, event: Event) -> None:
         """Give the core an event that happens now."""
-        self._feed(self._clock(), event)
+        self._feed(self.clock(), event)
 
     def _feed(self, now_s: float, event: Event) -> None:
         if self._pace is not None:
@@ -275,12 +285,9 @@ class Gateway:
     def grade(self, workflow_id: WorkflowId, success: float | None) -> None:
         """Take in that a workflow is over, which may be known already, and its grade in 0…1."""
         self.metrics.grades += 1
-        self._forecaster.close(workflow_id, success)
+        self.forecaster.close(workflow_id, success)
         if self._idle.end(workflow_id):
             self.feed(WorkflowClosed(workflow_id))
-
-    def _fire(self) -> None:
-        self.feed(TimerFired())
 
     def _perform(self, now_s: float, action: Action) -> None:
         match action:
@@ -308,20 +315,17 @@ class Gateway:
             exchange.dispatched_s = now_s
         policy, model = self.scheduler.policy.name, replica.pool.model.name
         dispatching.tell_decision(exchange, policy, model, action)
-        dispatching.send(exchange, action, replica, self.links[action.replica_id])
+        dispatching.send(exchange, action, replica, self.links)
         self._guard.sent(action.attempt)
         if self._pace is not None and not exchange.streams:
             self._pace.unheard(now_s, action.request_id)
-        self.metrics.dispatched(now_s - exchange.arrived_s, self._clock() - now_s)
-
-    def _overdue(self, exchange: Exchange) -> None:
-        self._refusals.refuse(exchange, "waited_too_long")
+        self.metrics.dispatched(now_s - exchange.arrived_s, self.clock() - now_s)
 
     # Outcomes: news from engines
 
     def first_token(self, exchange: Exchange) -> None:
         """Tell the core that an answer has begun."""
-        now_s = self._clock()
+        now_s = self.clock()
         exchange.first_token_s = now_s
         exchange.told_tokens = 1
         self._feed(now_s, TokensStreamed(((exchange.request.request_id, exchange.attempt, 1),)))
@@ -332,7 +336,7 @@ class Gateway:
 
     def finished(self, exchange: Exchange, output_tokens: int) -> None:
         """Tell the core and the predictor that an answer is complete."""
-        now_s = self._clock()
+        now_s = self.clock()
         request = exchange.request
         exchange.tokens = output_tokens
         self._end(exchange, exchange.status)
@@ -343,13 +347,7 @@ class Gateway:
             self._intake.note_tool_calls(exchange.tool_call_ids, request)
         if exchange.status == 200:
             pool = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool
-            completion = Completion(
-                model=pool.model.name,
-                output_tokens=output_tokens,
-                finished_s=now_s,
-                tool_call=bool(exchange.tool_call_ids),
-            )
-            self._forecaster.served(exchange, completion, pool.gpu)
+            self.forecaster.served(now_s, exchange, pool)
 
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
         """Tell the core that an attempt failed, and that its replica is gone if it is."""
@@ -365,7 +363,7 @@ class Gateway:
     def _end(self, exchange: Exchange, status: int) -> None:
         exchange.over = True
         exchange.status = status
-        now_s, request = self._clock(), exchange.request
+        now_s, request = self.clock(), exchange.request
         self._exchanges.pop(request.request_id, None)
         self._guard.shedding.ended += 1
         self._idle.settle(now_s, request.workflow_id)
@@ -373,7 +371,7 @@ class Gateway:
         if exchange.quota is not None:
             exchange.quota.end(exchange.tokens, (now_s - exchange.arrived_s) / self._speedup)
         if status != 200:
-            self._forecaster.failed(request.request_id)
+            self.forecaster.failed(request.request_id)
         if exchange.engine is not None:
             exchange.engine.cancel()
 
@@ -383,7 +381,7 @@ class Gateway:
             await asyncio.sleep(PROGRESS_S / self._speedup)
             if (news := progress(self._exchanges.values())) is not None:
                 self.feed(news)
-            now_s = self._clock()
+            now_s = self.clock()
             if self._pace is not None and (paces := self._pace.due(now_s)) is not None:
                 self._feed(now_s, paces)
             self._close_workflows(now_s)
@@ -392,5 +390,5 @@ class Gateway:
     def _close_workflows(self, now_s: float) -> None:
         """Tell the predictor and the core which workflows are over."""
         for workflow_id in self._idle.over(now_s):
-            self._forecaster.close(workflow_id)
+            self.forecaster.close(workflow_id)
             self._feed(now_s, WorkflowClosed(workflow_id))

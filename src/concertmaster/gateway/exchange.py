@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from typing import Protocol
 
+from concertmaster.core.actions import Dispatch
 from concertmaster.core.events import TokensStreamed
+from concertmaster.core.fleet import Replica
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request
 from concertmaster.gateway.quotas import Quota
@@ -23,6 +25,13 @@ class Caller(Protocol):
         """Cut the connection: the answer broke and must not look finished."""
 
 
+class Relay(Protocol):
+    """Another process, which moves the bytes of a call."""
+
+    def send(self, exchange: "Exchange", action: Dispatch, replica: Replica) -> None:
+        """Begin an attempt."""
+
+
 class Exchange:
     """A call, who asked, what to send, and how far its answer has come.
 
@@ -32,6 +41,8 @@ class Exchange:
         tokens: Output tokens seen in the stream of this attempt.
         reads: How often its engines were heard, and ``mark`` what a sweep last saw of it: the
             attempt, its reads, and since when.
+        number: Its number where several processes speak of it.
+        relay: The process that moves its bytes; ``None`` for this one.
         quota: The account of its tenant, which its end is told to.
         prompt: What the predictor may read of it, until it has learnt what came of the call.
         forecast: What was predicted of it.
@@ -60,11 +71,13 @@ class Exchange:
         "mark",
         "may_hold",
         "model_named",
+        "number",
         "over",
         "prompt",
         "quota",
         "reads",
         "reason",
+        "relay",
         "replica_id",
         "request",
         "response_headers",
@@ -95,6 +108,8 @@ class Exchange:
         self.model_named = model_named
         self.streams = streams
         self.prompt: Prompt = NO_PROMPT
+        self.number = 0
+        self.relay: Relay | None = None
         self.quota: Quota | None = None
         self.forecast: Forecast = NO_FORECAST
         self.arrived_s = request.arrival_s

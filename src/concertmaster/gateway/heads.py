@@ -1,6 +1,7 @@
 """Heads that the gateway writes: of requests to engines, and what it adds to answers."""
 
 import re
+from collections.abc import Mapping
 
 from concertmaster.core.actions import Dispatch
 from concertmaster.gateway.agent import Message
@@ -29,6 +30,7 @@ _DROPPED_HEADERS = frozenset(
 
 
 _OURS = b"x-concertmaster-"
+_TRACE = re.compile(rb"^(?:traceparent|tracestate): [^\r]*\r\n", re.MULTILINE)
 _CREDENTIALS = re.compile(rb"^(?:authorization|x-api-key|api-key): [^\r]*\r\n", re.MULTILINE)
 
 
@@ -50,6 +52,20 @@ def engine_head(message: Message, request_id: str) -> bytes:
     ]
     lines.append(b"x-request-id: " + request_id.encode("latin-1"))
     return b"POST " + message.target + b" HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n"
+
+
+def traced(head: bytes, lines: bytes) -> bytes:
+    r"""Put lines of a trace into a request head, in the place of those that were there.
+
+    >>> traced(b"POST / HTTP/1.1\r\ntraceparent: a\r\n", b"traceparent: b\r\n")
+    b'POST / HTTP/1.1\r\ntraceparent: b\r\n'
+    """
+    return _TRACE.sub(b"", head) + lines
+
+
+def lines_of(headers: Mapping[str, str]) -> bytes:
+    """Write headers as lines."""
+    return b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items())
 
 
 def addressed(head: bytes, prefix: bytes, api_key: bytes) -> bytes:

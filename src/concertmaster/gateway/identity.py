@@ -39,6 +39,7 @@ class Identity(NamedTuple):
         is_final: Whether the client says that this is the workflow's last call.
         confidence: 1.0 if the client said so, less if it was inferred.
         dialect: Which client's or gateway's words were understood.
+        rooted: False while the workflow's id is that of a session whose root was not looked up.
     """
 
     workflow_id: WorkflowId
@@ -55,6 +56,11 @@ class Identity(NamedTuple):
     is_final: bool = False
     confidence: float = 1.0
     dialect: str = ""
+    rooted: bool = True
+
+
+UNNAMED = Identity(WorkflowId(""))
+"""Of a call that names no workflow."""
 
 
 class Dialect(NamedTuple):
@@ -149,37 +155,15 @@ class Normalizer:
 
     def identify(self, headers: Mapping[bytes, bytes], call: CallBody) -> Identity | None:
         """Return what the caller says of itself; ``None`` if it names no workflow."""
-        identity = None
-        if not _WORKFLOW_HEADERS.isdisjoint(headers):
-            identity = self._by_headers(headers)
-        if identity is None:
-            identity = _by_body(call)
-        return identity
+        identity = named(headers, call)
+        return self.rooted(identity) if identity.workflow_id else None
 
-    def _by_headers(self, headers: Mapping[bytes, bytes]) -> Identity | None:
-        for dialect in DIALECTS:
-            session = _text(headers, dialect.workflow)
-            if session and not _is_address(session):
-                return self._read(headers, dialect, session)
-        return None
-
-    def _read(self, headers: Mapping[bytes, bytes], dialect: Dialect, session: str) -> Identity:
-        parent = _text(headers, dialect.parent)
-        agent = _text(headers, dialect.agent)
-        workflow_id = session
-        if dialect.parent_is_workflow:
-            workflow_id = self._root(session, parent)
-            agent = session if parent else ""
-        elif agent == session:
-            agent = ""
-        return Identity(
-            workflow_id=WorkflowId(workflow_id),
-            agent=agent,
-            parent_agent=(parent or workflow_id) if agent else "",
-            role=_text(headers, dialect.role),
-            is_final=not agent and _text(headers, dialect.final).lower() == "true",
-            dialect=dialect.name,
-        )
+    def rooted(self, identity: Identity) -> Identity:
+        """Count a sub-agent to the workflow of its root."""
+        if identity.rooted:
+            return identity
+        root = self._root(identity.workflow_id, identity.parent_agent)
+        return identity._replace(workflow_id=WorkflowId(root), rooted=True)
 
     def _root(self, session: str, parent: str) -> str:
         root = self._roots.get(session)
@@ -191,6 +175,33 @@ class Normalizer:
         else:
             self._roots.move_to_end(session)
         return root
+
+
+def named(headers: Mapping[bytes, bytes], call: CallBody) -> Identity:
+    """Read what the caller says of itself, before any root is looked up."""
+    for dialect in () if _WORKFLOW_HEADERS.isdisjoint(headers) else DIALECTS:
+        session = _text(headers, dialect.workflow)
+        if session and not _is_address(session):
+            return _read(headers, dialect, session)
+    return _by_body(call) or UNNAMED
+
+
+def _read(headers: Mapping[bytes, bytes], dialect: Dialect, session: str) -> Identity:
+    parent = _text(headers, dialect.parent)
+    agent = _text(headers, dialect.agent)
+    if dialect.parent_is_workflow:
+        agent = session if parent else ""
+    elif agent == session:
+        agent = ""
+    return Identity(
+        workflow_id=WorkflowId(session),
+        agent=agent,
+        parent_agent=(parent or session) if agent else "",
+        role=_text(headers, dialect.role),
+        is_final=not agent and _text(headers, dialect.final).lower() == "true",
+        dialect=dialect.name,
+        rooted=not dialect.parent_is_workflow,
+    )
 
 
 def with_hints(headers: Mapping[bytes, bytes], call: CallBody, identity: Identity) -> Identity:

@@ -5,16 +5,13 @@ repeats, tool calls still carry the ids they had. Where it keeps all in one mess
 grows. Each is found with a confidence, which docs/identity.md explains.
 """
 
-import re
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-
-import msgspec
 
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.gateway.growth import Growth, Place, add_twin
 from concertmaster.gateway.identity import Identity
+from concertmaster.gateway.trails import PromptTrail, Trail, root_of
 
 NEW, GROWS, EXTENDS, ANSWERS_TOOL = 0.5, 0.7, 0.9, 0.95
 """Confidence of a first call, of a text that goes on with another, of a prompt that extends
@@ -22,15 +19,6 @@ another, of an answered tool call; shared out where several workflows sent the s
 
 SILENT_S = 600.0
 """A call that nobody went on with for so long is no candidate beside one that is fresher."""
-
-_LATEST = 8
-"""Messages at the end of a prompt whose tool calls are looked at."""
-
-_MOST_GROWING = 3
-"""A prompt of more messages than this grows by messages, not within its last one."""
-
-_TOOL_CALL_ID = re.compile(rb'"tool_call_id"\s*:\s*"([^"]{1,128})"')
-_split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class WorkflowInference:
@@ -62,16 +50,16 @@ class WorkflowInference:
             tenant: Who sent it.
             now_s: The instant.
         """
-        messages = _messages(text)
-        root = zlib.crc32(tenant.encode())
-        ends = _ends(messages, root)
+        trail = PromptTrail(text, tenant)
+        return self.follow(trail, request_id=request_id, tenant=tenant, now_s=now_s)
+
+    def follow(self, trail: Trail, *, request_id: str, tenant: str, now_s: float) -> Identity:
+        """Do so from what a prompt leaves of itself."""
+        ends, last = trail.ends, trail.last
         known = self._longest(ends[:-1])
-        fresh = messages[known:][-_LATEST:]
-        ids = _TOOL_CALL_ID.findall(b"".join(map(bytes, fresh)))
+        ids = trail.tool_calls(known)
         asked = self._by_tool_call(ids, tenant)
-        before = ends[-2] if len(ends) > 1 else root
-        may_grow = len(messages) <= _MOST_GROWING
-        last = bytes(messages[-1]) if may_grow else b""
+        before = ends[-2] if len(ends) > 1 else root_of(tenant)
         parent: Place | None = None
         if known:
             self._ends.move_to_end(ends[known - 1])
@@ -79,14 +67,14 @@ class WorkflowInference:
             confidence = EXTENDS * odds
         elif asked is not None:
             parent, confidence = asked, ANSWERS_TOOL
-        elif may_grow and (grown := self._growth.find(before, last)):
+        elif last and (grown := self._growth.find(before, last)):
             parent, odds = _next_of(grown, None, now_s)
             confidence = GROWS * odds
         else:
             confidence = NEW
         place = self._after(parent, RequestId(request_id), now_s)
         self._remember(ends[-1], place)
-        if may_grow:
+        if last:
             self._growth.add(before, last, place)
         self._note(ids, tenant, place)
         parents = (parent.request_id,) if parent is not None and parent.request_id else ()
@@ -164,26 +152,3 @@ def _next_of(twins: list[Place], asked: Place | None, now_s: float) -> tuple[Pla
     if not twins:
         twins.append(place._replace(followed=True))
     return place, 1 / max(1, rivals)
-
-
-def _messages(text: memoryview) -> Sequence[memoryview | msgspec.Raw]:
-    """Split a prompt into its messages; a prompt that is no list is one message."""
-    try:
-        return _split(text) or (text,)
-    except msgspec.ValidationError:
-        return (text,)
-
-
-def _ends(messages: Sequence[memoryview | msgspec.Raw], root: int = 0) -> list[int]:
-    """Length and checksum of all up to each message's end, as one number.
-
-    >>> [end >> 32 for end in _ends([memoryview(b"abc"), memoryview(b"de")])]
-    [3, 5]
-    """
-    found: list[int] = []
-    length, checksum = 0, root
-    for message in messages:
-        checksum = zlib.crc32(message, checksum)
-        length += len(message)
-        found.append(length << 32 | checksum)
-    return found

@@ -1,17 +1,15 @@
 """A message becomes a call: its prompt, whose workflow it belongs to, what it allows."""
 
-import itertools
 from collections.abc import Container, Iterable, Mapping
 
 from concertmaster.core.request import ModelName, Request, RequestId
-from concertmaster.gateway import heads, openai_api
-from concertmaster.gateway.agent import Message
-from concertmaster.gateway.exchange import Caller, Exchange
-from concertmaster.gateway.identity import MAX_ID_CHARS, Identity, Normalizer, with_hints
+from concertmaster.gateway import heads
+from concertmaster.gateway.exchange import Exchange, Relay
+from concertmaster.gateway.identity import Identity, Normalizer
 from concertmaster.gateway.inference import WorkflowInference
 from concertmaster.gateway.metrics import GatewayMetrics
-from concertmaster.gateway.openai_api import CallBody
-from concertmaster.gateway.prompts import read_prompt
+from concertmaster.gateway.naming import Names
+from concertmaster.gateway.reading import Opened
 
 
 class Intake:
@@ -20,58 +18,59 @@ class Intake:
     Args:
         chat_models: Models that ``auto`` may mean; empty for all.
         metrics: Told of every call.
+        taken: Names of calls without an outcome.
     """
 
-    def __init__(self, chat_models: tuple[ModelName, ...], metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        chat_models: tuple[ModelName, ...],
+        metrics: GatewayMetrics,
+        taken: Container[RequestId],
+    ) -> None:
+        self._taken = taken
         self._chat_models = chat_models
         self._metrics = metrics
         self._normalizer = Normalizer()
         self._inference = WorkflowInference()
-        self._numbers = itertools.count(1)
+        self._names = Names()
 
     def open(
         self,
         now_s: float,
-        caller: Caller,
-        message: Message,
-        call: CallBody,
-        *,
-        taken: Container[RequestId],
-        reads_prompts: bool,
+        opened: Opened,
+        relay: Relay | None = None,
     ) -> tuple[Exchange, Identity]:
         """Return the call of a message, and who sent it.
 
         Args:
             now_s: The instant.
-            caller: Who waits for the answer.
-            message: What the engine is to be sent.
-            call: What its body says.
-            taken: Names of calls without an outcome.
-            reads_prompts: Whether the predictor wants to see the prompt.
+            opened: The message, as it was read.
+            relay: The process that moves its bytes; ``None`` for this one.
 
         Raises:
-            CallerError: A header of ours, or the model, is wrong, or its tenant is at a limit.
+            QuotaError: Its tenant is at a limit.
         """
-        headers = message.headers
-        text = call.text()
-        hashes = openai_api.prefix_hashes(text)
+        caller, message, reading, trail = opened
         quota = message.quota
         tenant = "" if quota is None else quota.tenant
-        request_id = self.name(headers)
-        while request_id in taken:
-            request_id = self.name({})
-        identity = self._normalizer.identify(headers, call) or self._inference.infer(
-            text, request_id=request_id, tenant=tenant, now_s=now_s
-        )
-        identity = with_hints(headers, call, identity)
-        models = call.models() or self._chat_models
+        request_id = self.name(message.headers)
+        while request_id in self._taken:
+            request_id = self._names.fresh()
+        told = reading.identity
+        if told.workflow_id:
+            identity = self._normalizer.rooted(told)
+        else:
+            identity = _inferred(
+                told,
+                self._inference.follow(trail(), request_id=request_id, tenant=tenant, now_s=now_s),
+            )
         request = Request(
             request_id=RequestId(request_id),
             workflow_id=identity.workflow_id,
             arrival_s=now_s,
-            prompt_tokens=openai_api.prompt_tokens(text),
-            max_output_tokens=call.max_output_tokens(),
-            models=models,
+            prompt_tokens=reading.prompt_tokens,
+            max_output_tokens=reading.max_output_tokens,
+            models=reading.models or self._chat_models,
             role=identity.role,
             app=identity.app,
             template=identity.template,
@@ -79,7 +78,7 @@ class Intake:
             stage=identity.stage,
             parents=identity.parents,
             service_class=identity.service_class,
-            prefix_hashes=hashes,
+            prefix_hashes=reading.prefix_hashes,
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
             tenant=tenant,
             tenant_weight=1.0 if quota is None else quota.weight,
@@ -87,14 +86,14 @@ class Intake:
         exchange = Exchange(
             request,
             caller,
-            heads.engine_head(message, request_id),
+            b"" if relay is not None else heads.engine_head(message, request_id),
             message.body,
-            model_named=call.model if isinstance(call.model, str) else "",
-            streams=bool(call.stream),
+            model_named=reading.model_named,
+            streams=reading.streams,
         )
+        exchange.relay, exchange.prompt, exchange.teaches = relay, reading.prompt, reading.teaches
+        exchange.may_hold = reading.streams and message.takes_chunks
         exchange.response_headers = heads.identity_headers(request_id, identity)
-        if reads_prompts:
-            exchange.prompt = read_prompt(call)
         if quota is not None:
             exchange.response_headers += quota.begin(request.prompt_tokens)
             exchange.quota = quota
@@ -103,8 +102,7 @@ class Intake:
 
     def name(self, headers: Mapping[bytes, bytes]) -> str:
         """Return what a caller calls its message, else a name that is fresh."""
-        given = headers.get(b"x-request-id", b"")[:MAX_ID_CHARS].decode("latin-1")
-        return given or f"cm-{next(self._numbers)}"
+        return self._names.name(headers)
 
     def note_tool_calls(self, tool_call_ids: Iterable[bytes], request: Request) -> None:
         """Remember which call tools were asked for by: their results come without a name."""
@@ -115,3 +113,14 @@ class Intake:
             request_id=request.request_id,
             tenant=request.tenant,
         )
+
+
+def _inferred(told: Identity, found: Identity) -> Identity:
+    """Place a call by inference, as far as its caller did not."""
+    return told._replace(
+        workflow_id=found.workflow_id,
+        stage=found.stage if told.stage is None else told.stage,
+        parents=told.parents or found.parents,
+        confidence=found.confidence,
+        dialect=found.dialect,
+    )

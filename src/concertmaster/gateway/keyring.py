@@ -15,18 +15,8 @@ from concertmaster.state.keys import KeyStore, digest_of
 REREAD_S = 0.25
 """How often the store is asked whether anything has changed: the age of a revoked key."""
 
-OPEN_PATHS = frozenset(
-    {
-        b"/livez",
-        b"/health/live",
-        b"/liveness",
-        b"/healthz",
-        b"/health",
-        b"/readyz",
-        b"/health/ready",
-        b"/readiness",
-    }
-)
+LIVE_PATHS = frozenset({b"/livez", b"/health/live", b"/liveness", b"/healthz", b"/health"})
+OPEN_PATHS = LIVE_PATHS | {b"/readyz", b"/health/ready", b"/readiness"}
 """What load balancers ask, which have no key; says no more than that the process runs."""
 
 TENANT_HEADER = b"x-concertmaster-tenant"
@@ -84,6 +74,10 @@ class Keyring:
         """Return whose secret this is the hash of."""
         holder = self._good.get(digest)
         return holder if holder and hmac.compare_digest(holder.digest, digest) else None
+
+    def quota(self, tenant: str) -> Quota | None:
+        """Return the account of a tenant; ``None`` if there is no such tenant."""
+        return self._quotas.get(tenant)
 
     async def watch(self) -> None:
         """Follow the store, for ever."""

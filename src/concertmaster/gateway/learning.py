@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+from concertmaster.core.fleet import Pool
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.gateway.exchange import Exchange
@@ -92,15 +93,21 @@ class Forecaster:
         self._metrics.forecast(forecast.source, self._clock() - began_s)
         return forecast
 
-    def served(self, exchange: Exchange, completion: Completion, gpu: str) -> None:
+    def served(self, now_s: float, exchange: Exchange, pool: Pool) -> None:
         """Teach what came of a call, and what it ran on."""
         if not exchange.teaches:
             return
+        completion = Completion(
+            model=pool.model.name,
+            output_tokens=exchange.tokens,
+            finished_s=now_s,
+            tool_call=bool(exchange.tool_call_ids),
+        )
         request, prompt, forecast = exchange.request, exchange.prompt, exchange.forecast
         if self._learner is None:
             self._predictor.learn(request, completion, prompt, forecast)
         else:
-            self._learner.learn(request, completion, prompt, forecast, gpu=gpu)
+            self._learner.learn(request, completion, prompt, forecast, gpu=pool.gpu)
 
     def failed(self, request_id: RequestId) -> None:
         """Tell that no answer will come."""

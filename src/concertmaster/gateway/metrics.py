@@ -1,7 +1,7 @@
 """What the gateway counts: plain numbers on the hot path, Prometheus only when it is scraped."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -22,6 +22,7 @@ from concertmaster.gateway.forecast_metrics import families
 from concertmaster.gateway.histogram import MICRO, SECONDS, Histogram
 from concertmaster.gateway.tally import Tally
 from concertmaster.gateway.witness import Witness
+from concertmaster.gateway.workers.figures import CrewMember, worker_families
 from concertmaster.learning.figures import LoopFigures
 
 
@@ -44,6 +45,14 @@ class Guarded(Protocol):
         """Whether a replica is let be because it kept failing."""
 
 
+class Crew(Protocol):
+    """Whoever knows the processes that move bytes."""
+
+    @property
+    def lines(self) -> Mapping[int, CrewMember]:
+        """Those that are there, by name."""
+
+
 class GatewayMetrics:
     """Counters and histograms of one gateway; docs/metrics.md describes each.
 
@@ -52,6 +61,7 @@ class GatewayMetrics:
         tally: Counts calls and decisions by label; ``None`` until the fleet is known.
         witnesses: Shown every call at its beginning and its end.
         guarded: Asked for its own.
+        workers: The processes that move bytes; ``None`` if that is this one.
     """
 
     def __init__(self) -> None:
@@ -66,6 +76,7 @@ class GatewayMetrics:
         self.tally: Tally | None = None
         self.witnesses: tuple[Witness, ...] = ()
         self.guarded: Guarded | None = None
+        self.workers: Crew | None = None
         self.duration_s = Histogram(SECONDS)
         self.ttft_s = Histogram(SECONDS)
         self.queue_wait_s = Histogram(SECONDS)
@@ -177,6 +188,8 @@ class _Exposition(Collector):
         yield from families(metrics.forecasts, figures)
         yield from (metrics.tally or Tally(self._scheduler)).families()
         yield from self._fleet()
+        if metrics.workers is not None:
+            yield from worker_families(metrics.workers.lines)
         yield from self._engines.families()
 
     def _fleet(self) -> Iterator[Metric]:

@@ -278,6 +278,19 @@ def shut_down() -> Refusal:
     return 503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
 
 
+def starting_again() -> Refusal:
+    """Status, body and headers of a call that comes while the scheduler is started again."""
+    message = "the scheduler is being started again: try again in a second"
+    body = error_body(message, "overloaded_error", code="starting_again")
+    return 503, body, [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
+
+
+def internal_error() -> tuple[int, bytes]:
+    """Status and body of a call that met a fault of ours."""
+    body = error_body("internal error; the log says more", "server_error", code="internal")
+    return 500, body
+
+
 def caller_error(error: CallerError) -> tuple[int, bytes]:
     """Status and body of a mistake of the caller's."""
     return error.status, error_body(

@@ -68,19 +68,13 @@ class Refusals:
     def refuse_unread(self, caller: Caller, name: str, *, draining: bool, guard: Shedding) -> None:
         """Answer a call that is not even read: the gateway ends, or has too many of them."""
         if draining:
-            _reply(caller, name, openai_api.shut_down())
+            reply(caller, name, openai_api.shut_down())
             return
         self._metrics.refused("saturated")
         retry_after_s = guard.retry_after_s()
         refusal = openai_api.refusal("saturated", detail="", retry_after_s=retry_after_s)
         self._metrics.answered(refusal[0], 0.0)
-        _reply(caller, name, refusal)
-
-    def refuse_caller(self, caller: Caller, error: CallerError, name: str) -> None:
-        """Answer a call that cannot be served as it is."""
-        status, body = openai_api.caller_error(error)
-        self._metrics.answered(status, 0.0)
-        _reply(caller, name, (status, body, list(error.headers)))
+        reply(caller, name, refusal)
 
     def turn_away(self, exchange: Exchange) -> None:
         """Tell a caller that the gateway ends, or cut an answer that had begun."""
@@ -103,14 +97,25 @@ class Refusals:
             event = stream.error_event(body, retry_after_s=retry_after_s)
             exchange.caller.write(stream.chunk(event) + stream.END)
         else:
-            _reply(exchange.caller, exchange.request.request_id, refusal)
+            reply(exchange.caller, exchange.request.request_id, refusal)
             return
         exchange.caller.finished(keep_alive=True)
 
 
-def _reply(caller: Caller, name: str, refusal: openai_api.Refusal) -> None:
+def tell_mistake(
+    caller: Caller, error: CallerError, name: str, count: Callable[[int, float], None]
+) -> None:
+    """Answer a call that cannot be taken because of how it was made."""
+    status, body = openai_api.caller_error(error)
+    count(status, 0.0)
+    reply(caller, name, (status, body, list(error.headers)))
+
+
+def reply(
+    caller: Caller, name: str, refusal: openai_api.Refusal, *, keep_alive: bool = True
+) -> None:
     """Send a whole error under the name of its request."""
     status, body, headers = refusal
     named = [*headers, (b"x-request-id", name.encode("latin-1"))]
-    caller.write(openai_api.response(status, body, named))
-    caller.finished(keep_alive=True)
+    caller.write(openai_api.response(status, body, named, close=not keep_alive))
+    caller.finished(keep_alive=keep_alive)

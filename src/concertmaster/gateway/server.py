@@ -23,6 +23,7 @@ from concertmaster.gateway.limits import limits_of
 from concertmaster.gateway.peers import Peer
 from concertmaster.gateway.reach import AdminDoor, admin_door, check_reach, open_keys, tls_of
 from concertmaster.gateway.seeing import Seeing
+from concertmaster.gateway.workers.hub import Hub
 from concertmaster.predictors.interface import Predictor
 
 _BACKLOG = 1024
@@ -43,8 +44,11 @@ async def running_gateway(
     peers: Mapping[ReplicaId, Peer] | None = None,
     admin: AdminRoutes | None = None,
     environ: Mapping[str, str] = os.environ,
+    hub: Hub | None = None,
 ) -> AsyncIterator[tuple[Gateway, int]]:
     """Serve until the block ends; yields the gateway and the port it listens on.
+
+    With a ``hub`` that port is its workers', and this process listens for them alone.
 
     Raises:
         OSError: The port is taken or the host is not ours.
@@ -81,12 +85,15 @@ async def running_gateway(
     async with AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(seeing.over(gateway))
-            keyring = await stack.enter_async_context(_keyring(settings.keys))
+            keyring = await stack.enter_async_context(keyring_of(settings.keys))
             await gateway.open()
             count = gateway.metrics.answered
-            judge = None if keyring is None else KeyCheck(keyring, count)
-            at = (settings.host, settings.port)
-            servers.append(await _listen(at, gateway, judge, tls))
+            if hub is None:
+                judge = None if keyring is None else KeyCheck(keyring, count)
+                at = (settings.host, settings.port)
+                servers.append(await listen(at, gateway, judge, tls))
+            else:
+                servers += await hub.open(gateway, keyring, settings, speedup=speedup)
             if door is not None:
                 check = AdminCheck(door, keyring, count)
                 desk = AdminDesk(gateway, admins)
@@ -97,7 +104,7 @@ async def running_gateway(
             await gateway.stop(drain_s=0.0)
             raise
         gateway.start()
-        port = servers[0].sockets[0].getsockname()[1]
+        port = servers[0].sockets[0].getsockname()[1] if hub is None else hub.port
         seeing.journal.started(settings.host, port, scheduler.policy.name, len(urls))
         try:
             yield gateway, port
@@ -106,16 +113,24 @@ async def running_gateway(
             await gateway.stop(drain_s=drain_s)  # still listening: a load balancer asks /readyz
             for server in servers:
                 server.close()
+            if hub is not None:
+                hub.close()
             await asyncio.gather(side_door.close(), admins.close())
             for server in servers:
                 await server.wait_closed()
 
 
-async def _listen(
-    at: tuple[str, int], desk: Desk, judge: Judge | None, tls: ssl.SSLContext | None
+async def listen(
+    at: tuple[str, int],
+    desk: Desk,
+    judge: Judge | None,
+    tls: ssl.SSLContext | None,
+    *,
+    shared: bool = False,
 ) -> asyncio.Server:
+    """Take agents at an address; ``shared`` lets other processes listen there too."""
     return await asyncio.get_running_loop().create_server(
-        lambda: AgentConnection(desk, judge), *at, backlog=_BACKLOG, ssl=tls
+        lambda: AgentConnection(desk, judge), *at, backlog=_BACKLOG, ssl=tls, reuse_port=shared
     )
 
 
@@ -123,14 +138,14 @@ async def _listen_to_admins(
     door: AdminDoor, desk: AdminDesk, check: AdminCheck, tls: ssl.SSLContext | None
 ) -> asyncio.Server:
     try:
-        return await _listen((door.host, door.port), desk, check, tls)
+        return await listen((door.host, door.port), desk, check, tls)
     except OSError as error:
         problem = f"cannot listen on {door.host}:{door.port}: {error.strerror}"
         raise InputError("", "gateway.admin", problem) from None
 
 
 @asynccontextmanager
-async def _keyring(keys: str) -> AsyncIterator[Keyring | None]:
+async def keyring_of(keys: str) -> AsyncIterator[Keyring | None]:
     """Read the keys if there are any, and follow their file."""
     if not keys:
         yield None

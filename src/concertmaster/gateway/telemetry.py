@@ -5,7 +5,6 @@ call. Ids of workflows are attributes of spans only: a metric never carries one.
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
@@ -26,6 +25,7 @@ from concertmaster.core.events import Event, RequestArrived
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId
 from concertmaster.core.scheduler import Scheduler
+from concertmaster.gateway import heads
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.tally import AUTO, bounded, labels_of
@@ -34,7 +34,6 @@ PROVIDER = "concertmaster"
 SHUTDOWN_S = 5.0
 _NAME_CHARS = 128
 _OPERATIONS = {b"/v1/completions": "text_completion", b"/v1/embeddings": "embeddings"}
-_BEATEN = re.compile(rb"^(?:traceparent|tracestate): [^\r]*\r\n", re.MULTILINE)
 _DURATION_S = tuple(0.01 * 2**i for i in range(14))
 _TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _FIRST_S = (0.001, 0.005, *(0.01 * 2**i for i in range(11)))
@@ -116,7 +115,7 @@ class Telemetry:
         )
         passed_on: dict[str, str] = {}
         self._context.inject(passed_on, set_span_in_context(span, context))
-        exchange.head = with_headers(exchange.head, passed_on)
+        exchange.head = heads.traced(exchange.head, heads.lines_of(passed_on))
         request = exchange.request
         self._open[request.request_id] = _Open(span, operation, began_ns, request.arrival_s)
 
@@ -181,16 +180,6 @@ class Telemetry:
     async def close(self) -> None:
         """Send what is left, for a while."""
         await asyncio.gather(*(asyncio.to_thread(one.shutdown) for one in self._providers))
-
-
-def with_headers(head: bytes, headers: Mapping[str, str]) -> bytes:
-    r"""Put trace headers into a request head, in the place of those that were there.
-
-    >>> with_headers(b"POST / HTTP/1.1\r\ntraceparent: a\r\n", {"traceparent": "b"})
-    b'POST / HTTP/1.1\r\ntraceparent: b\r\n'
-    """
-    lines = (f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items())
-    return _BEATEN.sub(b"", head) + b"".join(lines)
 
 
 def _asked(exchange: Exchange) -> str:

@@ -63,8 +63,10 @@ def worded_response(
     status: int,
     body: bytes,
     headers: Sequence[tuple[bytes, bytes]] = (),
+    *,
+    close: bool = True,
 ) -> bytes:
-    """Serialise an error after which the connection closes, under the name of its request.
+    """Serialise an error under the name of its request.
 
     Args:
         target: What was asked for; its API words the error.
@@ -72,13 +74,14 @@ def worded_response(
         status: As OpenAI's API has it.
         body: Likewise.
         headers: What goes with it.
+        close: Whether the connection closes after it.
     """
     status, body = worded(target, status, body, request_id)
     name = request_id.encode("latin-1")
     named = [*headers, (b"x-request-id", name)]
     if speaks(target):
         named.append((b"request-id", name))
-    return response(status, body, named, close=True)
+    return response(status, body, named, close=close)
 
 
 def speaks(target: bytes) -> bool:

@@ -61,7 +61,7 @@ class ApiDesk:
         new_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self.responses = ResponseStore()
-        self._embedding_models = embedding_models
+        self.embedding_models = embedding_models
         self._new_id = new_id
         self._open = {
             MESSAGES.encode(): self._messages,
@@ -101,7 +101,7 @@ class ApiDesk:
         return _chat(agent, message, chat, TokenCount(), streams=False)._replace(chat=False)
 
     def _embeddings(self, agent: AgentConnection, message: Message) -> Opening:
-        call = embeddings_call(message.body, self._embedding_models)
+        call = embeddings_call(message.body, self.embedding_models)
         return Opening(agent, message, call, chat=False)
 
     def _responses(self, agent: AgentConnection, message: Message) -> Opening:

@@ -1,0 +1,1 @@
+"""Several processes on one port that move bytes, and one beside them that decides."""
