@@ -87,6 +87,9 @@ POLICIES = (
     "oracle-stjf",
     "maestro",
     "fcfs/static:kv=worst-case",
+    "least-tokens/hedge:share=1,floor_s=0.1",
+    "swarmx/hedge:share=0.5,level=0.9,floor_s=1",
+    "las/static:kv=forecast/hedge:share=1",
 )
 REPLICAS = ("p-0", "p-1", "q-0", "q-1", "s-0", "s-1")
 MODEL_CHOICES = ((), ("m",), ("x",), ("m", "x"), ("asleep",), ("m", "asleep"), ("nobody",))
@@ -129,7 +132,15 @@ class Erratic:
         return {one: (step * 7 + 3 * i) % 4 - 1 for i, one in enumerate(view.pools)}
 
 
-ADOPTED = ("las", "least-requests+sjf", "prefix-affinity+edf", "chimera", "swarmx", "cascade")
+ADOPTED = (
+    "las",
+    "las/hedge:share=1",
+    "least-requests+sjf",
+    "prefix-affinity+edf",
+    "chimera",
+    "swarmx",
+    "cascade",
+)
 """Policies that may take over from one another."""
 
 SCALINGS: dict[str, tuple[Scaling, ScalingLimits]] = {
@@ -166,6 +177,11 @@ class Driver(RuleBasedStateMachine):
         self.arrived = 0
         self.waiting: dict[RequestId, None] = {}
         self.running: dict[RequestId, Attempt] = {}
+        self.hedges: dict[RequestId, Attempt] = {}
+        self.losers: dict[RequestId, ReplicaId] = {}
+        self.batch: set[RequestId] = set()
+        self.hedged: set[RequestId] = set()
+        self.latest: dict[RequestId, int] = {}
         self.over: list[tuple[RequestId, int]] = []
         self.joined: list[ReplicaId] = []
         self.removed: dict[ReplicaId, None] = {}
@@ -188,6 +204,11 @@ class Driver(RuleBasedStateMachine):
                 case Dispatch(request_id, replica_id, attempt):
                     assert replica_id not in self.removed, "sent to a replica that was removed"
                     assert replica_id not in self.stopping, "sent to a replica that stops"
+                    assert attempt == self.latest.get(request_id, 0) + 1, "a number was left out"
+                    self.latest[request_id] = attempt
+                    if action.hedge:
+                        self.hedge(request_id, Attempt(attempt, replica_id))
+                        continue
                     del self.waiting[request_id]
                     self.running[request_id] = Attempt(attempt, replica_id)
                     self.check_order(request_id, self.core.replicas[replica_id])
@@ -202,7 +223,9 @@ class Driver(RuleBasedStateMachine):
                 case Fail(request_id, reason):
                     self.settle(request_id, reason)
                 case Cancel(request_id, replica_id):
-                    assert self.outcomes[request_id] == "cancelled"
+                    loser = self.losers.pop(request_id, None)
+                    assert replica_id == (loser or replica_id), "the wrong one was stopped"
+                    assert loser or self.outcomes[request_id] == "cancelled"
                 case Wake(replica_id):
                     assert replica_id not in self.waking, "woken twice"
                     assert self.core.replicas[replica_id].readiness is not Readiness.RUNNING
@@ -210,10 +233,43 @@ class Driver(RuleBasedStateMachine):
                     self.check_wake(self.core.replicas[replica_id])
                 case Demote(replica_id):
                     assert replica_id not in self.stopping, "stopped twice"
-                    assert all(one.replica_id != replica_id for one in self.running.values())
+                    busy = [*self.running.values(), *self.hedges.values()]
+                    assert all(one.replica_id != replica_id for one in busy)
                     self.stopping.add(replica_id)
                 case Resize():
                     pass
+
+    def hedge(self, request_id: RequestId, attempt: Attempt) -> None:
+        """One more attempt of a call that nobody has heard of, where no other waits."""
+        first, replica = self.running[request_id], self.core.replicas[attempt.replica_id]
+        assert not first.tokens, "hedged though it has begun to answer"
+        assert first.replica_id != attempt.replica_id, "hedged where it is"
+        assert replica.pool.model is self.core.replicas[first.replica_id].pool.model
+        assert request_id not in self.batch, "a program's call was hedged"
+        assert request_id not in self.hedged, "hedged twice"
+        assert not any(replica.pool.pool_id in call.pools for call in self.core.line)
+        self.hedged.add(request_id)
+        self.hedges[request_id] = attempt
+
+    def decide(self, request_id: RequestId, winner: Attempt) -> None:
+        """Let one of two attempts be first; the core must stop the other."""
+        hedge = self.hedges.pop(request_id, None)
+        if hedge is None:
+            return
+        loser = self.running[request_id] if winner is hedge else hedge
+        self.running[request_id] = winner
+        self.over.append((request_id, loser.number))
+        self.losers[request_id] = loser.replica_id
+
+    def goes_on(self, request_id: RequestId, attempt: Attempt) -> bool:
+        """Whether a call has another attempt than this one, which is over."""
+        hedge = self.hedges.pop(request_id, None)
+        if hedge is None:
+            return False
+        self.over.append((request_id, attempt.number))
+        if attempt is not hedge:
+            self.running[request_id] = hedge
+        return True
 
     def is_first(self, request_id: RequestId) -> bool:
         """Whether no call of the workflow has been let in that is remembered."""
@@ -241,8 +297,9 @@ class Driver(RuleBasedStateMachine):
         self.over.append((request_id, attempt.number))
         return attempt
 
-    def pick_running(self, data: st.DataObject) -> RequestId:
-        return data.draw(st.sampled_from(list(self.running)))
+    def pick_attempt(self, data: st.DataObject) -> tuple[RequestId, Attempt]:
+        attempts = [*self.running.items(), *self.hedges.items()]
+        return attempts[data.draw(st.integers(0, len(attempts) - 1))]
 
     def key(self, call: Waiting) -> float:
         return self.core._dispatcher.key(call)
@@ -265,6 +322,7 @@ class Driver(RuleBasedStateMachine):
         prefix=st.sampled_from(((), (1,), (1, 2), (7,))),
         slack_s=st.none() | st.sampled_from((-5.0, 1.0, 900.0)),
         service_class=st.sampled_from(ServiceClass),
+        streams=st.booleans(),
     )
     def arrive(
         self,
@@ -277,10 +335,13 @@ class Driver(RuleBasedStateMachine):
         prefix: tuple[int, ...],
         slack_s: float | None,
         service_class: ServiceClass,
+        streams: bool,
     ) -> None:
         name = f"r{self.arrived}"
         self.arrived += 1
         self.waiting[RequestId(name)] = None
+        if service_class is ServiceClass.BATCH:
+            self.batch.add(RequestId(name))
         self.workflow_of[RequestId(name)] = WorkflowId(f"w{workflow}")
         self.perform(
             self.scheduler.arrive(
@@ -293,6 +354,7 @@ class Driver(RuleBasedStateMachine):
                 workflow_id=WorkflowId(f"w{workflow}"),
                 prefix_hashes=prefix,
                 service_class=service_class,
+                streams=streams,
                 deadline_s=None if slack_s is None else self.now_s + slack_s,
             )
         )
@@ -300,17 +362,23 @@ class Driver(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(tokens=st.sampled_from((0, 1, 2, 30, 2000)), data=st.data())
     def stream(self, tokens: int, data: st.DataObject) -> None:
-        request_id = self.pick_running(data)
-        attempt = self.running[request_id]
+        request_id, attempt = self.pick_attempt(data)
         attempt.tokens = max(attempt.tokens, tokens)
+        if tokens:
+            self.decide(request_id, attempt)
         self.feed(TokensStreamed(((request_id, attempt.number, tokens),)))
+        assert not self.losers, "the other attempt goes on"
 
     @precondition(lambda self: self.running)
     @rule(tokens=st.sampled_from((0, 1, 30)), data=st.data())
     def finish(self, tokens: int, data: st.DataObject) -> None:
-        self.finish_one(self.pick_running(data), tokens)
+        request_id, attempt = self.pick_attempt(data)
+        self.decide(request_id, attempt)
+        self.finish_one(request_id, tokens)
+        assert not self.losers, "the other attempt goes on"
 
     def finish_one(self, request_id: RequestId, tokens: int) -> None:
+        self.decide(request_id, self.running[request_id])
         attempt = self.end_attempt(request_id)
         self.settle(request_id, "finished")
         self.feed(RequestFinished(request_id, attempt.number, max(attempt.tokens, tokens)))
@@ -318,9 +386,13 @@ class Driver(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        request_id = self.pick_running(data)
-        attempt = self.end_attempt(request_id)
-        retried = not attempt.tokens and attempt.number < 3
+        request_id, attempt = self.pick_attempt(data)
+        if self.goes_on(request_id, attempt):
+            self.feed(RequestFailed(request_id, attempt.number, retriable=data.draw(st.booleans())))
+            assert request_id in self.running
+            return
+        self.end_attempt(request_id)
+        retried = not attempt.tokens and self.latest[request_id] < 3
         if retried:
             self.waiting[request_id] = None
         self.feed(RequestFailed(request_id, attempt.number, retriable=not attempt.tokens))
@@ -335,6 +407,8 @@ class Driver(RuleBasedStateMachine):
             del self.waiting[request_id]
             self.settle(request_id, "cancelled")
         elif request_id in self.running:
+            if request_id in self.hedges:
+                self.goes_on(request_id, self.hedges[request_id])
             self.end_attempt(request_id)
             self.settle(request_id, "cancelled")
         self.feed(RequestCancelled(request_id))
@@ -362,15 +436,18 @@ class Driver(RuleBasedStateMachine):
         """Whatever the replica had is retried if nobody saw a token of it, and fails if not."""
         self.waking.discard(replica_id)
         self.stopping.discard(replica_id)
-        lost = {rid: one for rid, one in self.running.items() if one.replica_id == replica_id}
-        for request_id, attempt in lost.items():
+        attempts = [*self.running.items(), *self.hedges.items()]
+        lost = [(rid, one) for rid, one in attempts if one.replica_id == replica_id]
+        lost = [(rid, one) for rid, one in lost if not self.goes_on(rid, one)]
+        last = {request_id: self.latest[request_id] == 3 for request_id, _ in lost}
+        for request_id, attempt in lost:
             self.end_attempt(request_id)
-            if not attempt.tokens and attempt.number < 3:
+            if not attempt.tokens and not last[request_id]:
                 self.waiting[request_id] = None
         self.feed(event)
-        for request_id, attempt in lost.items():
+        for request_id, attempt in lost:
             failed = self.outcomes.get(request_id) == "replica_died"
-            assert failed == bool(attempt.tokens or attempt.number == 3)
+            assert failed == bool(attempt.tokens or last[request_id])
 
     @rule(name=st.sampled_from(REPLICAS))
     def die(self, name: str) -> None:
@@ -473,12 +550,13 @@ class Driver(RuleBasedStateMachine):
     def core_and_driver_agree_on_where_every_call_is(self) -> None:
         assert {call.request.request_id for call in self.core.line} == set(self.waiting)
         on_replicas = {
-            request_id: replica.replica_id
+            (request_id, replica.replica_id)
             for replica in self.core.replicas.values()
             for request_id in replica.in_flight
         }
-        assert on_replicas == {rid: one.replica_id for rid, one in self.running.items()}
-        for request_id, one in self.running.items():
+        attempts = [*self.running.items(), *self.hedges.items()]
+        assert on_replicas == {(rid, one.replica_id) for rid, one in attempts}
+        for request_id, one in attempts:
             replica = self.core.replicas[one.replica_id]
             assert replica.in_flight[request_id].streamed_tokens == one.tokens
             assert (replica.alive, replica.readiness) == (True, Readiness.RUNNING)

@@ -22,6 +22,7 @@ class Dispatch:
         cost_s: Seconds that the chosen one costs; ``None`` if nothing was compared.
         costs_s: Replica to scorer to seconds, for every candidate; empty unless the
             scheduler records candidates.
+        hedge: Whether it goes out beside an earlier attempt that is late and goes on.
     """
 
     request_id: RequestId
@@ -32,6 +33,7 @@ class Dispatch:
     candidates: int
     cost_s: float | None = None
     costs_s: Mapping[ReplicaId, Mapping[str, float]] = field(default_factory=dict)
+    hedge: bool = False
 
 
 @fact(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Fail:
 
 @fact(frozen=True, slots=True)
 class Cancel:
-    """Stop this call on this replica; its caller is gone."""
+    """Stop this call on this replica: its caller is gone, or another replica answers it."""
 
     request_id: RequestId
     replica_id: ReplicaId

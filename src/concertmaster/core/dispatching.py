@@ -3,13 +3,14 @@
 import random
 from collections.abc import Mapping, Sequence
 
-from concertmaster.core.actions import Action, Dispatch
+from concertmaster.core.actions import Action, Cancel, Dispatch
 from concertmaster.core.fair_share import engine_s
 from concertmaster.core.fleet import InFlight, Pool, PoolId, Replica, ReplicaId
 from concertmaster.core.outlook import key_of
 from concertmaster.core.policy import Policy
 from concertmaster.core.promise import Promises
 from concertmaster.core.queue import Lane, Waiting, WaitingLine
+from concertmaster.core.races import HedgeOutcome, Races
 from concertmaster.core.request import RequestId
 from concertmaster.core.residency import Residents
 from concertmaster.core.routing import Routing
@@ -32,6 +33,7 @@ class Dispatcher:
         workflows: Told what its calls get.
         window: Which replicas have room.
         routing: Told where a call went.
+        races: Finds calls that are late, and knows those on two replicas.
         promises: What KV calls are promised, if a rule says so.
         residents: See that it is granted, where nodes are shared.
         scaler: Counts dispatches, if there is one.
@@ -50,6 +52,7 @@ class Dispatcher:
         workflows: Workflows,
         window: Window,
         routing: Routing,
+        races: Races,
         promises: Promises | None,
         residents: Residents | None,
         scaler: Scaler | None,
@@ -64,6 +67,7 @@ class Dispatcher:
         self._workflows = workflows
         self._window = window
         self._routing = routing
+        self._races = races
         self._promises = promises
         self._residents = residents
         self._scaler = scaler
@@ -157,46 +161,59 @@ class Dispatcher:
             costs_s = {r.replica_id: policy.costs_s(now_s, call, r) for r in replicas}
         if weighing is not None:
             weighing.look(now_s, call, chosen, rows)
-        self._enter(now_s, call, chosen)
+        self._commit(now_s, call, chosen)
+        self._running[request.request_id] = (call, chosen)
+        self._hold(now_s, call, chosen)
         if weighing is not None:
             weighing.keep(call, chosen)
         dispatch = Dispatch(
             request.request_id,
             chosen.replica_id,
             call.attempt,
-            int(1000 * self.key(call)) if chosen.pool.priority_scheduling else 0,
+            self._priority(call, chosen),
             now_s - request.arrival_s,
             len(replicas),
             chosen_cost_s,
             costs_s,
         )
+        return self._granted(now_s, chosen, dispatch)
+
+    def _priority(self, call: Waiting, replica: Replica) -> int:
+        return int(1000 * self.key(call)) if replica.pool.priority_scheduling else 0
+
+    def _granted(self, now_s: float, replica: Replica, dispatch: Dispatch) -> list[Action]:
         if self._residents is None:
             return [dispatch]
-        return [*self._residents.grants(now_s, chosen), dispatch]
+        return [*self._residents.grants(now_s, replica), dispatch]
 
-    def _enter(self, now_s: float, call: Waiting, replica: Replica) -> None:
-        """Write a dispatched call into the ledgers."""
+    def _commit(self, now_s: float, call: Waiting, replica: Replica) -> None:
+        """Note for its workflow where a call goes, and watch that it is heard of."""
         request, model = call.request, replica.pool.model.name
+        self._races.sent(now_s, call, replica)
         if call.workflow.model != model:
             self._routing.commit(call, model)
         if self._policy.siblings:
             law = service_on(now_s, call, replica).law(call.output_sketch(model))
             call.workflow.ends[request.request_id] = Bar(affine(law, 1.0, now_s))
-        expected_tokens = call.expected_tokens(model)
-        in_flight = InFlight(
-            request=request,
-            prefill_tokens=lacking_tokens(request, replica),
+        if self._scaler is not None:
+            self._scaler.note_dispatch(model, self._in_flight(call, replica))
+        call.workflow.waited_s += now_s - request.arrival_s
+
+    def _in_flight(self, call: Waiting, replica: Replica) -> InFlight:
+        expected_tokens = call.expected_tokens(replica.pool.model.name)
+        return InFlight(
+            request=call.request,
+            prefill_tokens=lacking_tokens(call.request, replica),
             decode_tokens=expected_tokens,
             expected_tokens=expected_tokens,
         )
-        if self._scaler is not None:
-            self._scaler.note_dispatch(model, in_flight)
-        self._promise(now_s, call, replica, in_flight)
+
+    def _hold(self, now_s: float, call: Waiting, replica: Replica) -> None:
+        """Write an attempt into the ledgers of its replica."""
+        self._promise(now_s, call, replica, self._in_flight(call, replica))
         self._dispatches += 1
         replica.last_dispatch = self._dispatches
         replica.last_used_s = now_s
-        call.workflow.waited_s += now_s - request.arrival_s
-        self._running[request.request_id] = (call, replica)
         self._window.update(now_s, replica)
 
     def _promise(self, now_s: float, call: Waiting, replica: Replica, in_flight: InFlight) -> None:
@@ -210,10 +227,10 @@ class Dispatcher:
 
     def stream(self, request_id: RequestId, attempt: int, tokens: int) -> None:
         """Take in that a call has now produced so many tokens; old news is passed over."""
-        running = self._running.get(request_id)
-        if running is None or running[0].attempt != attempt or not tokens:
+        found = self.attempt_of(request_id, attempt)
+        if found is None or not tokens:
             return
-        call, replica = running
+        call, replica = found
         workflow, pool, pace = call.workflow, replica.pool, replica.pace
         prefill_tokens = replica.in_flight[request_id].prefill_tokens
         workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
@@ -233,11 +250,19 @@ class Dispatcher:
         settle: bool = True,
         finished: bool = False,
     ) -> Waiting | None:
-        """Strike an attempt from the ledgers; ``None`` if it is over already."""
-        running = self._running.get(request_id)
-        if running is None or running[0].attempt != attempt:
+        """Strike an attempt from the ledgers; ``None`` if that is not the end of its call.
+
+        It is none if the attempt is over already, or if another goes on beside it.
+        """
+        found = self.attempt_of(request_id, attempt)
+        if found is None:
             return None
-        call, replica = self._running.pop(request_id)
+        call, replica = found
+        if request_id in self._races.seconds:
+            self._leave_race(now_s, call, attempt)
+            return None
+        del self._running[request_id]
+        self._races.forget(request_id)
         released = replica.release(request_id)
         self._settle(call, replica.pool, released.streamed_tokens)
         if finished and self._promises is not None:
@@ -247,3 +272,78 @@ class Dispatcher:
         if settle:
             self._workflows.settle(call.workflow.workflow_id)
         return call
+
+    # Attempts beside each other
+
+    def attempt_of(self, request_id: RequestId, attempt: int) -> tuple[Waiting, Replica] | None:
+        """Return the call and the replica of an attempt; ``None`` if it is over."""
+        running = self._running.get(request_id)
+        if running is None or running[0].attempt == attempt:
+            return running
+        second = self._races.seconds.get(request_id)
+        return second if second is not None and second[0].hedge == attempt else None
+
+    def hedge(self, now_s: float, actions: list[Action]) -> None:
+        """Send calls that are late to a second replica, as far as that is worth it."""
+        while (late := self._races.next_late(now_s)) is not None:
+            call, replica, candidates = late
+            request_id = call.request.request_id
+            if self._weighing is not None:
+                self._weighing.look(now_s, call, replica, [])
+            call.hedge = call.attempt + 1
+            self._races.seconds[request_id] = (call, replica)
+            self._hold(now_s, call, replica)
+            if self._weighing is not None:
+                self._weighing.keep(call, replica)
+            dispatch = Dispatch(
+                request_id,
+                replica.replica_id,
+                call.hedge,
+                self._priority(call, replica),
+                now_s - call.request.arrival_s,
+                candidates,
+                hedge=True,
+            )
+            actions += self._granted(now_s, replica, dispatch)
+
+    def decide_race(self, now_s: float, request_id: RequestId, attempt: int) -> list[Action]:
+        """Let an attempt that begins to answer be the only one; stop the other."""
+        if self.attempt_of(request_id, attempt) is None:
+            return []
+        second = self._races.seconds.get(request_id)
+        if second is None or second[0].attempt == attempt:
+            self._races.heard(now_s, request_id)
+        else:
+            self._races.overtaken(now_s, request_id)
+        if second is None:
+            return []
+        call = second[0]
+        lead_wins = call.attempt == attempt
+        loser = self._end_race(now_s, call, "lost" if lead_wins else "won")
+        return [Cancel(request_id, loser.replica_id)]
+
+    def call_off(self, now_s: float, request_id: RequestId) -> list[Action]:
+        """Stop the second attempt of a call, if there is one: nobody waits for it any more."""
+        second = self._races.seconds.get(request_id)
+        if second is None:
+            return []
+        loser = self._end_race(now_s, second[0], "cancelled")
+        return [Cancel(request_id, loser.replica_id)]
+
+    def _leave_race(self, now_s: float, call: Waiting, attempt: int) -> None:
+        """Take in that one of two attempts broke."""
+        self._end_race(now_s, call, "alone" if attempt == call.attempt else "broke")
+
+    def _end_race(self, now_s: float, call: Waiting, outcome: HedgeOutcome) -> Replica:
+        """Strike the attempt that is over from its ledgers, and return its replica."""
+        request_id = call.request.request_id
+        _, second = self._races.end(request_id, outcome)
+        gone = second
+        if outcome in ("won", "alone"):
+            gone = self._running[request_id][1]
+            self._running[request_id] = (call, second)
+            self._races.forget(request_id)
+            call.attempt = call.hedge
+        gone.release(request_id)
+        self._window.update(now_s, gone)
+        return gone

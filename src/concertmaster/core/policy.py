@@ -16,6 +16,7 @@ from typing import Literal, Protocol, TypeAlias
 from concertmaster.core.events import RejectReason
 from concertmaster.core.fleet import Pool, PoolId, Replica
 from concertmaster.core.forecast import Forecast
+from concertmaster.core.hedging import Hedging
 from concertmaster.core.promise import KvRule
 from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request
@@ -210,6 +211,7 @@ class Policy:
         siblings: Whether it is written down when calls in flight are expected to end, so that
             what a call costs can be weighed against the end of its siblings.
         by_mean: Whether laws of output tokens are reduced to their means before they are composed.
+        hedge: When a late call goes to a second replica as well; ``None`` for never.
         clairvoyant: What a named oracle is told: the driver then forecasts that from the truth.
     """
 
@@ -231,6 +233,7 @@ class Policy:
     reroute_s: float | None = None
     siblings: bool = False
     by_mean: bool = False
+    hedge: Hedging | None = None
     clairvoyant: frozenset[Truth] = frozenset()
 
     def __post_init__(self) -> None:

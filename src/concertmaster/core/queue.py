@@ -53,6 +53,7 @@ class Waiting:
     Attributes:
         serial: Breaks ties of the key; calls are numbered as they arrive.
         attempt: The attempt that its dispatch will be.
+        hedge: The attempt that went out beside another; 0 if none did.
         expires_s: When it is refused if still here.
         kv_level: Probability with which its answer shall fit the KV room promised to it.
         by_mean: Whether its output is taken to be the mean of the forecast, for certain.
@@ -71,12 +72,18 @@ class Waiting:
     by_mean: bool = False
     key: float = 0.0
     owed_tokens: int = 0
+    hedge: int = 0
     charged_tokens: int | None = None
     _expected_tokens: dict[ModelName, int] = field(default_factory=dict)
     _kv_tokens: dict[ModelName, int] = field(default_factory=dict)
     _sketches: dict[ModelName, Sketch] = field(default_factory=dict)
     _work: dict[ModelName, Work] = field(default_factory=dict)
     _measured: dict[tuple[ModelName, str], float] = field(default_factory=dict)
+
+    @property
+    def latest_attempt(self) -> int:
+        """Number of its latest attempt, beside another or not."""
+        return max(self.attempt, self.hedge)
 
     @property
     def is_last(self) -> bool:

@@ -56,6 +56,7 @@ class Request:
         deadline_s: Instant by which the last token is due; ``None`` if none was promised.
         tenant: Who pays for it, in the gateway's words; "" if nobody is told apart.
         tenant_weight: Share of its tenant beside those of others that wait; above 0.
+        streams: Whether its answer is heard of from the first token on, not as a whole.
     """
 
     request_id: RequestId
@@ -75,6 +76,7 @@ class Request:
     deadline_s: float | None = None
     tenant: str = ""
     tenant_weight: float = 1.0
+    streams: bool = True
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.max_output_tokens < 1:

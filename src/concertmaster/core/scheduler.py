@@ -9,10 +9,11 @@ gets exactly one outcome: finished, failed, rejected or cancelled.
 """
 
 import random
+from collections.abc import Iterable
 from typing import assert_never
 
 from concertmaster.core.actions import Action, Cancel, Fail, Reject
-from concertmaster.core.dispatching import Dispatcher
+from concertmaster.core.assembly import MAX_ATTEMPTS, Assembly, filters_of
 from concertmaster.core.events import (
     Event,
     FailReason,
@@ -33,30 +34,11 @@ from concertmaster.core.events import (
     TokensStreamed,
     WorkflowClosed,
 )
-from concertmaster.core.fleet import (
-    Fleet,
-    Pool,
-    PoolId,
-    Replica,
-    ReplicaId,
-)
+from concertmaster.core.fleet import Fleet, Pool, Replica, ReplicaId
 from concertmaster.core.forecast import Forecast
-from concertmaster.core.outlook import Outlook
-from concertmaster.core.policy import Filter, Policy, Refusal
-from concertmaster.core.promise import Promises
-from concertmaster.core.queue import Waiting, WaitingLine
+from concertmaster.core.policy import Policy, Refusal
+from concertmaster.core.queue import Waiting
 from concertmaster.core.request import ModelName, Request, RequestId
-from concertmaster.core.residency import Residents
-from concertmaster.core.routing import Routing
-from concertmaster.core.scaling import Scaler
-from concertmaster.core.waking import Waking
-from concertmaster.core.wants import Wants
-from concertmaster.core.weighing import Weighing
-from concertmaster.core.window import Window
-from concertmaster.core.workflow import Workflows
-
-MAX_ATTEMPTS = 3
-"""Dispatches of one call before it fails; a retry happens only if its caller saw nothing."""
 
 
 class Scheduler:
@@ -79,74 +61,16 @@ class Scheduler:
         record_candidates: bool = False,
         weighs: bool = False,
     ) -> None:
+        parts = Assembly(fleet, policy, rng, record_candidates=record_candidates, weighs=weighs)
         self.policy = policy
-        self.weighing: Weighing | None = Weighing(policy.scorers) if weighs else None
-        self.replicas: dict[ReplicaId, Replica] = {r.replica_id: r for r in fleet.build()}
-        self.pools: dict[PoolId, Pool] = {pool.pool_id: pool for pool in fleet.pools}
-        replicas = self.replicas.values()
-        self._by_pool = {one: [r for r in replicas if r.pool.pool_id == one] for one in self.pools}
-        self.line = WaitingLine()
-        self.workflows = Workflows()
-        self._promises: Promises | None = None
-        if policy.kv is not None and policy.binds == "late":
-            self._promises = Promises(policy.kv, self._by_pool, self.workflows)
-        self._window = Window(replicas, policy.window_s, self._filters(), policy.binds)
-        self._running: dict[RequestId, tuple[Waiting, Replica]] = {}
-        self._outlook = Outlook(
-            policy,
-            by_pool=self._by_pool,
-            line=self.line,
-            running=self._running,
-            workflows=self.workflows,
-            window=self._window,
-        )
-        self._routing = Routing(
-            policy,
-            pools=self.pools,
-            by_pool=self._by_pool,
-            workflows=self.workflows,
-            outlook=self._outlook,
-            rng=rng,
-        )
-        self._waking = Waking(self._by_pool, self._window)
-        self._wants = Wants(self._by_pool, self.line, self.workflows)
-        self._residents: Residents | None = None
-        if policy.residency is not None and any(node.shared for node in fleet.nodes):
-            assert self._promises is not None, "who shares nodes promises KV by a rule"
-            self._residents = Residents(
-                policy.residency,
-                by_pool=self._by_pool,
-                waking=self._waking,
-                line=self.line,
-                promises=self._promises,
-                wants=self._wants,
-            )
-        self._scaler: Scaler | None = None
-        if policy.scaling is not None:
-            self._scaler = Scaler(
-                policy.scaling,
-                fleet.limits,
-                by_pool=self._by_pool,
-                waking=self._waking,
-                line=self.line,
-                running=self._running,
-                workflows=self.workflows,
-            )
-        self._dispatcher = Dispatcher(
-            policy,
-            pools=self.pools,
-            line=self.line,
-            running=self._running,
-            workflows=self.workflows,
-            window=self._window,
-            routing=self._routing,
-            promises=self._promises,
-            residents=self._residents,
-            scaler=self._scaler,
-            rng=rng,
-            record_candidates=record_candidates,
-            weighing=self.weighing,
-        )
+        self.weighing = parts.weighing
+        self.replicas, self.pools, self._by_pool = parts.replicas, parts.pools, parts.by_pool
+        self.line, self.workflows = parts.line, parts.workflows
+        self.races, self._running = parts.races, parts.running
+        self._promises, self._window, self._outlook = parts.promises, parts.window, parts.outlook
+        self._routing, self._waking, self._wants = parts.routing, parts.waking, parts.wants
+        self._residents, self._scaler = parts.residents, parts.scaler
+        self._dispatcher = parts.dispatcher
         self._serial = 0
         self._now_s = 0.0
 
@@ -169,6 +93,7 @@ class Scheduler:
                 for call in self._routing.review(now_s, self.line):
                     actions += self._waking.wake(now_s, call.pools)
             self._dispatcher.dispatch(now_s, actions)
+        self._dispatcher.hedge(now_s, actions)
         if self._residents is not None:
             actions += self._residents.act(now_s)
         if self._waking.leaving:
@@ -177,7 +102,7 @@ class Scheduler:
 
     def next_wakeup_s(self) -> float | None:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
-        times_s = [None if self._scaler is None else self._scaler.due_s]
+        times_s = [None if self._scaler is None else self._scaler.due_s, self.races.next_due_s()]
         if self._residents is not None:
             times_s.append(self._residents.due_s)
         if len(self.line):
@@ -185,14 +110,17 @@ class Scheduler:
             times_s += [self.line.next_expiry_s(), review_s, self._window.next_reopen_s()]
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
-    def in_flight(self, request_id: RequestId) -> ReplicaId | None:
-        """Return the replica that a call is on, if it is on one."""
-        running = self._running.get(request_id)
-        return None if running is None else running[1].replica_id
+    def in_flight(self, request_id: RequestId, attempt: int | None = None) -> ReplicaId | None:
+        """Return the replica that an attempt of a call is on; ``None`` if it is over.
 
-    def _filters(self) -> tuple[Filter, ...]:
-        own = self.policy.filters
-        return own if self._promises is None else (*own, self._promises)
+        Args:
+            request_id: The call.
+            attempt: By default the first of those that are under way.
+        """
+        found = self._running.get(request_id)
+        if attempt is not None:
+            found = self._dispatcher.attempt_of(request_id, attempt)
+        return None if found is None else found[1].replica_id
 
     def adopt(self, policy: Policy) -> None:
         """Decide by another policy from here on; calls that wait take their places by it.
@@ -210,7 +138,9 @@ class Scheduler:
         self._dispatcher.adopt(policy)
         if self.weighing is not None:
             self.weighing.adopt(policy.scorers)
-        self._window.adopt(self._now_s, self.replicas.values(), policy.window_s, self._filters())
+        self.races.adopt(policy.hedge)
+        filters = filters_of(policy, self._promises)
+        self._window.adopt(self._now_s, self.replicas.values(), policy.window_s, filters)
         waiting = list(self.line)
         for call in waiting:
             self.line.leave(call)
@@ -229,17 +159,9 @@ class Scheduler:
             case RequestArrived(request, forecast):
                 return self._arrive(now_s, request, forecast)
             case TokensStreamed(progress):
-                for request_id, attempt, tokens in progress:
-                    self._dispatcher.stream(request_id, attempt, tokens)
-                return []
+                return self._stream(now_s, progress)
             case RequestFinished(request_id, attempt, output_tokens):
-                self._dispatcher.stream(request_id, attempt, output_tokens)
-                call = self._dispatcher.release(now_s, request_id, attempt, finished=True)
-                if call is not None:
-                    self.line.note_finish(now_s)
-                    if call.is_last:
-                        self.workflows.rest(call.workflow)
-                return []
+                return self._finish(now_s, request_id, attempt, output_tokens)
             case RequestCancelled(request_id):
                 return self._cancel(now_s, request_id)
             case RequestFailed(request_id, attempt, retriable):
@@ -280,6 +202,28 @@ class Scheduler:
                 return []
             case _:
                 assert_never(event)
+
+    def _stream(
+        self, now_s: float, progress: Iterable[tuple[RequestId, int, int]]
+    ) -> list[Action]:
+        actions: list[Action] = []
+        for request_id, attempt, tokens in progress:
+            if tokens:
+                actions += self._dispatcher.decide_race(now_s, request_id, attempt)
+            self._dispatcher.stream(request_id, attempt, tokens)
+        return actions
+
+    def _finish(
+        self, now_s: float, request_id: RequestId, attempt: int, output_tokens: int
+    ) -> list[Action]:
+        actions = self._dispatcher.decide_race(now_s, request_id, attempt)
+        self._dispatcher.stream(request_id, attempt, output_tokens)
+        call = self._dispatcher.release(now_s, request_id, attempt, finished=True)
+        if call is not None:
+            self.line.note_finish(now_s)
+            if call.is_last:
+                self.workflows.rest(call.workflow)
+        return actions
 
     def _join(self, now_s: float, replica: Replica) -> None:
         assert replica.pool.footprint is None, f"{replica.pool.pool_id} shares nodes"
@@ -350,18 +294,23 @@ class Scheduler:
         running = self._running.get(request_id)
         if running is None:
             return []
+        actions = self._dispatcher.call_off(now_s, request_id)
         self._dispatcher.release(now_s, request_id, running[0].attempt, settle=False)
         self.workflows.settle(running[0].workflow.workflow_id, answered=False)
-        return [Cancel(request_id, running[1].replica_id)]
+        return [*actions, Cancel(request_id, running[1].replica_id)]
 
     def _retry_lost(self, now_s: float, replica: Replica) -> list[Action]:
-        """Send calls that a replica took along back to the line, or fail them; wake others."""
+        """Send calls that a replica took along back to the line, or fail them; wake others.
+
+        Those that go on elsewhere are let be.
+        """
         actions: list[Action] = []
         for request_id in list(replica.in_flight):
             seen_tokens = replica.in_flight[request_id].streamed_tokens
-            call = self._running[request_id][0]
-            self._dispatcher.release(now_s, request_id, call.attempt, settle=False)
-            actions += self._retry(now_s, call, "replica_died", retriable=seen_tokens == 0)
+            call, first = self._running[request_id]
+            attempt = call.attempt if first is replica else call.hedge
+            if self._dispatcher.release(now_s, request_id, attempt, settle=False) is not None:
+                actions += self._retry(now_s, call, "replica_died", retriable=seen_tokens == 0)
         return [*actions, *self._waking.wake_all(now_s, self.line.lanes)]
 
     # Outcomes
@@ -369,8 +318,8 @@ class Scheduler:
     def _retry(
         self, now_s: float, call: Waiting, reason: FailReason, *, retriable: bool
     ) -> list[Action]:
-        if retriable and call.attempt < MAX_ATTEMPTS:
-            call.attempt += 1
+        if retriable and call.latest_attempt < MAX_ATTEMPTS:
+            call.attempt = call.latest_attempt + 1
             self._wait(call)
             return [*self._waking.wake(now_s, call.pools)]
         self.workflows.settle(call.workflow.workflow_id, answered=False)
@@ -394,7 +343,12 @@ class Scheduler:
             replica.validate(queues=self.policy.binds == "early")
         if self._residents is not None:
             self._residents.validate()
+        self.races.validate()
         on_replicas = sorted(rid for r in self.replicas.values() for rid in r.in_flight)
-        assert on_replicas == sorted(self._running), "the running calls are not those on replicas"
+        attempts = sorted([*self._running, *self.races.seconds])
+        assert on_replicas == attempts, "the running calls are not those on replicas"
+        for request_id, (call, second) in self.races.seconds.items():
+            assert self._running[request_id][0] is call, "two attempts of two calls"
+            assert self._running[request_id][1] is not second, "both attempts are on one replica"
         assert not any(rid in self.line for rid in self._running), "a call both waits and runs"
         assert all(self.workflows.get(call.workflow.workflow_id).open_calls for call in self.line)

@@ -5,10 +5,11 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from concertmaster.core.assembly import MAX_ATTEMPTS
 from concertmaster.core.events import Event, RequestCancelled, RequestFailed
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.request import RequestId
-from concertmaster.core.scheduler import MAX_ATTEMPTS, Scheduler
+from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.breaker import Breakers, State
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.limits import Limits

@@ -4,8 +4,9 @@
 first come, first served, and an ordering alone places by tokens. ``PLACEMENT@arrival`` chooses
 the replica when a call arrives rather than when there is room. A recipe takes settings
 after a colon (``chimera:tau=0.3,rule=paper``). Any of them may be followed by a scaling
-(``round-robin/reactive``) and, for shared nodes, a residency (``edf/lru-swap``), each after a
-slash, in any order, with settings in the same way.
+(``round-robin/reactive``), for shared nodes a residency (``edf/lru-swap``), and a second
+attempt for late calls (``las/hedge``), each after a slash, in any order, with settings in the
+same way.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from concertmaster.core.errors import InputError, unknown_name
+from concertmaster.core.hedging import Hedging
 from concertmaster.core.policy import Ordering, Policy, Truth
 from concertmaster.core.promise import KvRule
 from concertmaster.core.standing import Scaling
@@ -168,14 +170,14 @@ AT = "@arrival"
 
 
 class Tail(NamedTuple):
-    """What may follow a slash: how many replicas there are, or whose weights lie where.
+    """What may follow a slash: how many replicas there are, whose weights lie where, hedging.
 
     Attributes:
         build: Makes it.
         settings: What may follow its name.
     """
 
-    build: Callable[..., Scaling | Residency | None]
+    build: Callable[..., Scaling | Residency | Hedging | None]
     settings: Mapping[str, Reader] = {}
 
 
@@ -207,6 +209,14 @@ RESIDENCIES: dict[str, Tail] = {
 }
 """Residencies by name, for nodes that models share."""
 
+HEDGES: dict[str, Tail] = {
+    "hedge": Tail(
+        Hedging, {"level": number(0.5, 0.9999), "share": number(0, 1), "floor_s": number(0.001)}
+    ),
+}
+"""What becomes of late calls, by name; without it they stay where they are."""
+
+_TAILS = {"scaling": SCALINGS, "residency": RESIDENCIES, "hedging": HEDGES}
 
 NAMES: tuple[str, ...] = (*PLACEMENTS, *ORDERINGS, *RECIPES)
 
@@ -226,7 +236,7 @@ def policy(name: str) -> Policy:
     built = _unscaled(whole)
     kinds = [_kind_of(tail) for tail in tails]
     if len({*kinds}) < len(kinds):
-        problem = f"expected one scaling and one residency at the most, found {', '.join(tails)}"
+        problem = f"expected at most one of each kind after a slash, found {', '.join(tails)}"
         raise InputError("", f"policy {name}", problem, "leave one out")
     for tail in tails:
         built = _with_tail(built, tail)
@@ -235,22 +245,27 @@ def policy(name: str) -> Policy:
 
 def _kind_of(tail: str) -> str:
     base = tail.partition(":")[0]
-    if base in SCALINGS:
-        return "scaling"
-    if base in RESIDENCIES:
-        return "residency"
-    raise unknown_name("", "policy", "scaling or residency", base, SCALINGS | RESIDENCIES)
+    for kind, known in _TAILS.items():
+        if base in known:
+            return kind
+    expected = "scaling, residency or hedging"
+    raise unknown_name("", "policy", expected, base, SCALINGS | RESIDENCIES | HEDGES)
 
 
 def _with_tail(built: Policy, name: str) -> Policy:
     base, _, text = name.partition(":")
-    tail = (SCALINGS | RESIDENCIES)[base]
+    tail = (SCALINGS | RESIDENCIES | HEDGES)[base]
     promises = base == "static" or base in RESIDENCIES
     told = read_settings(base, text, {**tail.settings, **(KV if promises else {})})
     rule = {key: told.pop(key) for key in KV if key in told and key not in tail.settings}
     part: Any = tail.build(**told)
     if base in SCALINGS:
         return replace(built, scaling=part, **_promising(built, rule) if rule else {})
+    if built.binds == "early" and base in HEDGES:
+        problem = "calls bound on arrival queue inside their replica, so all of them are late"
+        raise InputError("", f"policy {built.name}/{name}", problem, f"leave out {AT}")
+    if base in HEDGES:
+        return replace(built, hedge=part)
     if built.binds == "early":
         problem = f"calls bound on arrival cannot wait for the models that {base} moves"
         raise InputError("", f"policy {built.name}/{name}", problem, f"leave out {AT}")
