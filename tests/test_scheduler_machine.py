@@ -87,9 +87,6 @@ POLICIES = (
     "oracle-stjf",
     "maestro",
     "fcfs/static:kv=worst-case",
-    "least-tokens/hedge:share=1,floor_s=0.1",
-    "swarmx/hedge:share=0.5,level=0.9,floor_s=1",
-    "las/static:kv=forecast/hedge:share=1",
 )
 REPLICAS = ("p-0", "p-1", "q-0", "q-1", "s-0", "s-1")
 MODEL_CHOICES = ((), ("m",), ("x",), ("m", "x"), ("asleep",), ("m", "asleep"), ("nobody",))
@@ -363,6 +360,9 @@ class Driver(RuleBasedStateMachine):
     @rule(tokens=st.sampled_from((0, 1, 2, 30, 2000)), data=st.data())
     def stream(self, tokens: int, data: st.DataObject) -> None:
         request_id, attempt = self.pick_attempt(data)
+        self.stream_one(request_id, attempt, tokens)
+
+    def stream_one(self, request_id: RequestId, attempt: Attempt, tokens: int) -> None:
         attempt.tokens = max(attempt.tokens, tokens)
         if tokens:
             self.decide(request_id, attempt)
@@ -372,23 +372,23 @@ class Driver(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(tokens=st.sampled_from((0, 1, 30)), data=st.data())
     def finish(self, tokens: int, data: st.DataObject) -> None:
-        request_id, attempt = self.pick_attempt(data)
-        self.decide(request_id, attempt)
-        self.finish_one(request_id, tokens)
-        assert not self.losers, "the other attempt goes on"
+        self.finish_one(*self.pick_attempt(data), tokens)
 
-    def finish_one(self, request_id: RequestId, tokens: int) -> None:
-        self.decide(request_id, self.running[request_id])
-        attempt = self.end_attempt(request_id)
+    def finish_one(self, request_id: RequestId, attempt: Attempt, tokens: int) -> None:
+        self.decide(request_id, attempt)
+        self.end_attempt(request_id)
         self.settle(request_id, "finished")
         self.feed(RequestFinished(request_id, attempt.number, max(attempt.tokens, tokens)))
+        assert not self.losers, "the other attempt goes on"
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        request_id, attempt = self.pick_attempt(data)
+        self.fail_one(*self.pick_attempt(data))
+
+    def fail_one(self, request_id: RequestId, attempt: Attempt) -> None:
         if self.goes_on(request_id, attempt):
-            self.feed(RequestFailed(request_id, attempt.number, retriable=data.draw(st.booleans())))
+            self.feed(RequestFailed(request_id, attempt.number, retriable=attempt.number == 1))
             assert request_id in self.running
             return
         self.end_attempt(request_id)
@@ -403,6 +403,9 @@ class Driver(RuleBasedStateMachine):
         """Any call: waiting, running, over, or never heard of."""
         known = [RequestId(f"r{i}") for i in range(max(0, self.arrived - 8), self.arrived + 1)]
         request_id = data.draw(st.sampled_from([*known, *self.waiting]))
+        self.cancel_one(request_id)
+
+    def cancel_one(self, request_id: RequestId) -> None:
         if request_id in self.waiting:
             del self.waiting[request_id]
             self.settle(request_id, "cancelled")
@@ -595,7 +598,7 @@ class Driver(RuleBasedStateMachine):
             rounds += 1
             assert rounds < 1000, "a call waits for ever"
             if self.running:
-                self.finish_one(next(iter(self.running)), 1)
+                self.finish_one(*next(iter(self.running.items())), 1)
             elif self.waking:
                 self.make_ready(min(self.waking))
             elif self.stopping:
@@ -635,6 +638,66 @@ def test_any_history_keeps_every_promise_while_replicas_come_and_go(name: str) -
 
     run_state_machine_as_test(
         ScalingDriver, settings=settings(max_examples=60, stateful_step_count=60)
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "least-tokens/hedge:share=1,floor_s=0.1",
+        "swarmx/hedge:share=0.5,level=0.9,floor_s=1",
+        "las/static:kv=forecast/hedge:share=1",
+    ],
+)
+def test_any_history_keeps_every_promise_while_late_calls_are_hedged(name: str) -> None:
+    class HedgingDriver(Driver):
+        policy = name
+
+        def fleet(self) -> Fleet:
+            return a_fleet(
+                a_pool("p", max_sequences=4, kv_blocks=256),
+                a_pool("q", model="x", max_sequences=8, slowness=3.0),
+                a_pool("s", model="asleep", max_sequences=2),
+                replicas=2,
+                states={"s-0": Readiness.DISK, "s-1": Readiness.SLEEPING},
+            )
+
+        @rule(model=st.sampled_from("mx"), streams=st.booleans(), by_s=st.sampled_from((3.0, 60.0)))
+        def be_late(self, *, model: str, streams: bool, by_s: float) -> None:
+            self.arrive(
+                prompt_tokens=30,
+                cap=20,
+                models=(model,),
+                forecast=a_forecast(3.0),
+                workflow=1,
+                prefix=(),
+                slack_s=None,
+                service_class=ServiceClass.INTERACTIVE,
+                streams=streams,
+            )
+            self.jump(by_s)
+
+        @precondition(lambda self: self.hedges)
+        @rule(data=st.data(), kind=st.sampled_from(("stream", "finish", "fail", "die", "cancel")))
+        def decide_one(self, kind: str, data: st.DataObject) -> None:
+            """Races are few among all calls, so their ends are sought."""
+            request_id = data.draw(st.sampled_from(list(self.hedges)))
+            attempts = (self.running[request_id], self.hedges[request_id])
+            attempt = attempts[data.draw(st.integers(0, 1))]
+            if kind == "die":
+                self.lose(attempt.replica_id, ReplicaDied(attempt.replica_id))
+            elif kind == "cancel":
+                self.cancel_one(request_id)
+            else:
+                news = {
+                    "stream": lambda: self.stream_one(request_id, attempt, 1),
+                    "finish": lambda: self.finish_one(request_id, attempt, 3),
+                    "fail": lambda: self.fail_one(request_id, attempt),
+                }
+                news[kind]()
+
+    run_state_machine_as_test(
+        HedgingDriver, settings=settings(max_examples=80, stateful_step_count=60)
     )
 
 
