@@ -284,7 +284,7 @@ class PaceWatch:
                 if watched.meter.has_samples:
                     self._heard[watched.meter.replica_id] = None
         elif tokens == 1:
-            replica_id = self._scheduler.in_flight(request_id)
+            replica_id = self._scheduler.in_flight(request_id, attempt)
             if replica_id is not None:
                 call = self._scheduler.replicas[replica_id].in_flight[request_id]
                 self._calls[request_id] = self._meters[replica_id].begin(

@@ -33,7 +33,7 @@ from concertmaster.core.events import (
 )
 from concertmaster.core.fleet import Pool, Readiness, ReplicaId
 from concertmaster.core.forecast import Forecast
-from concertmaster.core.request import Request, RequestId, WorkflowId
+from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.learning.prompts import prompt_of
 from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
@@ -41,9 +41,10 @@ from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor,
 from concertmaster.predictors.rates import PaceWatch
 from concertmaster.sim.gauges import FleetGauges
 from concertmaster.sim.incidents import Incident
+from concertmaster.sim.open_calls import OpenCall
 from concertmaster.workload.agents import Agents
-from concertmaster.workload.plan import Call, Workload
-from concertmaster.workload.records import CallOutcome, CallRecord, RunRecords
+from concertmaster.workload.plan import Workload
+from concertmaster.workload.records import CallOutcome, RunRecords
 
 PROGRESS_S = 1.0
 """How often engines tell how far their calls have come; the gateway does the same."""
@@ -90,7 +91,7 @@ class Simulation:
         self._gauges = FleetGauges(scheduler.replicas.values(), self._engines)
         self._polls_s: dict[ReplicaId, float] = {}
         self._pace = PaceWatch(scheduler) if follow_pace else None
-        self._requests: dict[RequestId, tuple[Request, Call, CallRecord, int]] = {}
+        self._open: dict[RequestId, OpenCall] = {}
         self._foreseen: dict[RequestId, tuple[Prompt, Forecast]] = {}
         self._agenda: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
         self._scheduled = 0
@@ -198,17 +199,17 @@ class Simulation:
     def _make_call(self, now_s: float, named: Any) -> None:  # noqa: ANN401
         workflow_id, call = named
         request, record = self._agents.call(now_s, workflow_id, call)
-        self._requests[request.request_id] = (request, call, record, 0)
+        self._open[request.request_id] = OpenCall(request=request, call=call, record=record)
         prompt = prompt_of(call) if self._predictor.reads_prompts else NO_PROMPT
         forecast = self._predictor.predict(request, prompt)
         self._foreseen[request.request_id] = prompt, forecast
         self._feed(now_s, RequestArrived(request, forecast))
 
     def _refuse(self, request_id: RequestId, outcome: CallOutcome, reason: str) -> None:
-        request, _, record, _ = self._requests.pop(request_id)
+        one = self._open.pop(request_id)
         self._foreseen.pop(request_id, None)
-        self._agents.refuse(record, outcome, reason)
-        self._close_if_settled(request.workflow_id)
+        self._agents.refuse(one.record, outcome, reason)
+        self._close_if_settled(one.request.workflow_id)
 
     def _close_if_settled(self, workflow_id: WorkflowId) -> None:
         """Tell the predictor once that no call of a workflow is open or will follow."""
@@ -219,25 +220,20 @@ class Simulation:
     # Engines
 
     def _dispatch(self, now_s: float, action: Dispatch) -> None:
-        request, call, record, _ = self._requests[action.request_id]
-        self._requests[action.request_id] = (request, call, record, action.attempt)
+        one = self._open[action.request_id]
+        request, record = one.request, one.record
         replica = self._scheduler.replicas[action.replica_id]
+        one.sent[action.replica_id] = action.attempt
         record.dispatched_s = now_s if record.dispatched_s is None else record.dispatched_s
-        record.replica_id, record.model = replica.replica_id, replica.pool.model.name
-        room_tokens = min(replica.pool.model.context_tokens, replica.pool.kv_tokens)
-        truth_tokens = min(
-            call.output_tokens_by(replica.pool.model.name),
-            request.max_output_tokens,
-            room_tokens - request.prompt_tokens,
-        )
+        if not action.hedge:
+            one.note_server(replica)
         engine_call = EngineCall(
             request_id=request.request_id,
             prompt_tokens=request.prompt_tokens,
-            output_tokens=max(1, truth_tokens),
+            output_tokens=one.output_tokens_on(replica),
             prefix_hashes=request.prefix_hashes,
             priority=action.priority,
         )
-        record.output_tokens = engine_call.output_tokens
         self._at(
             now_s + replica.network_s / 2,
             self._submit,
@@ -250,12 +246,9 @@ class Simulation:
 
     def _submit(self, now_s: float, handed: Any) -> None:  # noqa: ANN401
         replica_id, call, attempt = handed
-        current = self._requests.get(call.request_id)
-        lost = current is None or current[3] != attempt
-        if lost or self._scheduler.in_flight(call.request_id) != replica_id:
-            return
-        self._engines[replica_id].submit(now_s, call)
-        self._poll_later(now_s, replica_id)
+        if self._scheduler.in_flight(call.request_id, attempt) == replica_id:
+            self._engines[replica_id].submit(now_s, call)
+            self._poll_later(now_s, replica_id)
 
     def _poll_later(self, now_s: float, replica_id: ReplicaId) -> None:
         """Come back when the engine's next milestone is due."""
@@ -273,7 +266,7 @@ class Simulation:
         del self._polls_s[replica_id]
         network_s = self._scheduler.replicas[replica_id].network_s
         for milestone in self._engines[replica_id].advance(now_s):
-            news = (milestone, self._requests[milestone.request_id][3])
+            news = (milestone, self._open[milestone.request_id].sent[replica_id])
             if network_s:
                 self._at(now_s + network_s / 2, self._reach, news)
             else:
@@ -283,17 +276,18 @@ class Simulation:
     def _reach(self, now_s: float, news: tuple[Milestone, int]) -> None:
         """Take in what an engine said, unless it spoke of an attempt that is over by now."""
         milestone, attempt = news
-        known = self._requests.get(milestone.request_id)
-        if known is None or known[3] != attempt:
+        replica_id = self._scheduler.in_flight(milestone.request_id, attempt)
+        if replica_id is None:
             return
-        request, call, record, _ = known
+        one, replica = self._open[milestone.request_id], self._scheduler.replicas[replica_id]
+        request, call, record = one.request, one.call, one.record
+        one.note_server(replica)
         if milestone.kind == "first_token":
             record.first_token_s = now_s
             self._feed(now_s, TokensStreamed(((request.request_id, attempt, 1),)))
             return
-        del self._requests[request.request_id]
+        del self._open[request.request_id]
         record.finished_s, record.outcome = now_s, "served"
-        replica = self._scheduler.replicas[ReplicaId(record.replica_id)]
         completion = Completion(
             model=replica.pool.model.name,
             output_tokens=record.output_tokens,
@@ -318,12 +312,12 @@ class Simulation:
         for replica_id, engine in self._engines.items():
             if self._scheduler.replicas[replica_id].in_flight:
                 progress += [
-                    (request_id, self._requests[request_id][3], tokens)
+                    (request_id, self._open[request_id].sent[replica_id], tokens)
                     for request_id, tokens in engine.progress(now_s)
-                    if request_id in self._requests
+                    if request_id in self._open
                 ]
         self._gauges.sample(now_s)
-        self._ticking = bool(self._requests)
+        self._ticking = bool(self._open)
         if progress:
             self._feed(now_s, TokensStreamed(tuple(progress)))
         paces = None if self._pace is None else self._pace.due(now_s)
