@@ -152,6 +152,7 @@ def a_record(
         first_token_s=1.2,
         ended_s=1.0 + took_s,
         arrived_unix_s=1_700_000_000.0,
+        attempt=1,
     )
 
 

@@ -441,6 +441,7 @@ class Driver(RuleBasedStateMachine):
         self.stopping.discard(replica_id)
         attempts = [*self.running.items(), *self.hedges.items()]
         lost = [(rid, one) for rid, one in attempts if one.replica_id == replica_id]
+        self.losers = {rid: replica_id for rid, _ in lost if rid in self.hedges}
         lost = [(rid, one) for rid, one in lost if not self.goes_on(rid, one)]
         last = {request_id: self.latest[request_id] == 3 for request_id, _ in lost}
         for request_id, attempt in lost:
@@ -448,6 +449,7 @@ class Driver(RuleBasedStateMachine):
             if not attempt.tokens and not last[request_id]:
                 self.waiting[request_id] = None
         self.feed(event)
+        assert not self.losers, "the driver goes on with an attempt that is lost"
         for request_id, attempt in lost:
             failed = self.outcomes.get(request_id) == "replica_died"
             assert failed == bool(attempt.tokens or last[request_id])

@@ -59,10 +59,15 @@ class Fail:
 
 @fact(frozen=True, slots=True)
 class Cancel:
-    """Stop this call on this replica: its caller is gone, or another replica answers it."""
+    """Stop this call on this replica: its caller is gone, or it goes on at another alone.
+
+    Attributes:
+        overtaken: Whether a later attempt has begun to answer before this one.
+    """
 
     request_id: RequestId
     replica_id: ReplicaId
+    overtaken: bool = False
 
 
 @fact(frozen=True, slots=True)

@@ -320,7 +320,7 @@ class Dispatcher:
         call = second[0]
         lead_wins = call.attempt == attempt
         loser = self._end_race(now_s, call, "lost" if lead_wins else "won")
-        return [Cancel(request_id, loser.replica_id)]
+        return [Cancel(request_id, loser.replica_id, overtaken=not lead_wins)]
 
     def call_off(self, now_s: float, request_id: RequestId) -> list[Action]:
         """Stop the second attempt of a call, if there is one: nobody waits for it any more."""

@@ -302,14 +302,16 @@ class Scheduler:
     def _retry_lost(self, now_s: float, replica: Replica) -> list[Action]:
         """Send calls that a replica took along back to the line, or fail them; wake others.
 
-        Those that go on elsewhere are let be.
+        Those that go on elsewhere are only stopped here.
         """
         actions: list[Action] = []
         for request_id in list(replica.in_flight):
             seen_tokens = replica.in_flight[request_id].streamed_tokens
             call, first = self._running[request_id]
             attempt = call.attempt if first is replica else call.hedge
-            if self._dispatcher.release(now_s, request_id, attempt, settle=False) is not None:
+            if self._dispatcher.release(now_s, request_id, attempt, settle=False) is None:
+                actions.append(Cancel(request_id, replica.replica_id))
+            else:
                 actions += self._retry(now_s, call, "replica_died", retriable=seen_tokens == 0)
         return [*actions, *self._waking.wake_all(now_s, self.line.lanes)]
 

@@ -159,6 +159,7 @@ class AttemptShown(TypedDict):
     """One dispatch."""
 
     attempt: int
+    hedge: bool
     decided_s: float
     queue_wait_s: float
     replica: str
@@ -175,6 +176,7 @@ class OutcomeShown(TypedDict):
 
     status: int
     reason: str | None
+    attempt: int
     first_token_s: float | None
     output_tokens: int
     duration_s: float

@@ -37,7 +37,10 @@ def links(
 
 
 def send(exchange: Exchange, action: Dispatch, replica: Replica, links: Links) -> None:
-    """Begin an attempt, here or in the process that moves the call's bytes."""
+    """Begin an attempt, here or in the process that moves the call's bytes.
+
+    One beside another is begun here: processes that move bytes know one attempt of a call.
+    """
     exchange.attempt, exchange.replica_id = action.attempt, action.replica_id
     exchange.tokens = exchange.told_tokens = 0
     if exchange.relay is not None:
@@ -45,6 +48,19 @@ def send(exchange: Exchange, action: Dispatch, replica: Replica, links: Links) -
         return
     priority = action.priority if replica.pool.priority_scheduling else 0
     begin(exchange, replica.pool.model.name, priority, links[action.replica_id])
+
+
+def stop(exchange: Exchange | None, replica_id: ReplicaId) -> None:
+    """Stop one of two attempts at a call; if that is the first, the second stands for both."""
+    if exchange is None or exchange.hedge is None:
+        return
+    hedge = exchange.hedge
+    if hedge.replica_id == replica_id:
+        exchange.drop_hedge()
+        return
+    if exchange.engine is not None:
+        exchange.engine.cancel()
+    exchange.attempt, exchange.replica_id = hedge.attempt, hedge.replica_id
 
 
 def begin(exchange: Exchange, model: str, priority: int, link: EngineLink) -> None:
@@ -62,8 +78,9 @@ def begin(exchange: Exchange, model: str, priority: int, link: EngineLink) -> No
     link.send(exchange, head + b"\r\n" + body)
 
 
-def tell_decision(exchange: Exchange, policy: str, model: str, action: Dispatch) -> None:
+def tell_decision(exchange: Exchange, policy: str, replica: Replica, action: Dispatch) -> None:
     """Add to the answer where the first attempt went and why; in a held stream, as comments."""
+    model = replica.pool.model.name
     if exchange.held:
         lines = heads.decision_headers(policy, model, action).decode("latin-1").splitlines()
         exchange.caller.write(stream.chunk(stream.comment(*lines)))

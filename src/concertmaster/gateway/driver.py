@@ -297,8 +297,10 @@ class Gateway:
                 self._refusals.refuse(self._exchanges[request_id], reason, retry_after_s)
             case Fail(request_id, reason):
                 self._refusals.refuse(self._exchanges[request_id], reason)
-            case Cancel():
-                pass  # the exchange dropped its engine connection when its caller went
+            case Cancel(request_id, replica_id, overtaken):
+                dispatching.stop(self._exchanges.get(request_id), replica_id)
+                if overtaken:
+                    self._guard.breakers.failed(replica_id)
             case Wake(replica_id):
                 self.service.wake(now_s, replica_id)
             case Demote(replica_id, readiness):
@@ -311,10 +313,12 @@ class Gateway:
     def _dispatch(self, now_s: float, action: Dispatch) -> None:
         exchange = self._exchanges[action.request_id]
         replica = self.scheduler.replicas[action.replica_id]
+        if action.hedge:
+            dispatching.send(exchange.beside(), action, replica, self.links)
+            return
         if exchange.dispatched_s is None:
             exchange.dispatched_s = now_s
-        policy, model = self.scheduler.policy.name, replica.pool.model.name
-        dispatching.tell_decision(exchange, policy, model, action)
+        dispatching.tell_decision(exchange, self.scheduler.policy.name, replica, action)
         dispatching.send(exchange, action, replica, self.links)
         self._guard.sent(action.attempt)
         if self._pace is not None and not exchange.streams:
@@ -336,8 +340,7 @@ class Gateway:
 
     def finished(self, exchange: Exchange, output_tokens: int) -> None:
         """Tell the core and the predictor that an answer is complete."""
-        now_s = self.clock()
-        request = exchange.request
+        now_s, request = self.clock(), exchange.request
         exchange.tokens = output_tokens
         self._end(exchange, exchange.status)
         self.metrics.finished(now_s, exchange, output_tokens)
@@ -346,19 +349,21 @@ class Gateway:
         if exchange.tool_call_ids:
             self._intake.note_tool_calls(exchange.tool_call_ids, request)
         if exchange.status == 200:
-            pool = self.scheduler.replicas[ReplicaId(exchange.replica_id)].pool
-            self.forecaster.served(now_s, exchange, pool)
+            replica = self.scheduler.replicas[ReplicaId(exchange.replica_id)]
+            self.forecaster.served(now_s, exchange, replica.pool)
 
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
         """Tell the core that an attempt failed, and that its replica is gone if it is."""
-        exchange.error_text = problem
-        attempt, replica_id = exchange.attempt, ReplicaId(exchange.replica_id)
+        call, attempt, replica_id = exchange.call, exchange.attempt, ReplicaId(exchange.replica_id)
+        call.error_text = problem
+        if call is not exchange:
+            call.drop_hedge()
         if alive:
             self._guard.breakers.failed(replica_id)
         else:
             self.feed(ReplicaDied(replica_id))
-        if not exchange.over and exchange.attempt == attempt:
-            self._guard.failed(exchange, attempt)
+        if not call.over and self.scheduler.in_flight(call.request.request_id, attempt) is not None:
+            self._guard.failed(call, attempt)
 
     def _end(self, exchange: Exchange, status: int) -> None:
         exchange.over = True
@@ -374,6 +379,7 @@ class Gateway:
             self.forecaster.failed(request.request_id)
         if exchange.engine is not None:
             exchange.engine.cancel()
+        exchange.drop_hedge()
 
     async def _tick(self) -> None:
         """Tell the core how far every stream has come."""

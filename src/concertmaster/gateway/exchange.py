@@ -48,6 +48,8 @@ class Exchange:
         forecast: What was predicted of it.
         started: True once the caller has been sent any byte of an answer.
         held: True once the caller of a stream was sent its head and comments while it waits.
+        hedge: A second attempt beside this one, as an exchange of its own; it has no outcome.
+        lead: What it is an attempt of, if it is such a one.
         spoken_s: When it was last told anything while it waits.
         may_hold: Whether its caller can be sent comments.
         error_text: What the last engine that refused it said.
@@ -67,7 +69,9 @@ class Exchange:
         "first_token_s",
         "forecast",
         "head",
+        "hedge",
         "held",
+        "lead",
         "mark",
         "may_hold",
         "model_named",
@@ -124,6 +128,8 @@ class Exchange:
         self.reads = 0
         self.mark = (0, 0, 0.0)
         self.started = False
+        self.hedge: Exchange | None = None
+        self.lead: Exchange | None = None
         self.held = False
         self.may_hold = False
         self.teaches = True
@@ -133,6 +139,50 @@ class Exchange:
         self.error_text = ""
         self.reason = ""
         self.tool_call_ids: list[bytes] = []
+
+
+    # Attempts beside each other
+
+    @property
+    def call(self) -> "Exchange":
+        """The exchange that has the outcome: this one, or the one that it is an attempt of."""
+        return self.lead or self
+
+    def beside(self) -> "Exchange":
+        """Return a second attempt, of which the caller hears nothing unless it is first."""
+        other = Exchange(
+            self.request,
+            self.caller,
+            self.head,
+            self.body,
+            model_named=self.model_named,
+            streams=self.streams,
+        )
+        other.arrived_s, other.lead = self.arrived_s, self
+        self.hedge = other
+        return other
+
+    def first(self) -> "Exchange":
+        """Let this attempt answer, and drop the one that it overtakes; return the call's own."""
+        call = self.lead
+        if call is None:
+            return self
+        if call.engine is not None:
+            call.engine.cancel()
+        call.hedge = None
+        call.attempt, call.replica_id, call.engine = self.attempt, self.replica_id, self.engine
+        call.status, call.reads, call.mark = self.status, self.reads, self.mark
+        call.tokens = call.told_tokens = 0
+        self.over = True
+        return call
+
+    def drop_hedge(self) -> None:
+        """Stop a second attempt, wherever it is."""
+        hedge, self.hedge = self.hedge, None
+        if hedge is not None:
+            hedge.over = True
+            if hedge.engine is not None:
+                hedge.engine.cancel()
 
 
 class EngineSide(Protocol):

@@ -121,9 +121,14 @@ class Guard:
         self.breakers.served(replica_id)
 
     def failed(self, exchange: Exchange, attempt: int) -> None:
-        """Let the core try again elsewhere if nothing was seen and the budget allows it."""
+        """Let the core try again elsewhere if nothing was seen and the budget allows it.
+
+        Where another attempt goes on beside it, that is the retry, and was paid for.
+        """
         retriable = not exchange.started
-        if retriable and attempt < MAX_ATTEMPTS:
+        if exchange.request.request_id in self._scheduler.races.seconds:
+            retriable = True
+        elif retriable and attempt < MAX_ATTEMPTS:
             if self._budget.take():
                 wait_s = backoff_s(attempt, self._rng)
                 loop = asyncio.get_running_loop()

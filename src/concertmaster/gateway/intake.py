@@ -82,6 +82,7 @@ class Intake:
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
             tenant=tenant,
             tenant_weight=1.0 if quota is None else quota.weight,
+            streams=reading.streams,
         )
         exchange = Exchange(
             request,

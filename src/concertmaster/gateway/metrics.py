@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -14,6 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from concertmaster.core.fleet import ReplicaId
+from concertmaster.core.races import HedgeOutcome
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.engine_watch import EngineWatch
@@ -173,6 +174,14 @@ class _Exposition(Collector):
             "Attempts after the first, of calls that failed.",
             value=0 if guarded is None else guarded.retries,
         )
+        hedges = CounterMetricFamily(
+            "concertmaster_hedges",
+            "Second attempts of late calls, by what came of them.",
+            labels=["outcome"],
+        )
+        for outcome in get_args(HedgeOutcome):
+            hedges.add_metric([outcome], self._scheduler.races.outcomes[outcome])
+        yield hedges
         for name, text, histogram in (
             ("request_duration_seconds", "Acceptance to last byte.", metrics.duration_s),
             ("time_to_first_token_seconds", "Acceptance to first token.", metrics.ttft_s),

@@ -48,6 +48,7 @@ class Record(NamedTuple):
         asked: Models that the call named, cut short; empty for any.
         ended_s: ``None`` while the call is under way.
         arrived_unix_s: When it arrived, in seconds since 1970.
+        attempt: Number of the attempt that answered, or was the last; 0 if there was none.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class Record(NamedTuple):
     first_token_s: float | None
     ended_s: float | None
     arrived_unix_s: float
+    attempt: int
 
 
 def record_of(
@@ -105,6 +107,7 @@ def record_of(
         exchange.first_token_s,
         ended_s,
         arrived_unix_s,
+        exchange.attempt,
     )
 
 
@@ -174,6 +177,7 @@ def _attempt(record: Record, attempt: Attempt, laws: Laws) -> Fields:
     weighed = attempt.weighed or _NOT_WEIGHED
     return {
         "attempt": dispatch.attempt,
+        "hedge": dispatch.hedge,
         "decided_s": _since(attempt.at_s, record.arrived_s),
         "queue_wait_s": round(dispatch.waited_s, DIGITS),
         "replica": dispatch.replica_id,
@@ -214,6 +218,7 @@ def _outcome(record: Record, ended_s: float) -> Fields:
     return {
         "status": record.status,
         "reason": record.reason or None,
+        "attempt": record.attempt,
         "first_token_s": _since(record.first_token_s, record.arrived_s),
         "output_tokens": record.output_tokens,
         "duration_s": _since(ended_s, record.arrived_s),
@@ -221,7 +226,7 @@ def _outcome(record: Record, ended_s: float) -> Fields:
 
 
 def _regret(record: Record, attempts: Sequence[Fields]) -> Fields | None:
-    """Hold what came against what was forecast of the last dispatch, in seconds.
+    """Hold what came against what was forecast of the dispatch that was answered, in seconds.
 
     Let s be the seconds from that dispatch to the last token, f the forecast's median of them
     on the chosen replica, and b the least such median of all candidates. Then the surprise is
@@ -229,14 +234,16 @@ def _regret(record: Record, attempts: Sequence[Fields]) -> Fields | None:
     negative, and above 0 where the decision weighed more than the median.
     ``None`` unless the call was served and forecast.
     """
-    if record.ended_s is None or record.status != 200 or not attempts:
+    numbers = [one["attempt"] for one in attempts]
+    if record.ended_s is None or record.status != 200 or record.attempt not in numbers:
         return None
-    forecast = [one for one in attempts[-1]["candidates"] if one["service_s"] is not None]
+    answered = numbers.index(record.attempt)
+    forecast = [one for one in attempts[answered]["candidates"] if one["service_s"] is not None]
     chosen_s = next((one["service_s"]["p50"] for one in forecast if one["chosen"]), None)
     if chosen_s is None:
         return None
     best = min(forecast, key=lambda one: one["service_s"]["p50"])
-    best_s, service_s = best["service_s"]["p50"], record.ended_s - record.attempts[-1].at_s
+    best_s, service_s = best["service_s"]["p50"], record.ended_s - record.attempts[answered].at_s
     return {
         "service_s": round(service_s, DIGITS),
         "forecast_s": chosen_s,

@@ -23,7 +23,7 @@ MOST_NAMES = 1000
 
 OTHER, AUTO, NOWHERE = "other", "auto", "none"
 Outcome = Literal["served", "rejected", "failed", "cancelled"]
-Choice = Literal["retried", "only_choice", "least_cost", "picked"]
+Choice = Literal["hedged", "retried", "only_choice", "least_cost", "picked"]
 DECISIONS: tuple[str, ...] = (
     *get_args(Choice),
     *get_args(RejectReason),
@@ -70,6 +70,8 @@ def choice_of(action: Dispatch) -> Choice:
     >>> choice_of(Dispatch("r1", "p-0", 1, 0, 0.0, 1))
     'only_choice'
     """
+    if action.hedge:
+        return "hedged"
     if action.attempt > 1:
         return "retried"
     if action.candidates == 1:

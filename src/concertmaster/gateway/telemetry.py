@@ -210,6 +210,7 @@ def _of_decision(action: Dispatch) -> Attributes:
     return {
         "concertmaster.replica": action.replica_id,
         "concertmaster.attempt": action.attempt,
+        "concertmaster.hedge": action.hedge,
         "concertmaster.candidates": action.candidates,
         "concertmaster.queue_wait_s": action.waited_s,
         **cost,

@@ -47,8 +47,14 @@ class Timeouts:
             if now_s - exchange.arrived_s > self._total_s:
                 limit = f"the whole answer within {self._limits.total_s:g} s"
                 self._too_long(exchange, f"expected {limit}")
-            elif exchange.attempt and (expected := self._missing(wall_s, exchange)):
-                self._silent(exchange, f"the engine was silent: expected {expected}")
+            else:
+                for attempt in (exchange, exchange.hedge):
+                    if attempt is not None:
+                        self._look(wall_s, attempt)
+
+    def _look(self, wall_s: float, attempt: Exchange) -> None:
+        if attempt.attempt and (expected := self._missing(wall_s, attempt)):
+            self._silent(attempt, f"the engine was silent: expected {expected}")
 
     def _missing(self, wall_s: float, exchange: Exchange) -> str:
         """Say what should have come by now; empty if nothing should."""

@@ -108,8 +108,11 @@ class EngineConnection(asyncio.Protocol):
         exchange.reads += 1
         if exchange.started:
             exchange.caller.write(stream.chunk(data) if self._wraps else data)
-        elif not self._begin_answer(exchange, data):
-            return
+        else:
+            begun = self._begin_answer(exchange, data)
+            if begun is None:
+                return
+            exchange = begun
         if exchange.streams:
             exchange.tokens += data.count(b"data: ")
         if b'"tool_calls"' in data:
@@ -119,28 +122,34 @@ class EngineConnection(asyncio.Protocol):
         else:
             self._last = data
 
-    def _begin_answer(self, exchange: Exchange, data: bytes) -> bool:
-        """Hold the head back until it is whole and known to be no retriable error."""
+    def _begin_answer(self, exchange: Exchange, data: bytes) -> Exchange | None:
+        """Hold the head back until it is whole and known to be no retriable error.
+
+        Returns:
+            Whose answer has begun, if it has: of two attempts at a call, only the first begins.
+        """
         self._head += data
         while self._interim:
             self._head = self._head.partition(b"\r\n\r\n")[2]
             self._interim -= 1
         if not self._headers_done:
-            return False
+            return None
         if not self._refused:
             exchange.status = self._parser.get_status_code()
-            self._refused = exchange.status >= 500 or exchange.status == _RETRIED_STATUS
+            self._refused = _is_refusal(exchange)
         if self._refused:
             if self._done:
                 self._refuse(exchange)
-            return False
+            return None
         end = self._head.find(b"\r\n\r\n") + 2
         if exchange.streams and not self._done and len(self._head) == end + 2:
-            return False  # engines answer 200 before they begin: until a token is out, retry
+            return None  # engines answer 200 before they begin: until a token is out, retry
+        exchange = self._exchange = exchange.first()
         head = self._head[:end].lower()
         self._ends_with_connection = not _FRAMED.search(head)
         if exchange.held:
-            return self._follow(exchange, head, self._head[end + 2 :])
+            begun = self._follow(exchange, head, self._head[end + 2 :])
+            return exchange if begun else None
         ours = _OURS if exchange.quota is None else _OURS_WITH_LIMITS
         if exchange.response_headers and ours.search(head):
             self._head = ours.sub(b"", self._head[:end]) + self._head[end:]
@@ -148,7 +157,7 @@ class EngineConnection(asyncio.Protocol):
         exchange.caller.write(self._head[:end] + exchange.response_headers + self._head[end:])
         exchange.started = True
         self._tell_begun(exchange)
-        return True
+        return exchange
 
     def _tell_begun(self, exchange: Exchange) -> None:
         """Tell of an answer's first bytes; not where they are the last as well."""
@@ -262,6 +271,13 @@ class EngineConnection(asyncio.Protocol):
     def _close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+
+def _is_refusal(exchange: Exchange) -> bool:
+    """Whether another attempt may follow: of a hedge, whatever is no answer is dropped."""
+    status = exchange.status
+    is_error = status >= 500 or status == _RETRIED_STATUS
+    return is_error or (exchange.lead is not None and status >= 300)
 
 
 class EngineLink:
