@@ -156,6 +156,8 @@ class Waiting:
 
 
 _Heap: TypeAlias = list[tuple[float, int, Waiting]]
+_Agenda: TypeAlias = list[tuple[float, int, int, Waiting]]
+"""Instants with a call, its serial number and the attempt that it waited for."""
 
 
 class Lane:
@@ -296,8 +298,8 @@ class WaitingLine:
         self.since_s: float | None = None
         self.lanes: dict[tuple[PoolId, ...], Lane] = {}
         self._by_id: dict[RequestId, Waiting] = {}
-        self._expiry: list[tuple[float, int, Waiting]] = []
-        self._reviews: list[tuple[float, int, Waiting]] = []
+        self._expiry: _Agenda = []
+        self._reviews: _Agenda = []
         self._finish_times_s: deque[float] = deque(maxlen=64)
 
     def __len__(self) -> int:
@@ -315,7 +317,7 @@ class WaitingLine:
             self.since_s = call.request.arrival_s
         self.enter(call)
         self._by_id[call.request.request_id] = call
-        heapq.heappush(self._expiry, (call.expires_s, call.serial, call))
+        heapq.heappush(self._expiry, (call.expires_s, call.serial, call.attempt, call))
 
     def remove(self, request_id: RequestId) -> Waiting:
         """Take a call out: dispatched, refused or cancelled."""
@@ -341,7 +343,7 @@ class WaitingLine:
 
     def review_at(self, time_s: float, call: Waiting) -> None:
         """Note when the pools of a call that waits are to be looked at again."""
-        heapq.heappush(self._reviews, (time_s, call.serial, call))
+        heapq.heappush(self._reviews, (time_s, call.serial, call.attempt, call))
 
     def next_review_s(self) -> float | None:
         """When the first call is due for review, if any is."""
@@ -353,7 +355,7 @@ class WaitingLine:
         due_s = self.next_review_s()
         if due_s is None or due_s > now_s:
             return None
-        return heapq.heappop(self._reviews)[2]
+        return heapq.heappop(self._reviews)[3]
 
     def next_expiry_s(self) -> float | None:
         """When the first call expires, if any waits."""
@@ -364,7 +366,7 @@ class WaitingLine:
         """Take out every call whose time has come."""
         expired = []
         while (expires_s := self.next_expiry_s()) is not None and expires_s <= now_s:
-            expired.append(self.remove(self._expiry[0][2].request.request_id))
+            expired.append(self.remove(self._expiry[0][3].request.request_id))
         return expired
 
     def note_finish(self, now_s: float) -> None:
@@ -379,9 +381,12 @@ class WaitingLine:
         seconds_each = (now_s - times_s[0]) / len(times_s)
         return min(max(1.0, seconds_each * len(self)), 120.0)
 
-    def _drop_stale(self, agenda: list[tuple[float, int, Waiting]]) -> None:
-        """Take calls off the front of an agenda that wait no longer."""
-        while agenda and self._by_id.get(agenda[0][2].request.request_id) is not agenda[0][2]:
+    def _drop_stale(self, agenda: _Agenda) -> None:
+        """Take calls off the front of an agenda that wait no longer, or again."""
+        while agenda:
+            _, _, attempt, call = agenda[0]
+            if call.attempt == attempt and self._by_id.get(call.request.request_id) is call:
+                return
             heapq.heappop(agenda)
 
     def validate(self) -> None:

@@ -203,9 +203,7 @@ class Scheduler:
             case _:
                 assert_never(event)
 
-    def _stream(
-        self, now_s: float, progress: Iterable[tuple[RequestId, int, int]]
-    ) -> list[Action]:
+    def _stream(self, now_s: float, progress: Iterable[tuple[RequestId, int, int]]) -> list[Action]:
         actions: list[Action] = []
         for request_id, attempt, tokens in progress:
             if tokens:

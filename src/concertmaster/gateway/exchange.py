@@ -140,7 +140,6 @@ class Exchange:
         self.reason = ""
         self.tool_call_ids: list[bytes] = []
 
-
     # Attempts beside each other
 
     @property
