@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from builders import a_fleet, a_pool
+from builders import a_fleet, a_policy, a_pool
+from concertmaster.core.hedging import Hedging
 from concertmaster.gateway import stream as framing
 from gateway_rig import (
     STREAM_HEAD,
@@ -118,7 +119,12 @@ def a_request(number: int) -> tuple[str, bytes]:
     return path, a_message("POST", path, body, {"connection": "close"})
 
 
-async def listen(rig: Rig, number: int) -> None:
+OTHER = 10_000
+"""Added to the number of a call by the second of two upstreams, which says something else."""
+
+
+async def listen(rig: Rig, number: int, *versions: int) -> None:
+    """Ask, and hold what comes against what an upstream sent: of several, against one of them."""
     path, request = a_request(number)
     reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
     writer.write(request)
@@ -126,10 +132,11 @@ async def listen(rig: Rig, number: int) -> None:
     writer.close()
     assert head.startswith(b"HTTP/1.1 200 OK"), head
     if path.endswith("completions"):
-        assert body == sent_for(number, chat="/chat/" in path), number
+        assert body in [sent_for(one, chat="/chat/" in path) for one in versions or (number,)]
     else:
         assert body.endswith(framing.END)
-        assert said(path, framing.unchunked(body)) == "".join(text_of(number)), number
+        texts = ["".join(text_of(one)) for one in versions or (number,)]
+        assert said(path, framing.unchunked(body)) in texts, number
 
 
 def said(path: str, body: bytes) -> str:
@@ -160,6 +167,45 @@ def test_five_hundred_streams_at_once_pass_byte_for_byte() -> None:
         ):
             await asyncio.gather(*(listen(rig, number) for number in range(STREAMS)))
             await rig.idle()
+
+    play(main())
+
+
+def hesitant(added: int) -> Script:
+    """Begin at once or late, and go on in pieces; each attempt draws for itself."""
+
+    async def script(heard: Heard, out: asyncio.StreamWriter) -> None:
+        number = number_in(heard) + added
+        rng = random.Random(f"hesitates {number}")
+        out.write(STREAM_HEAD)
+        await asyncio.sleep(rng.choice((0, 0.08, 0.12, 0.16, 0.3)))
+        data = sent_for(number, chat="/chat/" in heard.line)
+        while data:
+            size = rng.choice((1, 7, 50, 400))
+            out.write(data[:size])
+            data = data[size:]
+            await asyncio.sleep(rng.choice((0, 0, 0.001)))
+
+    return script
+
+
+def test_nothing_of_two_attempts_at_a_call_is_mixed() -> None:
+    async def main() -> None:
+        pool = a_pool(max_sequences=1000, kv_blocks=10_000)
+        rule = Hedging(level=0.5, share=1.0, floor_s=0.05)
+        async with over_upstreams(
+            hesitant(0),
+            hesitant(OTHER),
+            fleet=a_fleet(pool, replicas=2),
+            policy=a_policy("round-robin", hedge=rule),
+            breaker_failures=0,
+        ) as (rig, _):
+            for start in range(0, 200, 25):
+                numbers = range(start, start + 25)
+                await asyncio.gather(*(listen(rig, one, one, one + OTHER) for one in numbers))
+            await rig.idle()
+            outcomes = rig.gateway.scheduler.races.outcomes
+            assert min(outcomes["won"], outcomes["lost"]) > 10, outcomes
 
     play(main())
 

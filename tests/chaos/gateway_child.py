@@ -87,6 +87,7 @@ def tell_ledgers(gateway: Gateway) -> None:
         "in_flight": sum(len(replica.in_flight) for replica in replicas),
         "kv_blocks": sum(replica.kv.reserved_blocks for replica in replicas),
         "decode_tokens": sum(replica.decode_tokens for replica in replicas),
+        "hedges": dict(scheduler.races.outcomes),
         "tasks": len(asyncio.all_tasks()),
         "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208  # one look
     }

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import json
 import os
 import random
 import time
@@ -13,13 +14,15 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from chaos.plan import Step, plan
+from chaos.plan import ALL, SPEEDUP, Step, plan
 from chaos.verdict import Transcript, Verdict
-from chaos.yard import SLACK_S, TIMEOUTS, Yard
+from chaos.yard import HEDGED, POLICY, SLACK_S, TIMEOUTS, Yard
 
 DURATION_S = float(os.environ.get("CHAOS_DURATION_S") or 20.0)
 SEED = int(os.environ.get("CHAOS_SEED") or ("7" if DURATION_S <= 60 else time.time_ns() % 10**6))
-AGENTS = 16
+AGENTS, FEW_AGENTS = 16, 6
+"""Late calls are hedged only while replicas have plenty of room."""
+
 MOST_TOKENS = 40
 LONGEST_S = TIMEOUTS["total_timeout_s"] + TIMEOUTS["connect_timeout_s"] + SLACK_S
 RECENT = 12
@@ -129,8 +132,16 @@ def check_ledgers(told: dict[str, int | str]) -> list[str]:
     return problems
 
 
-async def play(folder: Path, steps: list[Step], seed: int, duration_s: float, *options: str) -> Run:
-    yard = Yard(folder, *options)
+async def play(
+    folder: Path,
+    steps: list[Step],
+    seed: int,
+    duration_s: float,
+    *options: str,
+    policy: str = POLICY,
+    agents: int = AGENTS,
+) -> Run:
+    yard = Yard(folder, *options, policy=policy)
     try:
         await yard.start()
         run = Run(yard, Verdict(await yard.words(MOST_TOKENS), longest_s=LONGEST_S), seed)
@@ -143,7 +154,7 @@ async def play(folder: Path, steps: list[Step], seed: int, duration_s: float, *o
             asyncio.TaskGroup() as group,
         ):
             group.create_task(trouble(run, steps))
-            for number in range(AGENTS):
+            for number in range(agents):
                 rng = random.Random(f"{seed} {number}")
                 group.create_task(an_agent(run, http, rng, f"agent-{number}"))
         after = await settled(run)
@@ -168,6 +179,28 @@ def test_every_call_is_answered_once_or_refused_whatever_fails(tmp_path: Path) -
     print(dict(sorted(run.verdict.outcomes.items())))  # noqa: T201
     assert not run.problems, f"seed {SEED}\n" + "\n".join(run.problems[:5])
     assert run.verdict.outcomes["served"] > 10 * DURATION_S**0.5
+
+
+def test_every_call_is_answered_once_while_late_ones_are_hedged(tmp_path: Path) -> None:
+    duration_s = DURATION_S / 2
+    print(f"\nCHAOS_SEED={SEED} for {duration_s:g} s, hedged")  # noqa: T201
+    kept = ("faults", "kill engine", "fill disk")  # the others stop hedges, or forget their count
+    steps = [stalling(step) for step in plan(SEED, duration_s) if step.kind in kept]
+
+    run = asyncio.run(play(tmp_path, steps, SEED, duration_s, policy=HEDGED, agents=FEW_AGENTS))
+    hedges = json.loads((tmp_path / "ledgers.json").read_text())["hedges"]
+
+    print(dict(sorted(run.verdict.outcomes.items())), hedges)  # noqa: T201
+    assert not run.problems, f"seed {SEED}\n" + "\n".join(run.problems[:5])
+    assert run.verdict.outcomes["served"] > 10 * duration_s**0.5
+    assert hedges, "nobody was late"
+
+
+def stalling(step: Step) -> Step:
+    """Let one engine stall for long where calls would go wrong in another way, half of the time."""
+    if step.kind != "faults" or step.engine == ALL or int(step.at_s * 1000) % 2:
+        return step
+    return replace(step, faults={"stall_ratio": 0.7, "stall_s": 60.0 * SPEEDUP})
 
 
 def test_the_same_seed_plans_the_same_faults_and_each_kind_is_among_them() -> None:

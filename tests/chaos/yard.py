@@ -19,6 +19,10 @@ from chaos.plan import ALL, ENGINES, SPEEDUP, Step
 START_S = 60.0
 _CLI = "from concertmaster.cli import main; main()"
 _MODEL = 'model = "llama-3.1-8b-instruct"\ngpu = "a100-80g"\n'
+POLICY = "least-tokens+las"
+HEDGED = f"{POLICY}/hedge:share=0.5,floor_s={0.1 * SPEEDUP}"
+"""The same with a second attempt, at the earliest after 0.1 s of the wall."""
+
 TIMEOUTS = {
     "connect_timeout_s": 1.0,
     "first_byte_timeout_s": 1.5,
@@ -49,7 +53,7 @@ class Yard:
         gateway_ups: When the gateway began to answer, and when it was killed, in turn.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, policy: str = POLICY) -> None:
         self._folder = folder
         self._options = options
         self._engines: list[subprocess.Popen[bytes]] = []
@@ -57,15 +61,15 @@ class Yard:
         *self._ports, self._port = free_ports(ENGINES + 1)
         self.url = f"http://127.0.0.1:{self._port}"
         self._log = (folder / "log.txt").open("wb")
-        (folder / "fleet.toml").write_text(self._fleet())
+        (folder / "fleet.toml").write_text(self._fleet(policy))
         (folder / "engine.toml").write_text(f"{_MODEL}speedup = {SPEEDUP}\nmax_sequences = 8\n")
 
-    def _fleet(self) -> str:
+    def _fleet(self, policy: str) -> str:
         settings = "".join(f"{name} = {value}\n" for name, value in TIMEOUTS.items())
         urls = [f"http://127.0.0.1:{port}" for port in self._ports]
         return (
             f"[gateway]\nport = {self._port}\nhealth_interval_s = 0.3\nbreaker_pause_s = 0.3\n"
-            f"most_open = 60\n{settings}"
+            f'most_open = 60\npolicy = "{policy}"\n{settings}'
             f"[emulator]\nspeedup = {SPEEDUP}\n"
             f'[[pools]]\nname = "p"\n{_MODEL}replicas = {ENGINES}\nmax_sequences = 8\n'
             f"endpoints = {json.dumps(urls)}\n"
