@@ -12,6 +12,7 @@ from concertmaster.reproduce.swarmx_arms import (
     DRIFTERS,
     FROZEN,
     MORE_ROUTERS,
+    MORE_SCALED,
     MORE_SEARCHED,
     ROLES,
     ROUTERS,
@@ -85,6 +86,7 @@ class SwarmX:
         drifts = [pair for pair in product(scenarios, drifters) if full or pair != UNCLAIMED]
         routers = ROUTERS + (DEEP_ROUTERS + MORE_ROUTERS) * full
         searched = SEARCHED + MORE_SEARCHED * full
+        scaled = SCALED + MORE_SCALED * full
         grid = [
             *(
                 (f"{ROUTING}/{name}", arm, load)
@@ -92,7 +94,7 @@ class SwarmX:
             ),
             *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in DEEP_ROUTERS if not full),
             *((f"{RATES}/{DEEP}", arm, 0.0) for arm in searched),
-            *((f"{SCALING}/{name}", arm, 0.0) for name, arm in product(shapes, SCALED)),
+            *((f"{SCALING}/{name}", arm, 0.0) for name, arm in product(shapes, scaled)),
             *((f"{DRIFTS}/{name}", arm, 0.0) for name, arm in drifts),
         ]
         return [
@@ -156,7 +158,7 @@ def reach_rps(name: str, arm: str, *, seed: int) -> float:
         run = world.play(name, arm, rate_rps=rate_rps, workflows=workflows, seed=seed)
         return world.attained_ratio(run, world.slo_s(name)) >= KEPT
 
-    return highest(meets, start=world.rate_of(name), tolerance=0.05)
+    return highest(meets, start=world.rate_of(name), step=1.2, tolerance=0.05)
 
 
 STUDY = SwarmX()
