@@ -14,6 +14,7 @@ from concertmaster.reproduce.swarmx_arms import (
     MORE_ROUTERS,
     MORE_SCALED,
     MORE_SEARCHED,
+    OURS,
     ROLES,
     ROUTERS,
     SCALED,
@@ -37,7 +38,10 @@ from concertmaster.workload.records import RunRecords
 HORIZON_S, FEWEST, MOST = 350.0, 200, 1200
 """A search runs each rate for so long, but with no fewer and no more workflows."""
 
-FLOOD = 3.0
+LIKELY = {ROLES: 1.3, OURS: 1.3}
+"""Load at which the search of an arm's rate begins, where 1 is far off: it ends at the same."""
+
+FLOOD = 2.0
 """Times load 1 at which a fleet shows what it finishes flat out."""
 
 KEPT = 0.95
@@ -138,7 +142,7 @@ def reach(name: str, arm: str, *, seed: int) -> Figures:
     if arm != ROLES:
         return {"rate_rps": rate_rps}
     flooded = world.play(
-        name, arm, rate_rps=FLOOD * world.rate_of(name), workflows=world.WORKFLOWS, seed=seed
+        name, arm, rate_rps=FLOOD * world.rate_of(name), workflows=FEWEST, seed=seed
     )
     return {"rate_rps": rate_rps, "flat_out_rps": finished_rps(flooded)}
 
@@ -158,7 +162,8 @@ def reach_rps(name: str, arm: str, *, seed: int) -> float:
         run = world.play(name, arm, rate_rps=rate_rps, workflows=workflows, seed=seed)
         return world.attained_ratio(run, world.slo_s(name)) >= KEPT
 
-    return highest(meets, start=world.rate_of(name), step=1.2, tolerance=0.05)
+    start = LIKELY.get(arm, 1.0) * world.rate_of(name)
+    return highest(meets, start=start, step=1.2, tolerance=0.05)
 
 
 STUDY = SwarmX()
