@@ -70,8 +70,8 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 	$(BIN)/python benchmarks/engine_model.py
 	$(BIN)/python benchmarks/parity.py
 
-NATIVE := $(addprefix core/,cost.py crews.py dispatching.py fair_share.py fleet.py hbm.py ladder.py memory.py outlook.py prefill_share.py promise.py queue.py \
-  reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py weighing.py window.py \
+NATIVE := $(addprefix core/,assembly.py cost.py crews.py dispatching.py fair_share.py fleet.py hbm.py hedging.py ladder.py memory.py outlook.py prefill_share.py promise.py queue.py \
+  races.py reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py weighing.py window.py \
   workflow.py) \
   policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \

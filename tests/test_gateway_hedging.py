@@ -11,6 +11,7 @@ from concertmaster.config import GatewaySection
 from concertmaster.core.errors import InputError
 from concertmaster.core.hedging import Hedging
 from concertmaster.core.policy import Policy
+from concertmaster.core.races import HedgeOutcome
 from concertmaster.serving import serving_policy
 from gateway_rig import (
     STREAM_HEAD,
@@ -31,9 +32,9 @@ from gateway_rig import (
 SOON = Hedging(share=1.0, floor_s=0.05)
 
 
-def hedging(**changes: object) -> Policy:
+def hedging(rule: Hedging | None = SOON) -> Policy:
     """Hand calls to p-0 first, and hedge those that are not heard of within 0.1 s."""
-    return a_policy("round-robin", **{"hedge": SOON, **changes})
+    return a_policy("round-robin", hedge=rule)
 
 
 def an_event(text: str) -> dict[str, object]:
@@ -68,7 +69,7 @@ def answers(text: str, *, after_s: float = 0.0, status: str = "200 OK") -> Scrip
     return script
 
 
-async def outcomes(rig: Rig) -> dict[str, int]:
+def outcomes(rig: Rig) -> dict[HedgeOutcome, int]:
     return dict(rig.gateway.scheduler.races.outcomes)
 
 
@@ -99,7 +100,7 @@ def test_a_first_attempt_that_is_only_late_stops_its_hedge() -> None:
 
             assert (reply.body.count(b"late"), reply.body.count(b"never")) == (2, 0)
             await until(lambda: other.lost == 1, "the hedge is stopped")
-            assert await outcomes(rig) == {"lost": 1}
+            assert outcomes(rig) == {"lost": 1}
             await rig.idle()
 
     play(main())
@@ -113,7 +114,7 @@ def test_a_whole_answer_is_hedged_too() -> None:
 
             assert (reply.status, reply.json["text"]) == (200, "fast")
             await until(lambda: one.lost == 1)
-            assert await outcomes(rig) == {"won": 1}
+            assert outcomes(rig) == {"won": 1}
             await rig.idle()
 
     play(main(), seconds=60)
@@ -122,7 +123,7 @@ def test_a_whole_answer_is_hedged_too() -> None:
 def test_without_a_rule_a_late_call_stays_where_it_is() -> None:
     async def main() -> None:
         late = streams("late", after_s=0.4)
-        async with over_upstreams(late, hangs, policy=hedging(hedge=None)) as (rig, (_, other)):
+        async with over_upstreams(late, hangs, policy=hedging(None)) as (rig, (_, other)):
             assert b"late" in (await rig.call({"stream": True})).body
             assert not other.heard
 
@@ -140,7 +141,7 @@ def test_a_hedge_that_breaks_is_not_seen(broken: Script) -> None:
 
             assert (reply.status, reply.body.count(b"late")) == (200, 2)
             assert (len(one.heard), len(other.heard)) == (1, 1)
-            assert await outcomes(rig) == {"broke": 1}
+            assert outcomes(rig) == {"broke": 1}
             assert await rig.metric("concertmaster_retries_total") == 0
             await rig.idle()
 
@@ -159,7 +160,7 @@ def test_a_hedge_answers_where_the_first_attempt_breaks() -> None:
 
             assert (reply.status, reply.body.count(b"second")) == (200, 2)
             assert (len(one.heard), len(other.heard)) == (1, 1)
-            assert await outcomes(rig) == {"alone": 1}
+            assert outcomes(rig) == {"alone": 1}
             assert await rig.metric("concertmaster_retries_total") == 0
             await rig.idle()
 
@@ -198,7 +199,7 @@ def test_a_caller_that_leaves_stops_both_attempts() -> None:
             await until(lambda: all(one.heard for one in upstreams), "both have it")
             await wire.close()
             await until(lambda: all(one.lost == 1 for one in upstreams), "both are stopped")
-            assert await outcomes(rig) == {"cancelled": 1}
+            assert outcomes(rig) == {"cancelled": 1}
             await rig.idle()
 
     play(main())

@@ -1,5 +1,7 @@
 """A second attempt for calls that are late: when, where, and what becomes of both."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -210,7 +212,7 @@ def test_the_replica_that_would_end_first_gets_the_hedge() -> None:
 def test_a_hedge_that_would_end_later_waits() -> None:
     """Elsewhere the prompt takes 1.5 s, 3 s at twice the seconds: a wait of 3 s is worth that."""
     hashes = tuple(range(58))
-    facts = {"prompt_tokens": 58 * 256 + 1, "prefix_hashes": hashes}
+    facts: dict[str, Any] = {"prompt_tokens": 58 * 256 + 1, "prefix_hashes": hashes}
     scheduler = a_scheduler()
     scheduler.arrive("first", 0.0, **facts)
     scheduler.at(1.6, TokensStreamed(((RequestId("first"), 1, 1),)))

@@ -193,7 +193,8 @@ class Races:
             watched = heapq.heappop(self._agenda)[2]
             better = self._better(now_s, watched)
             if better is not None and self._budget.take():
-                return (watched.call, *better)
+                replica, candidates = better
+                return watched.call, replica, candidates
             elapsed_s = now_s - watched.sent_s
             watched.due_s = now_s + max(LEAST_AGAIN_S, AGAIN_RATIO * elapsed_s)
             self._watch(watched)
