@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from concertmaster.core.actions import Dispatch, Fail, Reject
+from concertmaster.core.actions import Cancel, Dispatch, Fail, Reject
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import RequestArrived, RequestCancelled, RequestFinished
 from concertmaster.core.forecast import Quantiles
@@ -266,6 +266,13 @@ def _law(law: Quantiles | None) -> str:
 
 def _show_action(out: Console, now_s: float, action: object) -> None:
     match action:
+        case Dispatch(_, replica_id, attempt, hedge=True):
+            out.print(
+                f"hedged {now_s:,.3f} s on {replica_id}   attempt {attempt}, beside the one before"
+            )
+        case Cancel(_, replica_id, overtaken):
+            why = ": another began to answer first" if overtaken else ""
+            out.print(f"stopped {now_s:,.3f} s on {replica_id}{why}")
         case Dispatch(_, replica_id, attempt, _, waited_s, _, _, costs_s):
             out.print(
                 f"dispatched {now_s:,.3f} s to {replica_id}   waited {waited_s:.3f} s   "

@@ -62,10 +62,11 @@ def _law(law: Fields | None, unit: str) -> str:
 
 
 def _decision(attempt: Fields) -> str:
+    beside = ", beside the one before" if attempt.get("hedge") else ""  # old receipts know none
     return (
         f"\ndispatched after {attempt['decided_s']:.3f} s to {attempt['replica']} "
         f"({attempt['model']})   waited {attempt['queue_wait_s']:.3f} s   "
-        f"attempt {attempt['attempt']}   {attempt['with_room']} with room   "
+        f"attempt {attempt['attempt']}{beside}   {attempt['with_room']} with room   "
         f"KV promised {number(attempt['reserved_kv_tokens'])} tokens"
     )
 
