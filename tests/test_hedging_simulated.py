@@ -18,6 +18,7 @@ from concertmaster.observe.console import explain
 from concertmaster.observe.trace import VERSION, Header, TraceReader, TraceWriter
 from concertmaster.physics.batching import EngineCall, Milestone
 from concertmaster.physics.fast import FastEngine
+from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.predictors.recent import RecentLengths
 from concertmaster.sim.driver import Observer, Simulation, engine_settings
 from concertmaster.workload.plan import Workload
@@ -27,7 +28,7 @@ LATE_S = 10.0
 RULE = Hedging(share=1.0)
 
 
-class Late(FastEngine):
+class Late(ReferenceEngine):
     """Begins each call late."""
 
     def __init__(self, pool: Pool, late_s: float) -> None:

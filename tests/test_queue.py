@@ -195,6 +195,18 @@ def test_a_call_that_left_does_not_expire() -> None:
     assert line.pop_expired(99.0) == []
 
 
+def test_a_call_that_waits_again_is_not_looked_at_when_its_first_wait_had_planned() -> None:
+    line, call = WaitingLine(), a_waiting_call()
+    line.push(call)
+    line.review_at(5.0, call)
+    line.remove(call.request.request_id)
+    call.attempt += 1
+    line.push(call)
+
+    assert line.next_review_s() is None
+    assert line.next_expiry_s() == call.expires_s
+
+
 def test_a_lane_that_differs_from_the_index_is_noticed() -> None:
     line = a_line(a_keyed_call("a", 1.0, 1))
     line.lanes[POOLS].push(a_keyed_call("stray", 2.0, 2))
