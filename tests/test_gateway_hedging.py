@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 import pytest
 
-from builders import a_fleet, a_policy, a_pool
+from builders import a_fleet, a_policy, a_pool, a_request
 from concertmaster.config import GatewaySection
 from concertmaster.core.errors import InputError
+from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.hedging import Hedging
 from concertmaster.core.policy import Policy
 from concertmaster.core.races import HedgeOutcome
+from concertmaster.gateway import dispatching
+from concertmaster.gateway.exchange import Exchange
 from concertmaster.serving import serving_policy
 from gateway_rig import (
     STREAM_HEAD,
@@ -249,6 +252,33 @@ def test_a_replica_that_is_found_dead_leaves_the_call_to_the_other(dead: int) ->
             await rig.idle()
 
     play(main())
+
+
+class Deaf:
+    """A caller to whom nothing may be said."""
+
+    def write(self, data: bytes) -> None:
+        raise AssertionError(data)
+
+    def finished(self, *, keep_alive: bool) -> None:
+        raise AssertionError
+
+    def abort(self) -> None:
+        raise AssertionError
+
+
+def test_a_lost_first_attempt_that_still_connects_is_not_sent() -> None:
+    """Links send what they have kept only while it is the attempt that its call is at."""
+    call = Exchange(a_request(), Deaf(), b"", b"", model_named="", streams=True)
+    call.attempt, call.replica_id = 1, "p-0"
+    hedge = call.beside()
+    hedge.attempt, hedge.replica_id = 2, "p-1"
+
+    dispatching.stop(call, ReplicaId("p-0"))
+
+    assert (call.attempt, call.replica_id) == (2, "p-1")
+    assert call.hedge is hedge
+    assert not hedge.over
 
 
 def test_first_attempts_that_lose_make_a_replica_rest() -> None:
