@@ -180,7 +180,7 @@ def hesitant(added: int) -> Script:
         out.write(STREAM_HEAD)
         await asyncio.sleep(rng.choice((0, 0.08, 0.12, 0.16, 0.3)))
         data = sent_for(number, chat="/chat/" in heard.line)
-        while data:
+        while data and not out.transport.is_closing():  # else overtaken
             size = rng.choice((1, 7, 50, 400))
             out.write(data[:size])
             data = data[size:]

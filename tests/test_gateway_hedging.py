@@ -44,18 +44,24 @@ def an_event(text: str) -> dict[str, object]:
     return {"choices": [{"index": 0, "delta": {"content": text}}]}
 
 
+def say(out: asyncio.StreamWriter, data: bytes) -> None:
+    """Write unless the gateway has hung up, as it does on losers."""
+    if not out.transport.is_closing():
+        out.write(data)
+
+
 def streams(text: str, *, after_s: float = 0.0, head_first: bool = False) -> Script:
     """Answer with a stream, late; engines send the head before they begin."""
 
     async def script(_: Heard, out: asyncio.StreamWriter) -> None:
         if head_first:
-            out.write(STREAM_HEAD)
+            say(out, STREAM_HEAD)
         await asyncio.sleep(after_s)
         if not head_first:
-            out.write(STREAM_HEAD)
-        out.write(a_chunk(b"data: " + json.dumps(an_event(text)).encode() + b"\n\n"))
+            say(out, STREAM_HEAD)
+        say(out, a_chunk(b"data: " + json.dumps(an_event(text)).encode() + b"\n\n"))
         await asyncio.sleep(0.02)
-        out.write(events(an_event(f"{text} ends")))
+        say(out, events(an_event(f"{text} ends")))
 
     return script
 
@@ -63,10 +69,11 @@ def streams(text: str, *, after_s: float = 0.0, head_first: bool = False) -> Scr
 def answers(text: str, *, after_s: float = 0.0, status: str = "200 OK") -> Script:
     async def script(_: Heard, out: asyncio.StreamWriter) -> None:
         await asyncio.sleep(after_s)
-        out.write(
+        say(
+            out,
             an_answer(
                 json.dumps({"text": text, "usage": {"completion_tokens": 2}}).encode(), status
-            )
+            ),
         )
 
     return script
@@ -249,6 +256,25 @@ def test_a_replica_that_is_found_dead_leaves_the_call_to_the_other(dead: int) ->
 
             assert reply.body.count(b"from %d" % (1 - dead)) == 2
             assert b"from %d" % dead not in reply.body
+            await rig.idle()
+
+    play(main())
+
+
+def test_a_call_that_moves_with_a_dead_replica_takes_nothing_from_the_budget() -> None:
+    async def main() -> None:
+        async with over_upstreams(answers("gone"), answers("here"), policy=hedging()) as (
+            rig,
+            both,
+        ):
+            for _ in both:
+                await rig.call({"max_tokens": 1})
+            both[0].hang_up()
+            reply = await rig.call({"max_tokens": 1})
+            assert len(both[1].heard) == 2
+
+            assert reply.json["text"] == "here"
+            assert await rig.metric("concertmaster_retries_total") == 0
             await rig.idle()
 
     play(main())

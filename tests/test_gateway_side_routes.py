@@ -27,6 +27,7 @@ FAMILIES = {
     "concertmaster_output_tokens",
     "concertmaster_config_reloads",
     "concertmaster_grades",
+    "concertmaster_hedges",
     "concertmaster_replica_resting",
     "concertmaster_retries",
     "concertmaster_request_duration_seconds",

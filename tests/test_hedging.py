@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import CheckedScheduler, a_fleet, a_forecast, a_pool
+from builders import CheckedScheduler, a_fleet, a_forecast, a_pool, a_waiting_call
 from concertmaster.core.actions import Action, Cancel, Dispatch, Fail
 from concertmaster.core.events import (
     ReplicaDied,
@@ -30,6 +30,7 @@ from concertmaster.core.hedging import (
 )
 from concertmaster.core.request import RequestId, ServiceClass, WorkflowId
 from concertmaster.policies.catalog import policy as policy_named
+from concertmaster.predictors.rates import PaceWatch
 
 A = RequestId("a")
 P0, P1 = ReplicaId("p-0"), ReplicaId("p-1")
@@ -347,6 +348,33 @@ def test_a_retry_may_be_hedged_but_no_fourth_attempt_is_made(order: tuple[int, i
     last = scheduler.at(2.2, RequestFailed(A, order[1], retriable=True))
 
     assert last == [Fail(A, "engine_error")]
+
+
+def test_a_call_at_its_last_attempt_is_not_hedged() -> None:
+    scheduler = a_scheduler()
+    scheduler.arrive("a")
+    for attempt in (1, 2):
+        scheduler.at(0.1 * attempt, RequestFailed(A, attempt, retriable=True))
+
+    assert scheduler.core.in_flight(A, 3) is not None
+    assert scheduler.at(100.0, TimerFired()) == []
+
+
+def test_a_call_that_was_hedged_is_not_watched_again() -> None:
+    races = a_scheduler().core.races
+    races._attempts = 9
+
+    assert races._may_race(a_waiting_call("a", attempt=3))
+    assert not races._may_race(a_waiting_call("a", attempt=3, hedge=2))
+
+
+def test_the_pace_of_a_hedge_is_measured_where_it_runs() -> None:
+    scheduler = a_race()
+    pace = PaceWatch(scheduler.core)
+
+    pace.note(1.1, TokensStreamed(((A, 2, 1),)))
+
+    assert pace._calls[A].meter.replica_id == P1
 
 
 @pytest.mark.parametrize(("dead", "other"), [(P0, P1), (P1, P0)])
