@@ -136,9 +136,9 @@ def test_a_workflow_stays_with_the_model_that_it_was_admitted_with() -> None:
     ("of", "service_class", "refused"),
     [
         ("maestro", ServiceClass.BATCH, False),
-        ("maestro:program_s=4", ServiceClass.BATCH, True),
-        ("maestro:program_s=4", ServiceClass.INTERACTIVE, False),
-        ("maestro:person_s=4", ServiceClass.INTERACTIVE, True),
+        ("maestro:program_s=4,doubt=1", ServiceClass.BATCH, True),
+        ("maestro:program_s=4,doubt=1", ServiceClass.INTERACTIVE, False),
+        ("maestro:person_s=4,doubt=1", ServiceClass.INTERACTIVE, True),
         ("maestro:person_s=4,doubt=1.6", ServiceClass.INTERACTIVE, False),
         ("maestro:person_s=4,admits=no", ServiceClass.INTERACTIVE, False),
     ],
