@@ -13,6 +13,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
+from concertmaster.gateway.accounts import accounts_kept
 from concertmaster.gateway.admin import AdminCheck, AdminDesk, AdminRoutes
 from concertmaster.gateway.agent import AgentConnection, Desk, Judge, Patience
 from concertmaster.gateway.app import SideRoutes
@@ -86,6 +87,7 @@ async def running_gateway(
         try:
             await stack.enter_async_context(seeing.over(gateway))
             keyring = await stack.enter_async_context(keyring_of(settings.keys))
+            await stack.enter_async_context(accounts_kept(keyring, settings.keys))
             await gateway.open()
             count = gateway.metrics.answered
             if hub is None:

@@ -5,7 +5,7 @@ a change. ``kill -9`` at any point leaves all of a change or nothing of it.
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,10 @@ class Database:
         """Change rows, within ``transaction``; return how many."""
         return self._db.execute(statement, values).rowcount
 
+    def write_all(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        """Change rows, within ``transaction``, once for each row of values."""
+        self._db.executemany(statement, rows)
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Write all of what the block writes, or nothing."""
@@ -81,10 +85,6 @@ class Database:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-
-    def others_wrote(self) -> int:
-        """Return a number that moves whenever another connection has written: microseconds."""
-        return self.number("PRAGMA data_version")
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(
