@@ -7,7 +7,7 @@ something to the store touches memory alone; ``flush`` writes, on a thread of th
 import sqlite3
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 from concertmaster.core.errors import InputError
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
-from concertmaster.learning.label_file import Batch, LabelFile, Written, connect
+from concertmaster.learning.label_file import Batch, LabelFile, Written
 from concertmaster.learning.label_reader import latest_labels, read_labels
 from concertmaster.learning.labels import (
     MOST_TEXT_CHARS,
@@ -29,6 +29,7 @@ from concertmaster.learning.labels import (
 )
 from concertmaster.learning.notices import Notices, describe
 from concertmaster.predictors.interface import Completion
+from concertmaster.state.database import Connect, OutOfReachError
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -69,7 +70,7 @@ class FeedbackStore:
         max_early: int = 1_000,
         early_flushes: int = 60,
         keep_text: bool = False,
-        connect: Callable[[Path], sqlite3.Connection] = connect,
+        connect: Connect = sqlite3.connect,
     ) -> None:
         self._path = path
         self._max_rows = max_rows
@@ -89,7 +90,7 @@ class FeedbackStore:
         self._file: LabelFile | None = None
         try:
             self._file = self._open()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, OutOfReachError) as error:
             self._out_of_reach(error)
 
     @property
