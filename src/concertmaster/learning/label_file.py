@@ -18,7 +18,7 @@ from concertmaster.learning.labels import (
     CALL_COLUMNS,
     Answer,
     Asked,
-    clean,
+    Names,
     pack_answer,
     pack_call,
 )
@@ -86,6 +86,7 @@ class LabelFile:
         path: The file.
         max_rows: Calls, and workflows, to keep; the oldest go first.
         max_bytes: Of the file.
+        names: Makes what callers write fit for it.
         connect: Opens it.
 
     Raises:
@@ -99,10 +100,12 @@ class LabelFile:
         *,
         max_rows: int,
         max_bytes: int,
+        names: Names,
         connect: Connect = sqlite3.connect,
     ) -> None:
         self._max_rows = max_rows
         self._max_bytes = max_bytes
+        self._names = names
         self._db = Database(path, SCHEMA, outlives_power=False, busy_s=BUSY_S, connect=connect)
         try:
             self._serial = self._db.number("SELECT value FROM counters")
@@ -137,7 +140,7 @@ class LabelFile:
         fresh_bytes = SLICE_BYTES
         for asked in calls.values():
             try:
-                row = pack_call(asked)
+                row = pack_call(asked, self._names)
             except (ValueError, TypeError, OverflowError) as error:
                 written.counts["refused"] += 1
                 written.reason = str(error)
@@ -158,7 +161,7 @@ class LabelFile:
         for request_id, answer in answers:
             fresh_bytes = self._make_room(fresh_bytes, written) + ROW_BYTES
             row = pack_answer(answer)
-            key = (clean(request_id), row[-1])
+            key = (self._names.identity(request_id), row[-1])
             found = self._db.rows(_ANSWER, self._serial + 1, *row, *key)
             if found:
                 self._serial += 1
@@ -170,7 +173,7 @@ class LabelFile:
 
     def _unmatched(self, request_id: RequestId, answer: Answer, written: Written) -> None:
         query = "SELECT serial FROM calls WHERE request_id = ?"
-        found = self._db.rows(query, clean(request_id))
+        found = self._db.rows(query, self._names.identity(request_id))
         if not found:
             written.early.setdefault(request_id, answer)
         elif found[0][0] is not None:
@@ -184,7 +187,7 @@ class LabelFile:
     ) -> dict[WorkflowId, None]:
         touched: dict[WorkflowId, None] = {}
         for workflow_id, success in closed.items():
-            name = WorkflowId(clean(workflow_id))
+            name = WorkflowId(self._names.identity(workflow_id))
             if self._db.write(_CLOSE, name, success):
                 touched[name] = None
             else:
