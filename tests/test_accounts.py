@@ -142,6 +142,15 @@ def test_a_clock_that_was_set_back_gives_nothing_and_takes_nothing(world: World)
     world.stop()
 
 
+def test_who_is_killed_forgets_what_was_not_written_and_nothing_else(world: World) -> None:
+    world.quota("a").begin(200)
+    asyncio.run(world.accounts.flush())
+    world.quota("a").begin(300)
+    world.start()
+    assert world.quota("a").spent() == (1.0, 200.0)
+    world.stop()
+
+
 def test_other_limits_since_then_keep_what_was_used(world: World) -> None:
     world.quota("a").begin(500)
     world.stop()
