@@ -102,6 +102,7 @@ def test_a_secret_is_found_by_its_form(one: tuple[str, str, str], left: str, rig
         "coding-0001/0",
         "3f2a9c01:cm-17",
         "the token limit is 4096 and a token costs 3",
+        "a basic understanding of passwords",
         "def handle_all_the_requests_of_one_workflow_in_order(self):",
         "order 4111 1111 1111 1112",
         "at 1700000000123456789 ns",
@@ -117,6 +118,21 @@ def test_plain_words_stay(text: str) -> None:
 def test_a_card_is_found_between_other_numbers(text: str) -> None:
     assert "[card]" in redacted(text)
     assert "1111" not in redacted(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "export OPENAI_API_KEY=hunter2222",
+        "DB_PASSWORD: 'hunter2222'",
+        '{"access_token": "hunter2222"}',
+        "authorization: Basic hunter2222",
+        "https://example.com/?token=hunter2222&x=1",
+    ],
+)
+def test_a_secret_of_any_form_is_found_by_what_stands_before_it(text: str) -> None:
+    assert "hunter" not in redacted(text)
+    assert "[key]" in redacted(text)
 
 
 def test_a_private_key_and_a_login_are_taken_out_even_without_their_end() -> None:

@@ -23,9 +23,10 @@ _PRIVATE_KEY = re.compile(
 )
 _LOGIN = re.compile(r"(?<=://)[^\s/:@]{0,128}:[^\s/@]{1,256}(?=@)")
 _MAIL = re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}")
-_BEARER = re.compile(r"\b(?:bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
+_BEARER = re.compile(r"\b(?:bearer|authorization\W{1,4}basic)\s{1,4}[\w.~+/=-]{8,}", re.IGNORECASE)
 _SAID = re.compile(
-    r"\b(?:pass(?:word|wd|phrase)?|secret|token|credential|(?:api|access|private)[_ -]?key)s?"
+    r"(?<![A-Za-z])"
+    r"(?:pass(?:word|wd|phrase)?|secret|token|credential|(?:api|access|private)[_ -]?key)s?"
     r"[\"']?\s{0,4}[:=]\s{0,4}[\"']?[^\s\"',;]{4,}",
     re.IGNORECASE,
 )
