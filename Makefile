@@ -14,9 +14,11 @@ help: ## list the targets
 
 DURATION ?= 1200
 SEED ?=
+KILLS ?= 500
 .PHONY: chaos
-chaos: setup ## faults against a live gateway; SEED and DURATION (seconds) set the plan
+chaos: setup ## faults against a live gateway for DURATION (seconds), KILLS of a writer of state; SEED sets the plan
 	CHAOS_DURATION_S=$(DURATION) CHAOS_SEED=$(SEED) $(BIN)/pytest -s tests/chaos/test_chaos.py
+	STATE_KILLS=$(KILLS) STATE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/test_state_killed.py
 
 CALLS ?= 200000
 .PHONY: soak

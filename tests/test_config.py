@@ -42,8 +42,8 @@ GATEWAY_KEYS = (
     "breaker_pause_s, chunk_timeout_s, connect_timeout_s, feedback, first_byte_timeout_s, "
     "forecast_budget_ms, head_timeout_s, health_interval_s, hold_s, host, keys, log, log_calls, "
     "max_body_mb, models, most_connections, most_lag_ms, most_open, otel_url, policy, port, "
-    "receipts, receipts_kept, retry_ratio, seed, tls_cert, tls_key, total_timeout_s, window_s, "
-    "workers"
+    "receipts, receipts_kept, redact_labels, retry_ratio, seed, tls_cert, tls_key, "
+    "total_timeout_s, window_s, workers"
 )
 FAULTS = ("[faults]\nstall = 1", "[faults]\nerror_ratio = 2.0")
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "fleets").glob("*.toml"))

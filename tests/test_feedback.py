@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,7 @@ from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.learning import label_file, label_reader
 from concertmaster.learning.feedback import FeedbackStore
-from concertmaster.learning.label_file import connect
-from concertmaster.learning.label_reader import APPLICATION_ID, SCHEMA
+from concertmaster.learning.label_schema import SCHEMA
 from concertmaster.learning.labels import LEVELS, MOST_TOKENS, Label
 from concertmaster.predictors.interface import Completion
 
@@ -415,10 +416,10 @@ class Disk:
 
     fault: str = ""
 
-    def connect(self, path: Path) -> sqlite3.Connection:
+    def connect(self, path: Path, **settings: Any) -> sqlite3.Connection:  # noqa: ANN401  # sqlite3's
         if self.fault == "gone":
             raise OSError(5, "Input/output error")
-        db = connect(path)
+        db: sqlite3.Connection = sqlite3.connect(path, **settings)
         if self.fault:
             db.execute(f"PRAGMA {self.fault}")
         return db
@@ -468,8 +469,8 @@ def test_a_batch_that_fails_half_way_leaves_no_trace(store: FeedbackStore) -> No
     learn_some(store, 3, first=3)
     serials = [label.serial for label in store.rows()]
     assert store._file is not None
-    (pages,) = store._file._db.execute("PRAGMA page_count").fetchone()
-    store._file._db.execute(f"PRAGMA max_page_count={pages}")
+    pages = store._file._db.number("PRAGMA page_count")
+    store._file._db.write(f"PRAGMA max_page_count={pages}")
     learn_some(store, 500, first=6, features=np.zeros(1_000))
     assert not store.flush()
 
@@ -569,7 +570,7 @@ def test_threads_may_speak_while_another_flushes(store: FeedbackStore) -> None:
 def test_a_file_of_a_later_version_is_an_input_error(path: Path) -> None:
     FeedbackStore(path).close()
     with closing(sqlite3.connect(path)) as db:
-        db.execute(f"PRAGMA user_version={SCHEMA + 1}")
+        db.execute(f"PRAGMA user_version={len(SCHEMA.migrations) + 1}")
 
     expected = f"{path}: user_version: expected a version up to 1, found 2 "
     for open_it in (FeedbackStore, lambda path: label_reader.latest_labels(path, 1)):
@@ -596,22 +597,71 @@ def test_a_file_of_something_else_is_an_input_error_and_is_left_alone(
         assert path.read_bytes() == content
 
 
+# As files of the first version were made, by what opened them before others did.
+FIRST = """
+PRAGMA auto_vacuum=INCREMENTAL;
+PRAGMA journal_mode=WAL;
+CREATE TABLE calls (
+  seq INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, workflow_id TEXT NOT NULL,
+  app TEXT NOT NULL, template TEXT NOT NULL, role TEXT NOT NULL, step TEXT NOT NULL,
+  stage INTEGER, arrival_s REAL NOT NULL, prompt_tokens INTEGER NOT NULL,
+  max_output_tokens INTEGER NOT NULL, source TEXT NOT NULL, said_models TEXT NOT NULL,
+  said BLOB, said_remaining_tokens BLOB, said_remaining_calls BLOB, said_tool_call REAL,
+  features BLOB, embedding BLOB, prompt_text TEXT,
+  serial INTEGER, success REAL, gpu TEXT, model TEXT, output_tokens INTEGER,
+  tool_call INTEGER, finished_s REAL, remaining_tokens INTEGER, remaining_calls INTEGER
+);
+CREATE INDEX calls_of_workflow ON calls (workflow_id);
+CREATE UNIQUE INDEX labels_in_order ON calls (serial) WHERE output_tokens IS NOT NULL;
+CREATE TABLE workflows (
+  seq INTEGER PRIMARY KEY, workflow_id TEXT NOT NULL UNIQUE, closed INTEGER NOT NULL,
+  cut INTEGER NOT NULL, success REAL
+);
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+INSERT INTO counters VALUES ('serial', 7);
+INSERT INTO calls VALUES (
+  1, 'old', 'w', '', '', '', '', 0, 1.0, 5, 6, 'role', '[]', NULL, NULL, NULL, NULL, NULL, NULL,
+  NULL, 7, NULL, 'a40', 'm', 3, NULL, 2.0, NULL, NULL
+);
+PRAGMA application_id=1129139266;
+PRAGMA user_version=1;
+"""
+
+
+def test_a_file_of_the_first_version_is_gone_on_with(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(FIRST)
+    assert names(label_reader.latest_labels(path, 9)) == ["old"]
+    with FeedbackStore(path) as store:
+        learn_some(store, 2)
+        store.flush()
+        assert names(store.latest(9)) == ["old", "r0", "r1"]
+        assert [label.serial for label in store.rows(7)] == [8, 9]
+
+
 def test_an_older_file_is_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FeedbackStore(path) as store:
         learn_some(store, 1)
 
-    def add_a_column(db: sqlite3.Connection) -> None:
-        db.execute("ALTER TABLE calls ADD COLUMN fresh TEXT")
-
-    monkeypatch.setattr(label_file, "SCHEMA", SCHEMA + 1)
-    monkeypatch.setattr(label_reader, "SCHEMA", SCHEMA + 1)
-    monkeypatch.setitem(label_file.MIGRATIONS, SCHEMA, add_a_column)
+    later = SCHEMA._replace(
+        migrations=(*SCHEMA.migrations, ["ALTER TABLE calls ADD COLUMN fresh TEXT"])
+    )
+    monkeypatch.setattr(label_file, "SCHEMA", later)
+    monkeypatch.setattr(label_reader, "SCHEMA", later)
     with FeedbackStore(path) as store:
         assert names(store.latest(1)) == ["r0"]
         with closing(sqlite3.connect(path)) as db:
-            assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA + 1,)
-            assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+            assert db.execute("PRAGMA user_version").fetchone() == (len(later.migrations),)
+            assert db.execute("PRAGMA application_id").fetchone() == (SCHEMA.mark,)
             assert db.execute("SELECT fresh FROM calls").fetchone() == (None,)
+
+
+def test_only_its_owner_may_read_the_file(path: Path) -> None:
+    with FeedbackStore(path) as store:
+        learn_some(store, 1)
+        store.flush()
+        assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o600}
 
 
 def test_nothing_of_a_prompt_is_logged(path: Path, caplog: pytest.LogCaptureFixture) -> None:

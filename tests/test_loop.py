@@ -248,7 +248,7 @@ def test_a_label_of_the_fallback_has_no_figures_of_the_champion(tmp_path: Path) 
 def test_a_full_disk_reaches_no_caller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stage = a_stage(tmp_path)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     assert stage.store._file is not None

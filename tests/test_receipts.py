@@ -25,10 +25,13 @@ from concertmaster.core.scheduler import Scheduler
 from concertmaster.core.service import Stand
 from concertmaster.core.weighing import MOST_CANDIDATES, MOST_KEPT, Candidate, Weighed
 from concertmaster.gateway import receipts as receipts_module
-from concertmaster.gateway.receipt import Attempt, Fields, Record, receipt_of
+from concertmaster.gateway.receipt import Attempt, Record
+from concertmaster.gateway.receipt_fields import Fields, fields_in, receipt_of
+from concertmaster.gateway.receipt_sheet import packed, sheet_of
+from concertmaster.state.database import Database
 from concertmaster.state.key_file import KeyFile
 from concertmaster.state.keys import new_key
-from concertmaster.state.receipts import ReceiptFile, Row
+from concertmaster.state.receipts import SCHEMA, ReceiptFile, Row
 from gateway_rig import CHAT, a_body, hangs, over_engines, over_upstreams, play, until
 
 SRC = str(Path(__file__).parents[1] / "src")
@@ -359,6 +362,42 @@ def test_receipts_outlive_the_gateway(tmp_path: Path) -> None:
     play(second())
 
 
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6), st.floats(0.1, 10)), max_size=5),
+    st.floats(0, 1e5),
+    st.sampled_from([200, 502]),
+)
+def test_what_is_written_down_is_what_would_have_been_said(
+    stands: list[tuple[float, float]], median: float, status: int
+) -> None:
+    record = a_record(
+        [a_stand(*one) for one in stands or [(0.0, 1.0)]], median=median, status=status
+    )
+    for one in (record, record._replace(attempts=(), ended_s=None, forecast=Forecast(), stage=3)):
+        assert fields_in(packed(sheet_of(one, [M]))) == receipt_of(one, [M])
+
+
+def test_a_receipt_on_the_disk_is_a_third_of_its_json() -> None:
+    record = a_record([a_stand(float(i)) for i in range(5)])
+    assert 3 * len(packed(sheet_of(record, [M]))) < len(json.dumps(receipt_of(record, [M])))
+
+
+def test_receipts_that_an_earlier_version_wrote_are_read_beside_those_of_this_one(
+    tmp_path: Path,
+) -> None:
+    path, record = tmp_path / "receipts.sqlite", a_record([a_stand()])
+    first = SCHEMA._replace(migrations=SCHEMA.migrations[:1])
+    with closing(Database(path, first)) as old, old.transaction():
+        body = json.dumps(receipt_of(record, [M])).encode()
+        old.write("INSERT INTO receipts VALUES (1, 'r0', 'w', '', ?)", body)
+    with closing(ReceiptFile(path, most=10)) as store:
+        store.add([Row("r1", "w", "", packed(sheet_of(record, [M])))])
+        newer, older = store.of_workflow("w", None, 10)
+        assert fields_in(newer) == fields_in(older) == receipt_of(record, [M])
+    with pytest.raises(InputError, match="expected a version up to 1, found 2"):
+        Database(path, first)
+
+
 def test_memory_and_file_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receipts_module, "RECENT", 3)
     path = tmp_path / "receipts.sqlite"
@@ -419,7 +458,8 @@ def test_a_disk_that_fails_costs_receipts_and_no_call(
 CHILD = """
 import itertools, sys
 from pathlib import Path
-from concertmaster.state.receipts import ReceiptFile, Row
+from concertmaster.state.database import Database
+from concertmaster.state.receipts import SCHEMA, ReceiptFile, Row
 store = ReceiptFile(Path(sys.argv[1]), most=50)
 for number in itertools.count(int(sys.argv[2])):
     store.add([Row(f"r{number}-{part}", "w", "", b"{}") for part in range(3)])

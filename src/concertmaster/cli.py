@@ -57,6 +57,9 @@ Models = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report here.")]
 
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C, without a word."""
+
 
 def _version(value: bool) -> None:  # noqa: FBT001  # typer's callback form
     if value:
@@ -349,6 +352,7 @@ def main() -> None:
             str(error), style="red", markup=False, highlight=False, soft_wrap=True
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        console(stderr=True).print("stopped", markup=False)
-        sys.exit(130)
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            console(stderr=True).print("stopped", markup=False)
+        raise

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from concertmaster.observe import plots
 from concertmaster.observe.compare import compare_reports
 from concertmaster.observe.report import Report, build_report
 from concertmaster.observe.trace import Header, TraceWriter
+from concertmaster.parallel import parallel
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.serving import check_servable
@@ -207,7 +208,7 @@ def _run_all(
                 found[name, seed] = run(name, seed)
                 bar.update(len(found))
         else:
-            with ProcessPoolExecutor(min(jobs, len(tasks))) as pool:
+            with parallel(min(jobs, len(tasks))) as pool:
                 futures = {pool.submit(run, *task): task for task in tasks}
                 for future in as_completed(futures):
                     found[futures[future]] = future.result()

@@ -12,6 +12,7 @@ import msgspec
 from concertmaster.core.errors import InputError
 from concertmaster.engines.address import Address
 from concertmaster.engines.openai_http import fetch
+from concertmaster.gateway.receipt_fields import fields_in
 from concertmaster.observe import console as show
 from concertmaster.observe.receipts import show_receipt
 from concertmaster.observe.trace import TraceReader
@@ -66,7 +67,7 @@ def _read(path: Path, request: str) -> dict[str, Any]:
         found = store.find(request, None)
     if found is None:
         raise InputError(str(path), request, "the file holds no receipt of such a call")
-    return msgspec.json.decode(found, type=dict[str, Any])
+    return fields_in(found)
 
 
 async def _asked(url: str, request: str) -> dict[str, Any]:

@@ -131,6 +131,7 @@ class GatewaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     models: str = "default"
     forecast_budget_ms: Above0 = 20.0
     feedback: str = ""
+    redact_labels: bool = True
     seed: int = 0
     window_s: AtLeast0 | None = None
     max_body_mb: Above0 = 20.0

@@ -65,7 +65,7 @@ def serving_predictor(
         predictor_of(settings.models, fleet) if school is None else school.take_up(),
         clock,
         budget_s=settings.forecast_budget_ms / 1000,
-        store=None if labels is None else FeedbackStore(labels),
+        store=None if labels is None else FeedbackStore(labels, redacts=settings.redact_labels),
         school=school,
         run=uuid4().hex[:8],
     )

@@ -10,7 +10,9 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +76,7 @@ def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what i
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *facts), daemon=True)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is ours
-    process.start()
-    signal.signal(signal.SIGINT, on_interrupt)
+    _start_deaf(process)
     theirs.close()
     try:
         if not ours.poll(START_TIMEOUT_S):
@@ -93,6 +93,16 @@ def _child(target: Any, *facts: Any) -> Iterator[Any]:  # noqa: ANN401  # what i
     finally:
         ours.close()
         process.join(START_TIMEOUT_S)
+
+
+def _start_deaf(process: BaseProcess) -> None:
+    """Start a process that never sees Ctrl-C; one that comes meanwhile is this one's, after it."""
+    resource_tracker.ensure_running()  # its first start would let SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_engines(pipe: Connection, file: FleetFile) -> None:

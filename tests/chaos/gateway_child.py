@@ -17,6 +17,7 @@ import sqlite3
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from concertmaster import compose
 from concertmaster.config_files import load_fleet
@@ -27,7 +28,6 @@ from concertmaster.gateway.driver import Gateway
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.refusals import Refusals
 from concertmaster.learning.feedback import FeedbackStore
-from concertmaster.learning.label_file import connect
 from concertmaster.learning.loop import LearningLoop
 from concertmaster.policies.catalog import policy
 from concertmaster.predictors.recent import RecentLengths
@@ -65,12 +65,10 @@ class Clock:
         self.ahead_s += float((FOLDER / "jump").read_text())
 
 
-def on_small_disk(path: Path) -> sqlite3.Connection:
+def on_small_disk(path: Path, **settings: Any) -> sqlite3.Connection:  # noqa: ANN401  # sqlite3's
     if FULL.exists():
         raise OSError(28, "No space left on device")
-    connect(path).close()
-    settings = {"timeout": 1.0, "isolation_level": None, "check_same_thread": False}
-    return sqlite3.connect(path, factory=SmallDisk, **settings)  # type: ignore[call-overload,no-any-return]
+    return sqlite3.connect(path, factory=SmallDisk, **settings)
 
 
 def tell_ledgers(gateway: Gateway) -> None:

@@ -50,21 +50,43 @@ class Intake:
         Raises:
             QuotaError: Its tenant is at a limit.
         """
-        caller, message, reading, trail = opened
-        quota = message.quota
-        tenant = "" if quota is None else quota.tenant
+        caller, message, reading, _ = opened
         request_id = self.name(message.headers)
         while request_id in self._taken:
             request_id = self._names.fresh()
-        told = reading.identity
+        identity = self._identity(now_s, request_id, opened)
+        request = self._request(now_s, request_id, identity, opened)
+        exchange = Exchange(
+            request,
+            caller,
+            b"" if relay is not None else heads.engine_head(message, request_id),
+            message.body,
+            model_named=reading.model_named,
+            streams=reading.streams,
+        )
+        exchange.relay, exchange.prompt, exchange.teaches = relay, reading.prompt, reading.teaches
+        exchange.may_hold = reading.streams and message.takes_chunks
+        exchange.response_headers = heads.identity_headers(request_id, identity)
+        if message.quota is not None:
+            exchange.response_headers += message.quota.begin(request.prompt_tokens)
+            exchange.quota = message.quota
+        self._metrics.opened(exchange, message)
+        return exchange, identity
+
+    def _identity(self, now_s: float, request_id: str, opened: Opened) -> Identity:
+        told, quota = opened.reading.identity, opened.message.quota
         if told.workflow_id:
-            identity = self._normalizer.rooted(told)
-        else:
-            identity = _inferred(
-                told,
-                self._inference.follow(trail(), request_id=request_id, tenant=tenant, now_s=now_s),
-            )
-        request = Request(
+            return self._normalizer.rooted(told)
+        tenant = "" if quota is None else quota.tenant
+        trail = opened.trail()
+        found = self._inference.follow(trail, request_id=request_id, tenant=tenant, now_s=now_s)
+        return _inferred(told, found)
+
+    def _request(
+        self, now_s: float, request_id: str, identity: Identity, opened: Opened
+    ) -> Request:
+        reading, quota = opened.reading, opened.message.quota
+        return Request(
             request_id=RequestId(request_id),
             workflow_id=identity.workflow_id,
             arrival_s=now_s,
@@ -80,26 +102,10 @@ class Intake:
             service_class=identity.service_class,
             prefix_hashes=reading.prefix_hashes,
             deadline_s=None if identity.deadline_s is None else now_s + identity.deadline_s,
-            tenant=tenant,
+            tenant="" if quota is None else quota.tenant,
             tenant_weight=1.0 if quota is None else quota.weight,
             streams=reading.streams,
         )
-        exchange = Exchange(
-            request,
-            caller,
-            b"" if relay is not None else heads.engine_head(message, request_id),
-            message.body,
-            model_named=reading.model_named,
-            streams=reading.streams,
-        )
-        exchange.relay, exchange.prompt, exchange.teaches = relay, reading.prompt, reading.teaches
-        exchange.may_hold = reading.streams and message.takes_chunks
-        exchange.response_headers = heads.identity_headers(request_id, identity)
-        if quota is not None:
-            exchange.response_headers += quota.begin(request.prompt_tokens)
-            exchange.quota = quota
-        self._metrics.opened(exchange, message)
-        return exchange, identity
 
     def name(self, headers: Mapping[bytes, bytes]) -> str:
         """Return what a caller calls its message, else a name that is fresh."""

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from concertmaster.core.errors import CallerError, ForbiddenError, InputError, UnauthorizedError
@@ -78,6 +78,11 @@ class Keyring:
     def quota(self, tenant: str) -> Quota | None:
         """Return the account of a tenant; ``None`` if there is no such tenant."""
         return self._quotas.get(tenant)
+
+    @property
+    def quotas(self) -> Iterable[Quota]:
+        """Accounts of all tenants."""
+        return self._quotas.values()
 
     async def watch(self) -> None:
         """Follow the store, for ever."""

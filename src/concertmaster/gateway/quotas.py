@@ -57,6 +57,14 @@ class Bucket:
         level, size = self.level(now_s), self.per_min
         return size, max(0, int(level)), (size - level) * 60.0 / size
 
+    def spent(self, now_s: float) -> float:
+        """Return what was taken and has not flowed back."""
+        return self.per_min - self.level(now_s)
+
+    def recall(self, now_s: float, spent: float, ago_s: float) -> None:
+        """Take out what was spent a while ago, less what would have flowed back since."""
+        self.take(now_s, max(0.0, spent - ago_s * self.per_min / 60.0))
+
     def take(self, now_s: float, amount: float) -> None:
         """Take so much out, whether it is there or not."""
         self._level = self.level(now_s) - amount
@@ -78,6 +86,7 @@ class Quota:
     Attributes:
         in_flight: Requests that were admitted and have not ended.
         shared: Whether there are other tenants.
+        touched: Whether what was spent has changed, other than by flowing back.
     """
 
     __slots__ = (
@@ -89,6 +98,7 @@ class Quota:
         "in_flight",
         "shared",
         "tenant",
+        "touched",
     )
 
     def __init__(self, limits: Limits, clock: Callable[[], float], tenant: str = "") -> None:
@@ -100,6 +110,7 @@ class Quota:
         self._tokens: Bucket | None = None
         self._lasts_s = _FIRST_S
         self.in_flight = 0
+        self.touched = False
         self.limit(limits)
 
     @property
@@ -113,6 +124,7 @@ class Quota:
             return
         now_s = self._clock()
         self._limits = limits
+        self.touched = True
         self._requests = _resized(self._requests, limits.requests_per_min, now_s)
         self._tokens = _resized(self._tokens, limits.tokens_per_min, now_s)
 
@@ -126,8 +138,10 @@ class Quota:
         self._check(now_s, prompt_tokens)
         self.in_flight += 1
         if self._requests is not None:
+            self.touched = True
             self._requests.take(now_s, 1)
         if self._tokens is not None:
+            self.touched = True
             self._tokens.take(now_s, prompt_tokens)
         return self._left(now_s)
 
@@ -136,7 +150,23 @@ class Quota:
         self.in_flight -= 1
         self._lasts_s += _SMOOTHING * (lasted_s - self._lasts_s)
         if self._tokens is not None:
+            self.touched = True
             self._tokens.take(self._clock(), output_tokens)
+
+    def spent(self) -> tuple[float, float]:
+        """Return requests and tokens that were used and have not flowed back; 0 without limit."""
+        now_s = self._clock()
+        buckets = (self._requests, self._tokens)
+        requests, tokens = (0.0 if one is None else one.spent(now_s) for one in buckets)
+        return requests, tokens
+
+    def recall(self, requests: float, tokens: float, ago_s: float) -> None:
+        """Charge what was spent a while ago, less what would have flowed back since."""
+        now_s = self._clock()
+        for bucket, spent in ((self._requests, requests), (self._tokens, tokens)):
+            if bucket is not None:
+                bucket.recall(now_s, spent, ago_s)
+        self.touched = True
 
     def _check(self, now_s: float, prompt_tokens: int) -> None:
         limits, requests, tokens = self._limits, self._requests, self._tokens

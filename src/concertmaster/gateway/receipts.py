@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-import msgspec
-
 from concertmaster.core.actions import Action, Dispatch
 from concertmaster.core.errors import InputError
 from concertmaster.core.events import Event
@@ -24,14 +22,9 @@ from concertmaster.core.scheduler import Scheduler
 from concertmaster.gateway.agent import Message
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.keyring import TENANT_HEADER
-from concertmaster.gateway.receipt import (
-    MOST_ID_CHARS,
-    Attempt,
-    Fields,
-    Record,
-    receipt_of,
-    record_of,
-)
+from concertmaster.gateway.receipt import MOST_ID_CHARS, Attempt, Record, record_of
+from concertmaster.gateway.receipt_fields import Fields, fields_in, receipt_of
+from concertmaster.gateway.receipt_sheet import packed, sheet_of
 from concertmaster.gateway.tally import RECEIPTS
 from concertmaster.state.receipts import ReceiptStore, Row
 
@@ -165,7 +158,7 @@ class Receipts:
             return None
         await self.flush()
         body = await self._aside(lambda: store.find(name, owner))
-        return None if body is None else _decode(body)
+        return None if body is None else fields_in(body)
 
     async def of_workflow(self, workflow_id: str, owner: str | None, most: int) -> list[Fields]:
         """Return receipts of a workflow whose calls are over, newest first."""
@@ -175,7 +168,7 @@ class Receipts:
             return [self._receipt(record) for record in islice(records, most)]
         await self.flush()
         bodies = await self._aside(lambda: store.of_workflow(workflow_id, owner, most))
-        return [_decode(body) for body in bodies]
+        return [fields_in(body) for body in bodies]
 
     def _of_workflow(self, workflow_id: str, owner: str | None) -> Iterable[Record]:
         for (its_owner, _), record in reversed(self._recent.items()):
@@ -234,9 +227,5 @@ class Receipts:
 
 
 def _row(owner: str, record: Record, models: list[ModelName]) -> Row:
-    body = msgspec.json.encode(receipt_of(record, models))
+    body = packed(sheet_of(record, models))
     return Row(record.request_id, record.workflow_id, owner, body)
-
-
-def _decode(body: bytes) -> Fields:
-    return msgspec.json.decode(body, type=Fields)

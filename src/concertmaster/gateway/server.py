@@ -13,6 +13,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.engines.control import ControlKind
+from concertmaster.gateway.accounts import accounts_kept
 from concertmaster.gateway.admin import AdminCheck, AdminDesk, AdminRoutes
 from concertmaster.gateway.agent import AgentConnection, Desk, Judge, Patience
 from concertmaster.gateway.app import SideRoutes
@@ -56,20 +57,16 @@ async def running_gateway(
         InputError: Strangers could reach it without keys, or its keys or TLS files are amiss.
     """
     check_reach("", settings)
-    tls = tls_of("", settings)
     seeing = Seeing(scheduler, settings, speedup=speedup, also=observe)
-    routes = SideRoutes(seeing.receipts)
     admin = admin or AdminRoutes()
-    door = admin_door("", settings, environ)
-    side_door = SideDoor(routes.app(shows_fleet=door is None))
-    admins = SideDoor(routes.admin_app(admin.routes()))
+    doors = _Doors(settings, environ, SideRoutes(seeing.receipts), admin, hub)
     gateway = Gateway(
         scheduler,
         predictor,
         urls,
         clock=steady(scaled_clock(speedup)),
         speedup=speedup,
-        side_door=side_door,
+        side_door=doors.side,
         observe=seeing.audience,
         max_body_bytes=int(settings.max_body_mb * 1_000_000),
         limits=limits_of(settings),
@@ -81,44 +78,94 @@ async def running_gateway(
         hold_s=settings.hold_s,
         patience=Patience(settings.head_timeout_s, settings.body_timeout_s),
     )
-    routes.gateway = admin.gateway = gateway
-    servers: list[asyncio.Server] = []
     async with AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(seeing.over(gateway))
             keyring = await stack.enter_async_context(keyring_of(settings.keys))
+            await stack.enter_async_context(accounts_kept(keyring, settings.keys))
             await gateway.open()
-            count = gateway.metrics.answered
-            if hub is None:
-                judge = None if keyring is None else KeyCheck(keyring, count)
-                at = (settings.host, settings.port)
-                servers.append(await listen(at, gateway, judge, tls))
-            else:
-                servers += await hub.open(gateway, keyring, settings, speedup=speedup)
-            if door is not None:
-                check = AdminCheck(door, keyring, count)
-                desk = AdminDesk(gateway, admins)
-                servers.append(await _listen_to_admins(door, desk, check, tls))
+            port = await doors.open(gateway, keyring, speedup=speedup)
         except BaseException:
-            for server in servers:
-                server.close()
+            doors.shut()
             await gateway.stop(drain_s=0.0)
             raise
         gateway.start()
-        port = servers[0].sockets[0].getsockname()[1] if hub is None else hub.port
         seeing.journal.started(settings.host, port, scheduler.policy.name, len(urls))
         try:
             yield gateway, port
         finally:
             admin.ending = True
             await gateway.stop(drain_s=drain_s)  # still listening: a load balancer asks /readyz
-            for server in servers:
-                server.close()
-            if hub is not None:
-                hub.close()
-            await asyncio.gather(side_door.close(), admins.close())
-            for server in servers:
-                await server.wait_closed()
+            await doors.close()
+
+
+class _Doors:
+    """Where one gateway is reached: by agents, or by the workers of a hub, and by operators.
+
+    Args:
+        settings: Where, and what is spoken there.
+        environ: Has the admin key.
+        routes: What is no call.
+        admin: What changes the gateway.
+        hub: Where workers come in.
+
+    Attributes:
+        side: For what is no call.
+
+    Raises:
+        InputError: TLS files or the operators' door are amiss.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySection,
+        environ: Mapping[str, str],
+        routes: SideRoutes,
+        admin: AdminRoutes,
+        hub: Hub | None,
+    ) -> None:
+        self._settings = settings
+        self._routes, self._admin, self._hub = routes, admin, hub
+        self._tls = tls_of("", settings)
+        self._door = admin_door("", settings, environ)
+        self.side = SideDoor(routes.app(shows_fleet=self._door is None))
+        self._admins = SideDoor(routes.admin_app(admin.routes()))
+        self._servers: list[asyncio.Server] = []
+
+    async def open(self, gateway: Gateway, keyring: Keyring | None, *, speedup: float) -> int:
+        """Listen; return the port that agents come to.
+
+        Raises:
+            OSError: It is taken or the host is not ours.
+            InputError: That of the operators is.
+        """
+        self._routes.gateway = self._admin.gateway = gateway
+        hub, settings, count = self._hub, self._settings, gateway.metrics.answered
+        if hub is None:
+            judge = None if keyring is None else KeyCheck(keyring, count)
+            at = (settings.host, settings.port)
+            self._servers.append(await listen(at, gateway, judge, self._tls))
+        else:
+            self._servers += await hub.open(gateway, keyring, settings, speedup=speedup)
+        if self._door is not None:
+            check = AdminCheck(self._door, keyring, count)
+            desk = AdminDesk(gateway, self._admins)
+            self._servers.append(await _listen_to_admins(self._door, desk, check, self._tls))
+        return self._servers[0].sockets[0].getsockname()[1] if hub is None else hub.port
+
+    def shut(self) -> None:
+        """Take nobody from here on."""
+        for server in self._servers:
+            server.close()
+
+    async def close(self) -> None:
+        """Take nobody, and wait until all that is no call has its answer."""
+        self.shut()
+        if self._hub is not None:
+            self._hub.close()
+        await asyncio.gather(self.side.close(), self._admins.close())
+        for server in self._servers:
+            await server.wait_closed()
 
 
 async def listen(

@@ -4,10 +4,11 @@ A completion is a label for the forecast made at arrival (SwarmX 2.2, ``adapt``)
 something to the store touches memory alone; ``flush`` writes, on a thread of the driver's.
 """
 
+import secrets
 import sqlite3
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +18,21 @@ from typing import Self, TypeVar
 from concertmaster.core.errors import InputError
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
-from concertmaster.learning.label_file import Batch, LabelFile, Written, connect
+from concertmaster.learning.label_file import Batch, LabelFile, Written
 from concertmaster.learning.label_reader import latest_labels, read_labels
 from concertmaster.learning.labels import (
     MOST_TEXT_CHARS,
     Answer,
     Asked,
     Label,
+    Names,
     Vector,
     absurd,
 )
 from concertmaster.learning.notices import Notices, describe
+from concertmaster.learning.redaction import LONGEST_CHARS, Redactor
 from concertmaster.predictors.interface import Completion
+from concertmaster.state.database import Connect, OutOfReachError
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -53,6 +57,7 @@ class FeedbackStore:
         max_early: Outcomes to hold whose call is not known; the oldest go first.
         early_flushes: How many flushes such an outcome waits before it counts as "unknown".
         keep_text: Whether to keep the first 8,000 characters of prompts.
+        redacts: Whether to take addresses, keys and numbers out of names and prompts.
         connect: Opens the file.
 
     Raises:
@@ -69,7 +74,8 @@ class FeedbackStore:
         max_early: int = 1_000,
         early_flushes: int = 60,
         keep_text: bool = False,
-        connect: Callable[[Path], sqlite3.Connection] = connect,
+        redacts: bool = True,
+        connect: Connect = sqlite3.connect,
     ) -> None:
         self._path = path
         self._max_rows = max_rows
@@ -78,6 +84,7 @@ class FeedbackStore:
         self._max_early = max_early
         self._early_flushes = early_flushes
         self._keep_text = keep_text
+        self._names = Names(Redactor(secrets.token_bytes(16)) if redacts else None)
         self._connect = connect
         self._asked: OrderedDict[RequestId, Asked] = OrderedDict()
         self._answers: OrderedDict[RequestId, Answer] = OrderedDict()
@@ -89,7 +96,7 @@ class FeedbackStore:
         self._file: LabelFile | None = None
         try:
             self._file = self._open()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, OutOfReachError) as error:
             self._out_of_reach(error)
 
     @property
@@ -126,7 +133,7 @@ class FeedbackStore:
             embedding: Of the prompt; kept as float16.
             text: The prompt; dropped at once unless ``keep_text``.
         """
-        kept = text[:MOST_TEXT_CHARS] if self._keep_text and text else None
+        kept = text[: MOST_TEXT_CHARS + LONGEST_CHARS] if self._keep_text and text else None
         call = Asked(request, forecast, features, embedding, kept)
         with self._lock:
             self._take_in(self._asked, request.request_id, call)
@@ -204,7 +211,11 @@ class FeedbackStore:
 
     def _open(self) -> LabelFile:
         return LabelFile(
-            self._path, max_rows=self._max_rows, max_bytes=self._max_bytes, connect=self._connect
+            self._path,
+            max_rows=self._max_rows,
+            max_bytes=self._max_bytes,
+            names=self._names,
+            connect=self._connect,
         )
 
     def _out_of_reach(self, error: Exception) -> None:

@@ -1,7 +1,8 @@
 """Forecasts and outcomes as rows: what is kept of a call, what is refused, and how it is packed.
 
 No prompt is kept unless the operator asks for it: an embedding and numbers are enough to
-train on, and hold less of what a user wrote (SwarmX 2.1 redacts prompt fields too).
+train on, and hold less of what a user wrote. Names and prompts are redacted before they are
+written (SwarmX 2.1 redacts prompt fields too).
 """
 
 import json
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
+from concertmaster.learning.redaction import Redactor
 from concertmaster.predictors.interface import Completion
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -115,6 +117,31 @@ def clean(name: str) -> str:
     return name[:MOST_NAME_CHARS].encode("utf-8", "replace").decode("utf-8")
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Makes what callers write fit for a file.
+
+    Attributes:
+        redactor: Takes out what no file shall hold; ``None`` leaves it.
+    """
+
+    redactor: Redactor | None
+
+    def identity(self, name: str) -> str:
+        """Return the id of a request or workflow as it is in the file."""
+        return clean(name if self.redactor is None else self.redactor.identity(name))
+
+    def word(self, name: str) -> str:
+        """Return a name that says what kind of call it is."""
+        return clean(name if self.redactor is None else self.redactor.word(name))
+
+    def text(self, text: str) -> str:
+        """Return what is kept of a prompt."""
+        most = MOST_TEXT_CHARS
+        kept = text[:most] if self.redactor is None else self.redactor.excerpt(text, most)
+        return kept.encode("utf-8", "replace").decode("utf-8")
+
+
 def absurd(answer: Answer) -> str:
     """Say what is wrong with an outcome; "" if nothing is.
 
@@ -136,19 +163,19 @@ def absurd(answer: Answer) -> str:
 # Packing.
 
 
-def pack_call(asked: Asked) -> tuple[object, ...]:
+def pack_call(asked: Asked, names: Names) -> tuple[object, ...]:
     """Return the columns of ``CALL_COLUMNS``; raise ``ValueError`` where one makes no sense."""
     request, forecast = asked.request, asked.forecast
     if not math.isfinite(request.arrival_s):
         raise ValueError(f"arrival_s={request.arrival_s}")
     models = sorted({*forecast.output_tokens_on, *forecast.success})
     return (
-        clean(request.request_id),
-        clean(request.workflow_id),
-        clean(request.app),
-        clean(request.template),
-        clean(request.role),
-        clean(request.step),
+        names.identity(request.request_id),
+        names.identity(request.workflow_id),
+        names.word(request.app),
+        names.word(request.template),
+        names.word(request.role),
+        names.word(request.step),
         None if request.stage is None else _count(request.stage, "stage"),
         float(request.arrival_s),
         _count(request.prompt_tokens, "prompt_tokens"),
@@ -161,7 +188,7 @@ def pack_call(asked: Asked) -> tuple[object, ...]:
         _ratio(forecast.tool_call),
         _pack_vector(asked.features, "<f4"),
         _pack_vector(asked.embedding, "<f2"),
-        None if asked.text is None else asked.text.encode("utf-8", "replace").decode("utf-8"),
+        None if asked.text is None else names.text(asked.text),
     )
 
 

@@ -1,19 +1,17 @@
 """Runs the cells of a study in processes, each cell once: what is finished is kept."""
 
 import math
-import multiprocessing
 import os
-import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from concertmaster.core.errors import InputError
+from concertmaster.parallel import parallel
 from concertmaster.reproduce.fingerprint import fingerprint
 from concertmaster.reproduce.ledger import FOLDER, Ledger, Measured
 from concertmaster.reproduce.results import Cell, Figures, Results
@@ -86,7 +84,7 @@ def _run_all(
         for cell in cells:
             yield cell, attempt(study, cell)
         return
-    with _pool(study, min(jobs, len(cells))) as pool:
+    with parallel(min(jobs, len(cells)), _begin, study) as pool:
         futures = {pool.submit(_attempt_here, cell): cell for cell in cells}
         failed = None
         for future in as_completed(futures):
@@ -111,30 +109,12 @@ def _result(study: Study, future: "Future[Done | Broken]") -> Done | Broken:
         raise _failed(study, "", problem) from None
 
 
-@contextmanager
-def _pool(study: Study, jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes, which are ended at once should the block be left early."""
-    others = {*multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(jobs, initializer=_begin, initargs=(study,))
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            if child not in others:
-                child.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True)
-
-
 _studies: list[Study] = []
 """In a process of the pool: the study whose cells it runs."""
 
 
 def _begin(study: Study) -> None:
-    """Set a process up; Ctrl-C is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Set a process up."""
     _studies[:] = [study]
 
 

@@ -1,1 +1,1 @@
-"""What outlives the process: keys and tenants, in SQLite behind small interfaces."""
+"""What outlives the process, in SQLite behind small interfaces."""

@@ -1,12 +1,13 @@
-"""One SQLite file: whose it is, which version, and how it is written.
+"""One SQLite file: whose it is, which version, and how it is written and read.
 
 What is acknowledged is on the disk: write-ahead log with ``synchronous=FULL``, one transaction
-a change. ``kill -9`` at any point leaves all of a change or nothing of it.
+a change. ``kill -9`` at any point leaves all of a change or nothing of it. So it does with
+``synchronous=NORMAL``, where a power cut may lose the last changes, but leaves the file whole.
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,15 @@ from concertmaster.core.errors import InputError
 BUSY_S = 5.0
 """How long a writer waits for another one."""
 
+READ_BUSY_S = 1.0
 LOG_BYTES = 4 * 2**20
+
+Connect = Callable[..., sqlite3.Connection]
+"""Opens a file as ``sqlite3.connect`` does, with its arguments."""
+
+
+class OutOfReachError(InputError):
+    """A file that may be ours, but cannot be opened now."""
 
 
 class Schema(NamedTuple):
@@ -26,11 +35,13 @@ class Schema(NamedTuple):
         mark: ``PRAGMA application_id`` of such files.
         migrations: Statements that bring version 0, 1, … to the next; the version of a file is
             how many of them it has been through. Published ones never change.
+        shrinks: Whether room that was let go can be given back to the disk.
     """
 
     holds: str
     mark: int
     migrations: tuple[Sequence[str], ...]
+    shrinks: bool = False
 
 
 class Database:
@@ -38,21 +49,39 @@ class Database:
 
     Readable by its owner only, as far as this process makes it.
 
+    Args:
+        path: The file.
+        schema: What it holds.
+        outlives_power: Whether what is acknowledged outlives a power cut, which takes a write
+            to the disk itself for each change.
+        busy_s: How long to wait for another writer.
+        connect: Opens the file.
+
     Raises:
-        InputError: It is a file of something else, of a later version, or out of reach.
+        OutOfReachError: It cannot be opened now.
+        InputError: It is a file of something else, or of a later version.
     """
 
-    def __init__(self, path: Path, schema: Schema) -> None:
+    def __init__(
+        self,
+        path: Path,
+        schema: Schema,
+        *,
+        outlives_power: bool = True,
+        busy_s: float = BUSY_S,
+        connect: Connect = sqlite3.connect,
+    ) -> None:
         self._schema = schema
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
-            self._db = self._connect()
+            self._db = connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
+            self._prepare("FULL" if outlives_power else "NORMAL")
         except (OSError, sqlite3.OperationalError) as error:
-            raise InputError(str(path), "", f"cannot be opened: {error}") from None
+            raise OutOfReachError(str(path), "", f"cannot be opened: {error}") from None
         except sqlite3.DatabaseError as error:
-            raise self._foreign(str(error)) from None
+            raise _foreign(path, schema, str(error)) from None
 
     def close(self) -> None:
         """Close it; the write-ahead log is folded in."""
@@ -70,6 +99,10 @@ class Database:
         """Change rows, within ``transaction``; return how many."""
         return self._db.execute(statement, values).rowcount
 
+    def write_all(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        """Change rows, within ``transaction``, once for each row of values."""
+        self._db.executemany(statement, rows)
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Write all of what the block writes, or nothing."""
@@ -82,48 +115,77 @@ class Database:
                 self._db.execute("ROLLBACK")
             raise
 
-    def others_wrote(self) -> int:
-        """Return a number that moves whenever another connection has written: microseconds."""
-        return self.number("PRAGMA data_version")
+    def shrink(self) -> None:
+        """Give room that was let go back to the disk, where the schema ``shrinks``."""
+        self._db.executescript("PRAGMA incremental_vacuum")  # execute stops after a page
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(
-            self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+    def _prepare(self, synchronous: str) -> None:
+        shrinks = "INCREMENTAL" if self._schema.shrinks else "NONE"
+        settings = (
+            f"auto_vacuum={shrinks}",
+            "journal_mode=WAL",
+            f"synchronous={synchronous}",
+            "foreign_keys=ON",
+            f"journal_size_limit={LOG_BYTES}",
         )
         try:
-            for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-                db.execute(f"PRAGMA {setting}")
-            db.execute(f"PRAGMA journal_size_limit={LOG_BYTES}")
-            self._db = db
+            for setting in settings:
+                self._db.execute(f"PRAGMA {setting}")
             with self.transaction():
                 self._migrate()
         except BaseException:
-            db.close()
+            self._db.close()
             raise
-        return db
 
     def _migrate(self) -> None:
-        _, mark, migrations = self._schema
-        version = self._version()
-        for number in range(version, len(migrations)):
-            for statement in migrations[number]:
+        schema = self._schema
+        version, newest = version_of(self._db, self.path, schema), len(schema.migrations)
+        for migration in schema.migrations[version:]:
+            for statement in migration:
                 self.write(statement)
-        if version < len(migrations):
-            self.write(f"PRAGMA application_id={mark}")
-            self.write(f"PRAGMA user_version={len(migrations)}")
+        if version < newest:
+            self.write(f"PRAGMA application_id={schema.mark}")
+            self.write(f"PRAGMA user_version={newest}")
 
-    def _version(self) -> int:
-        if not self.number("SELECT count(*) FROM sqlite_master"):
-            return 0
-        if self.number("PRAGMA application_id") != self._schema.mark:
-            raise self._foreign("a database of another program")
-        version, newest = self.number("PRAGMA user_version"), len(self._schema.migrations)
-        if version > newest:
-            problem = f"expected a version up to {newest}, found {version}"
-            hint = "a later concertmaster wrote it: upgrade this one, or name another file"
-            raise InputError(str(self.path), "user_version", problem, hint)
-        return version
 
-    def _foreign(self, found: str) -> InputError:
-        problem = f"expected a file of {self._schema.holds}, found: {found}"
-        return InputError(str(self.path), "", problem, "name another file, or move this one away")
+@contextmanager
+def reading(path: Path, schema: Schema) -> Iterator[sqlite3.Connection | None]:
+    """Open a file only to read it; yields ``None`` if nothing has been written yet.
+
+    Raises:
+        InputError: It is a file of something else, or of a later version.
+        sqlite3.Error: It cannot be read now.
+    """
+    if not path.exists():
+        yield None
+        return
+    where = f"{path.resolve().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(where, uri=True, timeout=READ_BUSY_S, isolation_level=None)) as db:
+        db.row_factory = sqlite3.Row
+        yield db if version_of(db, path, schema) else None
+
+
+def version_of(db: sqlite3.Connection, path: Path, schema: Schema) -> int:
+    """Return the version of an open file, 0 if it is empty; raise if it is not for us."""
+    try:
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (mark,) = db.execute("PRAGMA application_id").fetchone()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        raise _foreign(path, schema, str(error)) from None
+    if not tables:
+        return 0
+    if mark != schema.mark:
+        raise _foreign(path, schema, "a database of another program")
+    if version > (newest := len(schema.migrations)):
+        problem = f"expected a version up to {newest}, found {version}"
+        hint = "a later concertmaster wrote it: upgrade this one, or name another file"
+        raise InputError(str(path), "user_version", problem, hint)
+    return int(version)
+
+
+def _foreign(path: Path, schema: Schema, found: str) -> InputError:
+    problem = f"expected a file of {schema.holds}, found: {found}"
+    return InputError(str(path), "", problem, "name another file, or move this one away")

@@ -13,6 +13,14 @@ MOST_KEYS = 10_000
 REVOKED_KEPT = 1000
 """Revoked keys that stay listed, the latest; older ones are forgotten, which revives none."""
 
+_REVISE = "BEGIN UPDATE revision SET number = number + 1; END"
+_REVISED = tuple(
+    f"CREATE TRIGGER {verb}_{table} AFTER {verb} ON {table} {_REVISE}"
+    for table in ("tenants", "keys")
+    for verb in ("INSERT", "UPDATE", "DELETE")
+)
+"""Accounts are written to the same file every second, and are no reason to read keys again."""
+
 SCHEMA = Schema(
     holds="keys",
     mark=0x434D4B59,
@@ -34,6 +42,17 @@ SCHEMA = Schema(
             """,
         ),
         ("ALTER TABLE tenants ADD COLUMN weight INTEGER",),
+        (
+            """
+            CREATE TABLE spent (
+              tenant TEXT PRIMARY KEY REFERENCES tenants (name) ON DELETE CASCADE,
+              requests REAL NOT NULL, tokens REAL NOT NULL, at_s REAL NOT NULL
+            ) WITHOUT ROWID
+            """,
+            "CREATE TABLE revision (number INTEGER NOT NULL)",
+            "INSERT INTO revision VALUES (0)",
+            *_REVISED,
+        ),
     ),
 )
 
@@ -126,8 +145,8 @@ class KeyFile:
         return {row[0]: _limits(row) for row in self._db.rows(_TENANTS)}
 
     def changes(self) -> int:
-        """Return a number that moves whenever somebody else has changed anything."""
-        return self._db.others_wrote()
+        """Return a number that moves whenever keys or limits have changed."""
+        return self._db.number("SELECT number FROM revision")
 
     def close(self) -> None:
         """Let go of what is open."""

@@ -98,7 +98,7 @@ class KeyStore(Protocol):
         """Return all tenants by name."""
 
     def changes(self) -> int:
-        """Return a number that moves whenever somebody else has changed anything."""
+        """Return a number that moves whenever keys or limits have changed."""
 
     def close(self) -> None:
         """Let go of what is open."""
