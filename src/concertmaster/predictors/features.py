@@ -125,7 +125,7 @@ def history_figures(request: Request, history: History, track: Track) -> list[fl
 
 def law_figures(law: Law) -> list[float]:
     """Return ``LAW_FEATURES``: where the group's law lies, and how much stands behind it."""
-    low, middle, high = law.at((0.1, 0.5, 0.9)).tolist()
+    low, middle, high = law.middle()
     return [log(middle), log(high) - log(low), log(law.workflows), float(law.depth)]
 
 
