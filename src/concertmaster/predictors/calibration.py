@@ -45,13 +45,30 @@ _TRUST_STEP = 1.0
 class _Group:
     """Offsets of one group by level, what stands behind them, and the trust in the heads."""
 
-    __slots__ = ("curve", "labels", "offsets", "trust")
+    __slots__ = ("_share", "_trust", "curve", "labels", "offsets")
 
     def __init__(self, offsets: Floats, trust: float) -> None:
         self.offsets = offsets
         self.trust = trust
         self.labels = 0.0
         self.curve: Floats = np.zeros(len(BLENDS))
+
+    @property
+    def trust(self) -> float:
+        """Log odds of the weight of the heads."""
+        return self._trust
+
+    @trust.setter
+    def trust(self, odds: float) -> None:
+        self._trust = odds
+        self._share: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Weight of the heads, in 0…1."""
+        if self._share is None:
+            self._share = float(1 / (1 + np.exp(-self._trust)))
+        return self._share
 
 
 class Calibration:
@@ -78,7 +95,7 @@ class Calibration:
     def trust(self, target: str, path: Path) -> float:
         """Return the weight of the heads beside the law of the group, in 0…1."""
         group = self._find(target, path)
-        return 0.5 if group is None else float(1 / (1 + np.exp(-group.trust)))
+        return 0.5 if group is None else group.share
 
     def learn(
         self,

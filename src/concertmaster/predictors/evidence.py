@@ -4,7 +4,8 @@ Training replays recorded workflows through the same object that serves, so that
 never meets a figure that it was not fitted on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ class Look(NamedTuple):
 
     features: npt.NDArray[np.float32]
     laws: dict[str, Law]
-    paths: dict[str, Path]
+    paths: Mapping[str, Path]
 
     @property
     def step(self) -> str:
@@ -147,7 +148,7 @@ class Evidence:
                 self.laws[target].add(call.path, truth, worth=call.worth)
         return closed
 
-    def _add(self, name: str, paths: dict[str, Path], count: float, worth: float) -> None:
+    def _add(self, name: str, paths: Mapping[str, Path], count: float, worth: float) -> None:
         self.laws[name].add(paths[name], count, worth=worth)
 
 
@@ -183,11 +184,16 @@ def likely_model(request: Request, history: History) -> ModelName:
     return request.models[0] if len(request.models) == 1 else history.model
 
 
-def paths_of(request: Request, model: ModelName) -> dict[str, Path]:
+def paths_of(request: Request, model: ModelName) -> Mapping[str, Path]:
     """Return the group of a call in the laws of each quantity."""
-    role = f"{request.role}/{request.step}"
-    call = path_of(request.app, request.template, role, model)
-    rest = path_of(request.app, request.template, stage_bucket(request.stage or 0), role, model)
+    bucket = stage_bucket(request.stage or 0)
+    return _paths(request.app, request.template, bucket, f"{request.role}/{request.step}", model)
+
+
+@lru_cache(4_096)
+def _paths(app: str, template: str, bucket: str, role: str, model: str) -> Mapping[str, Path]:
+    call = path_of(app, template, role, model)
+    rest = path_of(app, template, bucket, role, model)
     return {
         "output_tokens": call,
         "prompt_tokens": call,
