@@ -19,7 +19,6 @@ from concertmaster.predictors.features import (
     PROMPT_FEATURES,
     TRACK_FEATURES,
     history_figures,
-    law_figures,
     prompt_figures,
     track_figures,
 )
@@ -98,7 +97,7 @@ class Evidence:
             *history_figures(request, history, track),
         ]
         for target in _IN_FEATURES:
-            figures += law_figures(laws[target])
+            figures += laws[target].shape()
         return Look(np.array(figures, dtype=np.float32), laws, paths)
 
     def output_law(self, request: Request, model: ModelName) -> Law:

@@ -12,6 +12,7 @@ nobody has seen.
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import log1p
 
 import numpy as np
 import numpy.typing as npt
@@ -103,11 +104,11 @@ class Law:
         by_model: Whether its model was seen, in whatever app.
     """
 
-    __slots__ = ("_below", "_middle", "by_model", "depth", "workflows")
+    __slots__ = ("_below", "_shape", "by_model", "depth", "workflows")
 
     def __init__(self, below: Floats, *, workflows: float, depth: int, by_model: bool) -> None:
         self._below = below
-        self._middle: tuple[float, float, float] | None = None
+        self._shape: tuple[float, ...] = ()
         self.workflows = workflows
         self.depth = depth
         self.by_model = by_model
@@ -124,15 +125,25 @@ class Law:
         found: Floats = np.interp(np.asarray(levels, dtype=np.float64), self._below, _EDGE_ARRAY)
         return np.maximum(found, 0.0)
 
-    def middle(self) -> tuple[float, float, float]:
-        """Return the counts at levels 0.1, 0.5 and 0.9; read once."""
-        if self._middle is None:
-            low, middle, high = self.at(_MIDDLE_LEVELS).tolist()
-            self._middle = low, middle, high
-        return self._middle
+    def quantiles(self, levels: Floats) -> tuple[float, ...]:
+        """Return the counts at rising levels, not below 0."""
+        values: list[float] = np.interp(levels, self._below, _EDGE_ARRAY).tolist()
+        if values[0] < 0.0:
+            values = [max(value, 0.0) for value in values]
+        return tuple(values)
+
+    def shape(self) -> tuple[float, ...]:
+        """Return logarithms of the median, of the width of the middle 80 %, and of the worth.
+
+        The width is a quotient; last comes the depth. All of it is worked out once.
+        """
+        if not self._shape:
+            low, middle, high = map(log1p, self.quantiles(_SHAPE_LEVELS))
+            self._shape = middle, high - low, log1p(self.workflows), float(self.depth)
+        return self._shape
 
 
-_MIDDLE_LEVELS = np.array((0.1, 0.5, 0.9))
+_SHAPE_LEVELS = np.array((0.1, 0.5, 0.9))
 
 
 class _Chain:

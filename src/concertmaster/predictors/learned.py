@@ -20,6 +20,7 @@ from concertmaster.predictors.judge import Judge
 from concertmaster.predictors.laws import Floats, Law, Path, expit, logit
 from concertmaster.predictors.shares import ModelShares
 
+_AS_STATED = np.array(LEVELS)
 _LAW_ODDS = logit(LEVELS)
 _LAW_ODDS_OF_ALL: Floats = np.tile(_LAW_ODDS, (len(TARGETS), 1))
 assert TARGETS[: len(HEAD_TARGETS)] == HEAD_TARGETS, "heads come first"
@@ -110,7 +111,7 @@ class LearnedPredictor:
                 "output_tokens",
                 group_of(request),
                 stated,
-                quantiles(law, LEVELS),
+                quantiles(law, _AS_STATED),
                 completion.output_tokens,
             )
         self.evidence.learn(request, completion, prompt, forecast, keep=self._adapt)
@@ -135,7 +136,7 @@ class LearnedPredictor:
         for target, truth in closed.truth.items():
             stated = closed.stated.get(target)
             if stated is not None:
-                law = quantiles(self.evidence.laws[target].law(closed.path), LEVELS)
+                law = quantiles(self.evidence.laws[target].law(closed.path), _AS_STATED)
                 self.calibration.learn(target, closed.group, stated, law, truth, worth=closed.share)
 
     def _levels(self, group: Path, head_odds: npt.NDArray[np.float32] | None) -> Floats:
@@ -170,6 +171,6 @@ class LearnedPredictor:
         return found
 
 
-def quantiles(law: Law, levels: npt.ArrayLike) -> Quantiles:
+def quantiles(law: Law, levels: Floats) -> Quantiles:
     """Read a law at the given ranks as quantiles at ``LEVELS``."""
-    return Quantiles(LEVELS, tuple(law.at(levels).tolist()))
+    return Quantiles(LEVELS, law.quantiles(levels))
