@@ -204,4 +204,9 @@ def _paths(app: str, template: str, bucket: str, role: str, model: str) -> Mappi
 
 def group_of(request: Request) -> Path:
     """Return the group whose coverage is kept: app and role."""
-    return path_of(request.app, f"{request.role}/{request.step}")
+    return _group(request.app, f"{request.role}/{request.step}")
+
+
+@lru_cache(4_096)
+def _group(app: str, role: str) -> Path:
+    return path_of(app, role)

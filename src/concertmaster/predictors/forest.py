@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.signedinteger]
 
 
 class Forest:
@@ -90,7 +90,7 @@ def _questions(features: npt.NDArray[np.int16], thresholds: Floats) -> tuple[Flo
     """
     known = [np.unique(thresholds[features == feature]) for feature in range(features.max() + 1)]
     asked = np.full((len(known), max(map(len, known))), np.inf, dtype=np.float32)
-    questions = np.empty(features.shape, dtype=np.int32)
+    questions: Ids = np.empty(features.shape, dtype=np.min_scalar_type(-asked.size))
     for feature, values in enumerate(known):
         asked[feature, : len(values)] = values
         nodes = features == feature

@@ -327,6 +327,7 @@ def _clean(name: str) -> str:
     return name.translate(_SPACES)
 
 
+@lru_cache(1_024)
 def stage_bucket(stage: int) -> str:
     """Name a stage, exactly up to 5 and then two names an octave.
 
