@@ -198,7 +198,9 @@ def test_ranks_of_all_targets_are_those_of_each_alone(odds: list[float] | None) 
 
 # Prompts
 
-WILD = st.text(st.characters(codec=None), max_size=500) | st.text("aB1 |(\n?.{`é漢\ud800", max_size=500)
+WILD = st.text(st.characters(codec=None), max_size=500) | st.text(
+    "aB1 |(\n?.{`é漢\ud800", max_size=500
+)
 
 
 @given(text=WILD)

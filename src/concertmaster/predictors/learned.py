@@ -77,20 +77,17 @@ class LearnedPredictor:
             target: quantiles(look.laws[target], row)
             for target, row in zip(TARGETS, levels, strict=True)
         }
-        models, judge = request.models or self._models, self.judge
-        most = request.max_output_tokens
-        answers = self._on("output_tokens", request, models, look, laws, levels[0])
+        most, judge = request.max_output_tokens, self.judge
+        answers = self._on("output_tokens", request, look, laws, levels[0])
         forecast = Forecast(
             output_tokens=laws["output_tokens"].cap(most),
             output_tokens_on={model: law.cap(most) for model, law in answers.items()},
             remaining_tokens=laws["remaining_tokens"],
-            remaining_tokens_on=self._on(
-                "remaining_tokens", request, models, look, laws, levels[1]
-            ),
+            remaining_tokens_on=self._on("remaining_tokens", request, look, laws, levels[1]),
             remaining_by=self._shares.of(request),
             remaining_calls=laws["remaining_calls"],
             remaining_tool_s=laws["remaining_tool_s"],
-            success=judge.foresee(request, prompt.text, models) if judge is not None else {},
+            success={} if judge is None else judge.foresee(request, prompt.text, self._of(request)),
             tool_call=asks,
             source=look.step,
         )
@@ -153,18 +150,21 @@ class LearnedPredictor:
         offsets = np.array([self.calibration.offsets(target, group) for target in TARGETS])
         return expit(np.maximum.accumulate(odds + offsets, axis=1))
 
+    def _of(self, request: Request) -> Sequence[ModelName]:
+        """Return the models that may answer a call."""
+        return request.models or self._models
+
     def _on(
         self,
         target: str,
         request: Request,
-        models: Sequence[ModelName],
         look: Look,
         laws: Mapping[str, Quantiles],
         levels: Floats,
     ) -> dict[ModelName, Quantiles]:
         """Read a quantity's law on each model; the law that was looked at has been read."""
         found = {}
-        for model in models:
+        for model in self._of(request):
             law = self.evidence.law_on(target, request, model)
             seen = law is look.laws[target]
             found[model] = laws[target] if seen else quantiles(law, levels)
