@@ -1,5 +1,6 @@
 """What makes forecasts cheap changes none: each part beside a slow way of saying the same."""
 
+import copy
 import math
 import random
 import re
@@ -87,6 +88,25 @@ def test_a_law_that_was_kept_is_that_of_its_groups_at_every_instant(
             law = tree.law(one)
             np.testing.assert_array_equal(law._below, below)
             assert (law.workflows, law.depth, law.by_model) == (workflows, depth, by_model)
+
+
+def test_a_copy_of_a_tree_goes_its_own_way() -> None:
+    tree, path = LawTree(), path_of("app", "m")
+    tree.add(path, 10)
+    before = tree.law(path)
+    copied = copy.deepcopy(tree)
+    copied.add(path, 3000)
+
+    assert tree.law(path) is before
+    np.testing.assert_array_equal(copied.law(path)._below, blended(copied, path)[0])
+
+
+def test_models_that_nobody_has_seen_share_a_law() -> None:
+    tree = LawTree()
+    tree.add(path_of("app", "m"), 10)
+
+    assert tree.law(path_of("app", "x")) is tree.law(path_of("app", "y"))
+    assert tree.law(path_of("app", "x")) is not tree.law(path_of("app", "m"))
 
 
 def test_paths_beyond_the_bound_are_blended_anew(monkeypatch: pytest.MonkeyPatch) -> None:

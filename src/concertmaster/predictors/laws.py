@@ -215,18 +215,22 @@ class LawTree:
         self._most_groups = most_groups
         self._groups: dict[Path, _Group] = {(): _Group()}
         self._chains: dict[Path, _Chain] = {}
+        self._by_groups: dict[tuple[_Group, ...], _Chain] = {}
 
     def law(self, path: Path) -> Law:
         """Blend the groups along a path, as far as they were seen."""
         chain = self._chains.get(path)
         if chain is None:
             if len(self._chains) >= MOST_CHAINS:
-                self._chains.clear()
-            chain = self._chains[path] = self._chain(path)
+                self._forget_chains()
+            self._chains[path] = chain = self._chain(path)
         return chain.law()
 
     def _chain(self, path: Path) -> _Chain:
-        """Gather the groups of the path, then of its model in any app, then of all apps."""
+        """Gather the groups of the path, then of its model in any app, then of all apps.
+
+        Paths of the same groups share a chain, such as those of models that nobody has seen.
+        """
         of_model = _of_model(path)
         ends = [(end, path[:end]) for end in range(len(path), 0, -1)]
         groups = [
@@ -234,7 +238,11 @@ class LawTree:
             for end, key in (*ends, (0, of_model), (0, ()))
             if (group := self._groups.get(key)) is not None
         ]
-        return _Chain(groups, by_model=of_model in self._groups)
+        key = tuple([group for _, _, group in groups])
+        chain = self._by_groups.get(key)
+        if chain is None:
+            chain = self._by_groups[key] = _Chain(groups, by_model=of_model in self._groups)
+        return chain
 
     def add(self, path: Path, count: float, *, worth: float = 1.0) -> None:
         """Take in a count; ``worth`` is what it adds to the evidence, in workflows."""
@@ -253,8 +261,12 @@ class LawTree:
         group = self._groups.get(key)
         if group is None and len(self._groups) < self._most_groups:
             group = self._groups[key] = _Group()
-            self._chains.clear()
+            self._forget_chains()
         return group
+
+    def _forget_chains(self) -> None:
+        self._chains.clear()
+        self._by_groups.clear()
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return all that was seen, to keep."""

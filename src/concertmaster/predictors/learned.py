@@ -162,12 +162,13 @@ class LearnedPredictor:
         laws: Mapping[str, Quantiles],
         levels: Floats,
     ) -> dict[ModelName, Quantiles]:
-        """Read a quantity's law on each model; the law that was looked at has been read."""
-        found = {}
+        """Read a quantity's law on each model; a law that was read is not read again."""
+        read, found = {look.laws[target]: laws[target]}, {}
         for model in self._of(request):
             law = self.evidence.law_on(target, request, model)
-            seen = law is look.laws[target]
-            found[model] = laws[target] if seen else quantiles(law, levels)
+            if law not in read:
+                read[law] = quantiles(law, levels)
+            found[model] = read[law]
         return found
 
 
