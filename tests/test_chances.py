@@ -11,6 +11,7 @@ from concertmaster.core.forecast import Forecast
 from concertmaster.core.request import ModelName, WorkflowId
 from concertmaster.learning.budget import makes_sense
 from concertmaster.observe.trace import Entry, Header, TraceReader, TraceWriter
+from concertmaster.predictors import judge as judge_module
 from concertmaster.predictors.chances import Chances
 from concertmaster.predictors.encoder import Encoder
 from concertmaster.predictors.judge import Judge
@@ -37,6 +38,7 @@ def test_asking_whom_there_is_a_chance_of_works_nothing_out() -> None:
     chances = Chances((A, B), asked)
 
     assert (list(chances), len(chances), A in chances, "c" in chances) == ([A, B], 2, True, False)
+    assert chances.get(ModelName("c")) is None
     assert (asked.times, chances.read) == (0, False)
 
 
@@ -132,6 +134,20 @@ def test_a_prompt_is_read_no_later_than_its_workflow_may_be_graded_by_it() -> No
     judge.answered(second, BIG)  # the first prompt that a model answered is the one it learns from
 
     assert encoder.texts == ["what"]
+
+
+def test_the_prompt_of_a_call_that_stays_without_an_answer_is_not_held_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(judge_module, "MOST_UNREAD", 3)
+    judge, encoder = a_judge()
+    for i in range(5):
+        judge.foresee(a_request(f"r{i}"), f"what {i}", MODELS)
+        if i != 1:
+            judge._asked.pop(a_request(f"r{i}").request_id)  # as if it had been answered
+
+    assert encoder.texts == ["what 1"]
+    assert len(judge._unread) == 3
 
 
 def test_no_prompt_is_kept_once_it_was_read() -> None:

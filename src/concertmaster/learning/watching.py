@@ -87,6 +87,7 @@ class Watching:
         found = self._open.get(workflow_id)
         if found is None:
             return []
+        _settle(found)
         alarms = [self._ended(found)]
         if grade is not None:
             del self._open[workflow_id]
@@ -121,3 +122,10 @@ class Watching:
             if len(self._open) > MOST_WORKFLOWS:
                 self._open.popitem(last=False)
         return found
+
+
+def _settle(found: _Open) -> None:
+    """Read the chances that were stated: what they rest on need not be kept for a late grade."""
+    for model, part in found.parts.items():
+        chance = part.chances.get(model)
+        part.chances = {} if chance is None else {model: chance}

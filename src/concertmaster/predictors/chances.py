@@ -31,7 +31,7 @@ class Chances(Mapping[ModelName, float]):
     def __getitem__(self, model: ModelName) -> float:
         """Return the chance of a model."""
         make = self._make
-        if make is not None:  # threads may meet here: they find the same
+        if make is not None and model in self._models:  # threads may meet here: they find the same
             self._found = dict(zip(self._models, make(), strict=True))
             self._make = None
         return self._found[model]

@@ -5,7 +5,7 @@ from the first prompt that it answered there, which states the task before answe
 have added to it; and as much as its share of the calls, so that a workflow is one label.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -17,6 +17,9 @@ from concertmaster.predictors.trunk import Floats
 
 MOST_OPEN = 10_000
 """Calls whose answer, and workflows whose grade, is awaited."""
+
+MOST_UNREAD = 500
+"""Prompts to hold as they are: one is read once so many have come after it."""
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -67,6 +70,7 @@ class Judge:
         self._encoder = encoder
         self._traits = Kept(self._read)
         self._asked: OrderedDict[RequestId, _Traits] = OrderedDict()
+        self._unread: deque[RequestId] = deque()
         self._parts: OrderedDict[WorkflowId, dict[ModelName, _Part]] = OrderedDict()
 
     def __call__(self, text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
@@ -81,7 +85,16 @@ class Judge:
         if self._at_once:
             traits()
         _keep(self._asked, request.request_id, traits)
+        self._hold(request.request_id)
         return self.head.foresee(traits, models)
+
+    def _hold(self, request_id: RequestId) -> None:
+        """Read the prompt of a call that is long without an answer, and may never have one."""
+        self._unread.append(request_id)
+        if len(self._unread) > MOST_UNREAD:
+            waiting = self._asked.get(self._unread.popleft())
+            if waiting is not None:
+                waiting()
 
     def answered(self, request: Request, model: ModelName) -> None:
         """Take in which model answered a call; the grade of its workflow comes later."""
