@@ -18,7 +18,7 @@ from concertmaster.predictors.trunk import Floats
 MOST_OPEN = 10_000
 """Calls whose answer, and workflows whose grade, is awaited."""
 
-MOST_UNREAD = 500
+MOST_UNREAD = 2_000
 """Prompts to hold as they are: one is read once so many have come after it."""
 
 _K = TypeVar("_K")
