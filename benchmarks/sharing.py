@@ -1,13 +1,14 @@
 """Who serves more models than fit, far overloaded; and what refusing lost causes brings.
 
-python benchmarks/sharing.py
+python benchmarks/sharing.py [admission]
 """
 
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,15 @@ from builders import (
 from concertmaster.compose import simulate
 from concertmaster.core.fleet import Fleet, Readiness
 from concertmaster.core.request import ModelName, ServiceClass
+from concertmaster.reproduce.study import Estimate
 from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords
 
 SEEDS = (1, 2, 3, 4)
 MODELS = "abcde"
+DUE_SEEDS = (1, 2, 3, 4, 5)
 PERSON_S, PROGRAM_S = 30.0, 90.0
+GATES = ("maestro:admits=no", "maestro", "maestro:doubt=1", "maestro:doubt=0")
 
 
 class Case(NamedTuple):
@@ -123,32 +127,47 @@ def residencies() -> None:
 
 
 def admission() -> None:
-    """Print the share of workflows in time, with and without refusals."""
-    print("workflows in time: of people, of programs, all; refused")
-    for of in ("maestro:admits=no", "maestro", "maestro:doubt=0"):
-        for gap_s in (0.28, 0.2):
-            case = Case(1000, gap_s)
-            run = simulate(fleet(case), load(case, 1, due=True), of, seed=1)
-            print(f"shared, one each {gap_s} s   {of:19}", *attainment(run))
-        for gap_s in (0.9, 0.6):
-            plans = [
-                _of_class(plan, due=True, person=i % 2 == 0)
-                for i, plan in enumerate(chains(700, gap_s=gap_s, seed=1).workflows)
-            ]
-            own = a_fleet(a_pool(max_sequences=4), replicas=2)
-            run = simulate(own, a_workload(*plans), of, seed=1)
-            print(f"one model, one each {gap_s} s {of:19}", *attainment(run))
+    """Print the share of workflows in time, with and without refusals, over seeds."""
+    print("workflows in time: of people, of programs, all, all less those of the first; refused")
+    for name, simulated in _situations().items():
+        by_policy = {of: [attainment(simulated(of, s)) for s in DUE_SEEDS] for of in GATES}
+        freely = [run[2] for run in by_policy[GATES[0]]]
+        for of, runs in by_policy.items():
+            gains = [run[2] - other for run, other in zip(runs, freely, strict=True)]
+            *shares, refused = zip(*runs, strict=True)
+            columns = [*(Estimate.of(one) for one in (*shares, gains))]
+            print(f"{name:26}{of:19}", *columns, f"{statistics.mean(refused):.0f}", sep="  ")
 
 
-def attainment(run: RunRecords) -> tuple[str, ...]:
+def _situations() -> dict[str, Callable[[str, int], RunRecords]]:
+    def shared(of: str, seed: int, *, gap_s: float) -> RunRecords:
+        case = Case(1000, gap_s)
+        return simulate(fleet(case), load(case, seed, due=True), of, seed=seed)
+
+    def alone(of: str, seed: int, *, gap_s: float) -> RunRecords:
+        plans = [
+            _of_class(plan, due=True, person=i % 2 == 0)
+            for i, plan in enumerate(chains(700, gap_s=gap_s, seed=seed).workflows)
+        ]
+        own = a_fleet(a_pool(max_sequences=4), replicas=2)
+        return simulate(own, a_workload(*plans), of, seed=seed)
+
+    return {
+        **{f"shared, one each {s} s": partial(shared, gap_s=s) for s in (0.28, 0.2)},
+        **{f"one model, one each {s} s": partial(alone, gap_s=s) for s in (0.9, 0.6)},
+    }
+
+
+def attainment(run: RunRecords) -> tuple[float, float, float, float]:
     """Shares in time by class and in all, and how many were refused."""
     person = [w.met for w in run.workflows if w.service_class is ServiceClass.INTERACTIVE]
     program = [w.met for w in run.workflows if w.service_class is ServiceClass.BATCH]
-    shares = [statistics.mean(met) for met in (person, program, [*person, *program])]
     refused = sum(w.outcome == "rejected" for w in run.workflows)
-    return (*(f"{share:.3f}" for share in shares), str(refused))
+    shares = [statistics.mean(met) for met in (person, program, [*person, *program])]
+    return shares[0], shares[1], shares[2], float(refused)
 
 
 if __name__ == "__main__":
-    residencies()
+    if sys.argv[1:] != ["admission"]:
+        residencies()
     admission()

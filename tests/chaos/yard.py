@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +18,9 @@ import aiohttp
 from chaos.plan import ALL, ENGINES, SPEEDUP, Step
 
 START_S = 60.0
+_NEVER_DRAWN = range(20_000, 32_000)
+"""Ports below those that systems draw from for outgoing connections."""
+
 _CLI = "from concertmaster.cli import main; main()"
 _MODEL = 'model = "llama-3.1-8b-instruct"\ngpu = "a100-80g"\n'
 TIMEOUTS = {
@@ -32,14 +36,15 @@ SLACK_S = 3.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Return ports that nobody listens on, nor will connect from while their server is down."""
+    ports: list[int] = []
+    for port in random.Random(os.getpid()).sample(_NEVER_DRAWN, len(_NEVER_DRAWN)):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError(f"expected {count} free ports, found {len(ports)}")
 
 
 class Yard:

@@ -33,6 +33,7 @@ from concertmaster.reproduce.swarmx_arms import (
     MEANS,
     MEANS_OF,
     MORE_ROUTERS,
+    MORE_SCALED,
     MORE_SEARCHED,
     OURS,
     ROLES,
@@ -104,6 +105,7 @@ def test_every_arm_that_is_run_or_claimed_is_known() -> None:
         SETTLED,
         *WITHOUT,
         *SCALED,
+        *MORE_SCALED,
     }
 
     assert run == {*ARMS}

@@ -22,18 +22,22 @@ class Plan(NamedTuple):
     steps: tuple[Step, ...] = ()
     price_s: float = 0.0
 
+    def and_then(self, other: "Plan") -> "Plan":
+        """Return both, one after the other."""
+        return Plan((*self.steps, *other.steps), self.price_s + other.price_s)
+
 
 def steps_of(
-    replica: Replica, want: Want, now_s: float, since_s: float, replicas: int
+    replica: Replica, want: Want, replicas: int, *, now_s: float, since_s: float
 ) -> list[Step]:
     """Return what could be taken from a replica, the gentlest step first.
 
     Args:
         replica: One that neither loads nor leaves.
         want: What is asked of its model.
+        replicas: Of its model that run.
         now_s: The instant.
         since_s: When it came up.
-        replicas: Of its model that run.
     """
     if not replica.alive or replica.memory is None:
         return []
@@ -143,27 +147,11 @@ def cheapest(
     return _pruned(list(chosen.values()), freed_bytes - lacking_bytes)
 
 
-def clearing(
-    steps: Iterable[Step],
-    others: Sequence[Replica],
-    lacking_bytes: int,
-    residency: Residency,
-    want: Want,
-) -> Plan | None:
-    """Choose the steps that end all these replicas, and whatever else is lacking then.
-
-    Returns:
-        ``None`` if one of them may not be ended.
-    """
-    steps = list(steps)
-    ends = [one for one in steps if one.replica in others and one.kind in ("demote", "drain")]
+def ending(steps: Iterable[Step], count: int, residency: Residency, want: Want) -> Plan | None:
+    """Return the steps that end so many replicas, or ``None`` if one of them may not be ended."""
+    ends = [one for one in steps if one.kind in ("demote", "drain")]
     prices_s = [s for one in ends if (s := residency.price_s(one, want)) is not None]
-    freed_bytes = sum(step.hbm_bytes for step in ends)
-    kept = [one for one in steps if one.replica not in others]
-    rest = cheapest(kept, lacking_bytes - freed_bytes, residency, want)
-    if len(prices_s) < len(others) or rest is None:
-        return None
-    return Plan((*ends, *rest.steps), sum(prices_s) + rest.price_s)
+    return None if len(prices_s) < count else Plan(tuple(ends), sum(prices_s))
 
 
 def _pruned(chosen: Sequence[tuple[float, Step]], spare_bytes: int) -> Plan:

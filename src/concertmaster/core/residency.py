@@ -8,17 +8,20 @@ model at a time on each node, so that what is freed for it is not taken by anoth
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 from concertmaster.core.actions import Action, Resize
 from concertmaster.core.fleet import PoolId, Readiness, Replica, ReplicaId
 from concertmaster.core.hbm import NodeMemory
 from concertmaster.core.promise import Promises, ahead_tokens
 from concertmaster.core.queue import WaitingLine
-from concertmaster.core.reclaim import Plan, cheapest, clearing, steps_of
+from concertmaster.core.reclaim import Plan, cheapest, ending, steps_of
 from concertmaster.core.request import ModelName
 from concertmaster.core.tenancy import Residency, Step, Want
 from concertmaster.core.waking import Waking
 from concertmaster.core.wants import Wants
+
+_Asked = Callable[[ModelName], tuple[Want, int]]
 
 LOOK_S = 0.1
 """Seconds between two looks at models that calls wait for and nobody serves."""
@@ -172,6 +175,7 @@ class Residents:
     ) -> None:
         """Choose a node by seconds until a call could be answered there, and what others pay."""
         options = []
+        asked = cache(partial(self._asked, now_s))
         for replica in (r for one in pools for r in self._by_pool[one]):
             site = self._sites.get(id(replica.memory))
             if site is None or not self._may_rise(replica):
@@ -180,7 +184,7 @@ class Residents:
                 if site.claim.pool.pool_id in pools:
                     return
                 continue
-            plan = self._plan(now_s, replica, site, want)
+            plan = self._plan(now_s, replica, site, want, asked)
             if plan is not None:
                 ready_s = replica.pool.ready_s.get(replica.readiness, 0.0)
                 cost_s = ready_s + plan.price_s + replica.network_s
@@ -216,7 +220,7 @@ class Residents:
             if busy or site.claim or any(map(self._waking.leaves, site.tenants)):
                 continue
             want = self._wants.of_lane(now_s, pools)
-            steps = [one for one in self._steps(now_s, site, replica) if one.kind != "drain"]
+            steps = self._steps_but_drains(now_s, site, replica)
             plan = cheapest(steps, math.ceil(lacking_bytes), self._residency, want)
             if plan is not None and self._residency.worth(want, 0.0, plan.price_s):
                 actions += self._take(now_s, plan.steps)
@@ -236,31 +240,45 @@ class Residents:
             if one.readiness is Readiness.RUNNING or one.replica_id in starting
         ]
 
-    def _plan(self, now_s: float, replica: Replica, site: _Site, want: Want) -> Plan | None:
+    def _plan(
+        self, now_s: float, replica: Replica, site: _Site, want: Want, asked: _Asked
+    ) -> Plan | None:
         lacking_hbm, lacking_host = site.memory.lacks(
             replica.replica_id, replica.holding(rising=True)
         )
         if lacking_host:
             return None
-        steps, others = self._steps(now_s, site, replica), self._in_the_way(site, replica)
-        if others:
-            return clearing(steps, others, lacking_hbm, self._residency, want)
-        return cheapest(steps, lacking_hbm, self._residency, want)
+        others = self._in_the_way(site, replica)
+        ends = ending(self._steps(now_s, others, asked), len(others), self._residency, want)
+        if ends is None:
+            return None
+        kept = [one for one in site.tenants if one is not replica and one not in others]
+        lacking_hbm -= sum(step.hbm_bytes for step in ends.steps)
+        rest = cheapest(self._steps(now_s, kept, asked), lacking_hbm, self._residency, want)
+        return None if rest is None else ends.and_then(rest)
 
-    def _steps(self, now_s: float, site: _Site, beneficiary: Replica) -> list[Step]:
+    def _steps(self, now_s: float, tenants: Iterable[Replica], asked: _Asked) -> list[Step]:
         starting = self._waking.starting
         return [
             step
-            for one in site.tenants
-            if one is not beneficiary and not one.draining and one.replica_id not in starting
+            for one in tenants
+            if not one.draining and one.replica_id not in starting
             for step in steps_of(
                 one,
-                self._wants.soon(now_s, one.pool.model.name),
-                now_s,
-                self._waking.since_s.get(one.replica_id, 0.0),
-                self._running_of(one.pool.model.name),
+                *asked(one.pool.model.name),
+                now_s=now_s,
+                since_s=self._waking.since_s.get(one.replica_id, 0.0),
             )
         ]
+
+    def _steps_but_drains(self, now_s: float, site: _Site, beneficiary: Replica) -> list[Step]:
+        others = [one for one in site.tenants if one is not beneficiary]
+        steps = self._steps(now_s, others, partial(self._asked, now_s))
+        return [step for step in steps if step.kind != "drain"]
+
+    def _asked(self, now_s: float, model: ModelName) -> tuple[Want, int]:
+        """Return what is asked of a model, and how many of its replicas run or will."""
+        return self._wants.soon(now_s, model), self._running_of(model)
 
     def _running_of(self, model: ModelName) -> int:
         pools = self._pools.get(model, ())
@@ -297,7 +315,7 @@ class Residents:
         if any(self._waking.leaves(one) and not one.in_flight for one in site.tenants):
             return []
         want = self._wants.soon(now_s, replica.pool.model.name)
-        steps = [step for step in self._steps(now_s, site, replica) if step.kind != "drain"]
+        steps = self._steps_but_drains(now_s, site, replica)
         plan = cheapest(steps, lacking_bytes, self._residency, want)
         if plan is None:
             plan = Plan(tuple(step for step in steps if step.kind in ("shrink", "drop")))

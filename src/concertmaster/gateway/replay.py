@@ -16,9 +16,9 @@ import msgspec
 from concertmaster.core.errors import InputError
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, ModelName, Request
 from concertmaster.engines.openai_http import fetch
+from concertmaster.gateway.clock import scaled_clock
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.openai_api import BYTES_PER_TOKEN
-from concertmaster.gateway.server import scaled_clock
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Call, WorkflowPlan, Workload

@@ -5,7 +5,7 @@ import os
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from concertmaster.config import FleetFile, GatewaySection
@@ -17,6 +17,7 @@ from concertmaster.gateway.admin import AdminCheck, AdminDesk, AdminRoutes
 from concertmaster.gateway.agent import AgentConnection, Desk, Judge, Patience
 from concertmaster.gateway.app import SideRoutes
 from concertmaster.gateway.asgi import SideDoor
+from concertmaster.gateway.clock import scaled_clock, steady
 from concertmaster.gateway.driver import Gateway, Observer
 from concertmaster.gateway.keyring import KeyCheck, Keyring
 from concertmaster.gateway.limits import limits_of
@@ -66,7 +67,7 @@ async def running_gateway(
         scheduler,
         predictor,
         urls,
-        clock=scaled_clock(speedup),
+        clock=steady(scaled_clock(speedup)),
         speedup=speedup,
         side_door=side_door,
         observe=seeing.audience,
@@ -159,14 +160,6 @@ async def keyring_of(keys: str) -> AsyncIterator[Keyring | None]:
         with suppress(asyncio.CancelledError):
             await watching
         keyring.close()
-
-
-def scaled_clock(speedup: float) -> Callable[[], float]:
-    """Return a clock that runs ``speedup`` times as fast as the wall's."""
-    started_s = time.monotonic()
-    if speedup == 1.0:
-        return lambda: time.monotonic() - started_s
-    return lambda: (time.monotonic() - started_s) * speedup
 
 
 def controls_of(file: FleetFile) -> dict[ReplicaId, ControlKind]:

@@ -57,7 +57,7 @@ class InTime:
 
     person_s: float | None = None
     program_s: float | None = None
-    doubt: float = 1.0
+    doubt: float = 2.0
 
     def judge(self, call: Waiting, pools: Sequence[Pool], view: View) -> ModelName | Refusal:
         """Compare the time granted with the forecast on each model."""

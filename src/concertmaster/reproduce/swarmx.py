@@ -12,7 +12,9 @@ from concertmaster.reproduce.swarmx_arms import (
     DRIFTERS,
     FROZEN,
     MORE_ROUTERS,
+    MORE_SCALED,
     MORE_SEARCHED,
+    OURS,
     ROLES,
     ROUTERS,
     SCALED,
@@ -36,7 +38,10 @@ from concertmaster.workload.records import RunRecords
 HORIZON_S, FEWEST, MOST = 350.0, 200, 1200
 """A search runs each rate for so long, but with no fewer and no more workflows."""
 
-FLOOD = 3.0
+LIKELY = {ROLES: 1.3, OURS: 1.3}
+"""Load at which the search of an arm's rate begins, where 1 is far off: it ends at the same."""
+
+FLOOD = 2.0
 """Times load 1 at which a fleet shows what it finishes flat out."""
 
 KEPT = 0.95
@@ -85,6 +90,7 @@ class SwarmX:
         drifts = [pair for pair in product(scenarios, drifters) if full or pair != UNCLAIMED]
         routers = ROUTERS + (DEEP_ROUTERS + MORE_ROUTERS) * full
         searched = SEARCHED + MORE_SEARCHED * full
+        scaled = SCALED + MORE_SCALED * full
         grid = [
             *(
                 (f"{ROUTING}/{name}", arm, load)
@@ -92,7 +98,7 @@ class SwarmX:
             ),
             *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in DEEP_ROUTERS if not full),
             *((f"{RATES}/{DEEP}", arm, 0.0) for arm in searched),
-            *((f"{SCALING}/{name}", arm, 0.0) for name, arm in product(shapes, SCALED)),
+            *((f"{SCALING}/{name}", arm, 0.0) for name, arm in product(shapes, scaled)),
             *((f"{DRIFTS}/{name}", arm, 0.0) for name, arm in drifts),
         ]
         return [
@@ -136,7 +142,7 @@ def reach(name: str, arm: str, *, seed: int) -> Figures:
     if arm != ROLES:
         return {"rate_rps": rate_rps}
     flooded = world.play(
-        name, arm, rate_rps=FLOOD * world.rate_of(name), workflows=world.WORKFLOWS, seed=seed
+        name, arm, rate_rps=FLOOD * world.rate_of(name), workflows=FEWEST, seed=seed
     )
     return {"rate_rps": rate_rps, "flat_out_rps": finished_rps(flooded)}
 
@@ -156,7 +162,8 @@ def reach_rps(name: str, arm: str, *, seed: int) -> float:
         run = world.play(name, arm, rate_rps=rate_rps, workflows=workflows, seed=seed)
         return world.attained_ratio(run, world.slo_s(name)) >= KEPT
 
-    return highest(meets, start=world.rate_of(name), tolerance=0.05)
+    start = LIKELY.get(arm, 1.0) * world.rate_of(name)
+    return highest(meets, start=start, step=1.2, tolerance=0.05)
 
 
 STUDY = SwarmX()

@@ -63,9 +63,10 @@ REACTIVE = (
 """Its rivals, as published and in their best form; ``reactive`` at two prices of GPU time."""
 
 SAME_ROUTER = ("swarmx/static", "swarmx/reactive", FORESEEN)
-"""What scaling alone is worth."""
+"""What scaling alone is worth; all but the last in the full grid alone."""
 
-SCALED = (*STATIC, *chain(*REACTIVE), *SAME_ROUTER)
+SCALED = (*STATIC, *chain(*REACTIVE), FORESEEN)
+MORE_SCALED = SAME_ROUTER[:-1]
 
 ARMS: Mapping[str, Arm] = {
     **{name: Arm(name) for name in (BLIND, LATE, RANDOM, TWO, LATE_TWO, MEANS, CALLS)},
@@ -76,7 +77,7 @@ ARMS: Mapping[str, Arm] = {
     ROLES: Arm("swarmx"),
     FROZEN: Arm("swarmx", adapts=False),
     SETTLED: Arm("swarmx"),
-    **{name: Arm(name) for name in (FIFO, COMONOTONE, *SCALED)},
+    **{name: Arm(name) for name in (FIFO, COMONOTONE, *SCALED, *MORE_SCALED)},
 }
 """Every arm of the study."""
 

@@ -7,7 +7,14 @@ from concertmaster.observe.compare import mean
 from concertmaster.observe.console import number
 from concertmaster.observe.plot_kinds import Line, Plot, TimelinePlot
 from concertmaster.reproduce.study import Claim, Estimate, Results, Table
-from concertmaster.reproduce.swarmx_arms import FORESEEN, REACTIVE, SAME_ROUTER, SCALED, STATIC
+from concertmaster.reproduce.swarmx_arms import (
+    FORESEEN,
+    MORE_SCALED,
+    REACTIVE,
+    SAME_ROUTER,
+    SCALED,
+    STATIC,
+)
 
 SCALING = "scaling"
 CLAIMED = f"{SCALING}/bursts"
@@ -96,7 +103,7 @@ def tables(results: Results) -> tuple[Table, ...]:
     """Return makespans of every arm beside what it took, and scaling under one router."""
     return (
         *(_arms(results, setting) for setting in settings(results)),
-        *(_alone(results, setting) for setting in settings(results)),
+        *(_alone(results, setting) for setting in settings(results) if _has_all(results, setting)),
     )
 
 
@@ -125,9 +132,14 @@ def _arms(results: Results, setting: str) -> Table:
                     for one in columns.values()
                 ),
             )
-            for arm in SCALED
+            for arm in (*SCALED, *MORE_SCALED)
+            if results.has(setting=setting, arm=arm, load=0.0)
         ),
     )
+
+
+def _has_all(results: Results, setting: str) -> bool:
+    return all(results.has(setting=setting, arm=arm, load=0.0) for arm in SAME_ROUTER)
 
 
 def _alone(results: Results, setting: str) -> Table:

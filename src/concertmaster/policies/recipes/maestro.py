@@ -34,7 +34,7 @@ def maestro(
     kv: KvKind = "forecast",
     person_s: float | None = None,
     program_s: float | None = None,
-    doubt: float = 1.0,
+    doubt: float = 2.0,
     admits: bool = True,
     **settings: Any,  # noqa: ANN401  # those of KvRule and of Expected
 ) -> Policy:
