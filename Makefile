@@ -75,7 +75,9 @@ bench: setup ## speed: decisions, simulation, engine model, parity (benchmarks/g
 NATIVE := $(addprefix core/,assembly.py cost.py crews.py dispatching.py fair_share.py fleet.py hbm.py hedging.py ladder.py memory.py outlook.py prefill_share.py promise.py queue.py \
   races.py reclaim.py residency.py routing.py scheduler.py service.py sketch.py traffic.py wait.py waking.py wants.py weighing.py window.py \
   workflow.py) \
-  policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) predictors/recent.py sim/*.py \
+  policies/*.py $(addprefix policies/recipes/,baselines.py chimera.py swarmx.py) sim/*.py \
+  $(addprefix predictors/,calibration.py chances.py evidence.py features.py history.py judge.py kept.py laws.py learned.py \
+  recent.py shares.py) $(addprefix learning/,budget.py coverage.py drift.py loop.py shadow.py watching.py) \
   $(addprefix physics/,batching.py fast.py prefix_cache.py sequence.py stretch.py) \
   $(addprefix workload/,agents.py asking.py progress.py) \
   $(addprefix gateway/,agent.py alarm.py dispatching.py driver.py exchange.py growth.py heads.py inference.py intake.py \

@@ -42,7 +42,7 @@ def walked(forest: Forest, figures: Floats) -> Floats:
 def test_one_walk_goes_through_all_trees(figures: list[float]) -> None:
     forest, call = a_forest(), np.array(figures, dtype=np.float32)
 
-    np.testing.assert_allclose(forest.predict(call), walked(forest, call), atol=1e-4)
+    np.testing.assert_array_equal(forest.predict(call), walked(forest, call))
 
 
 def test_a_figure_equal_to_the_threshold_goes_left() -> None:
@@ -64,6 +64,19 @@ def test_many_calls_are_answered_as_each_alone() -> None:
 
     assert together.shape == (5, 2)
     np.testing.assert_array_equal(together[3], a_forest().predict(calls[3]))
+
+
+def test_a_forest_of_many_questions_answers_and_is_kept_as_it_was_given() -> None:
+    rng = np.random.default_rng(2)
+    features = rng.integers(0, 40, (900, 63)).astype(np.int16)
+    thresholds = rng.normal(size=(900, 63)).astype(np.float32)
+    leaves = rng.normal(size=(900, 64)).astype(np.float16).astype(np.float32)
+    forest = Forest(features, thresholds, leaves, outputs=3)
+    call = rng.normal(size=44).astype(np.float32)
+
+    np.testing.assert_array_equal(forest.predict(call), walked(forest, call))
+    for name, told in (("features", features), ("thresholds", thresholds), ("leaves", leaves)):
+        np.testing.assert_array_equal(forest.arrays()[name], told)
 
 
 def test_a_kept_forest_answers_as_before() -> None:

@@ -17,6 +17,7 @@ from concertmaster.core.errors import InputError
 from concertmaster.core.request import ModelName
 from concertmaster.learning.datasets import seen_hashes
 from concertmaster.learning.rehearsal import rehearse, serve
+from concertmaster.predictors import store as store_module
 from concertmaster.predictors.encoder import StaticEncoder
 from concertmaster.predictors.evidence import Evidence
 from concertmaster.predictors.heads import FIGURES
@@ -40,6 +41,7 @@ from store_builders import (
     a_manifest,
     a_store,
     a_success_head,
+    an_encoder,
     some_heads,
     some_parts,
     some_plans,
@@ -440,6 +442,23 @@ def test_an_encoder_that_the_success_head_was_not_fitted_on_is_refused(tmp_path:
 
     with pytest.raises(InputError, match='expected the encoder "hashed-4", found "static-4"'):
         judge_of(read_store(folder))
+
+
+def test_prompts_are_read_at_once_where_the_encoder_lies_outside_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = an_encoder()
+    outside.name = "onnx:somewhere"
+    monkeypatch.setattr(store_module, "_outside", lambda _: outside)
+    folder = a_store(tmp_path / "s", success=a_success_head(outside.name).arrays(), encoder=None)
+    rewrite(folder, lambda fields: fields.update(encoder={"name": outside.name, "dims": DIMS}))
+
+    within, without = judge_of(read_store(a_store(tmp_path / "t"))), judge_of(read_store(folder))
+
+    assert within is not None
+    assert without is not None
+    assert not within._at_once
+    assert without._at_once
 
 
 def test_a_success_head_without_an_encoder_is_refused(copy: Path) -> None:

@@ -14,6 +14,7 @@ from concertmaster.learning import watching
 from concertmaster.learning.drift import RUN_LABELS, Change, Drift, DriftWatch
 from concertmaster.learning.labels import LEVELS
 from concertmaster.learning.watching import Watching
+from concertmaster.predictors.chances import Chances
 from concertmaster.predictors.interface import Completion
 
 M, N = ModelName("m"), ModelName("n")
@@ -200,3 +201,22 @@ def test_a_reset_forgets_what_another_fit_had_said() -> None:
     stage.watching.close(name, 1.0)
 
     assert stage.watch.groups == ()
+
+
+def test_chances_are_read_once_a_workflow_is_over_and_not_before() -> None:
+    asked = []
+
+    def make() -> list[float]:
+        asked.append(1)
+        return [0.5]
+
+    stage = Stage()
+    name = stage.serve(5, 5, said=says(Chances([M], make)), over=False)
+    assert asked == []
+    stage.watching.close(name)
+    stage.watching.close(name, 1.0)
+
+    assert asked == [1]
+    health = stage.watch.health(GRADES)
+    assert health is not None
+    assert health.labels == 1

@@ -125,6 +125,8 @@ class Quantiles:
 
     def cap(self, most: float) -> "Quantiles":
         """Never above ``most``."""
+        if self.values[-1] <= most:
+            return self
         return Quantiles(self.levels, tuple(min(value, most) for value in self.values))
 
     def compose(self, other: "Quantiles") -> "Quantiles":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.learning.notices import Notices, describe
+from concertmaster.predictors.chances import Chances
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 
 BUDGET_S = 0.02
@@ -180,7 +181,10 @@ def makes_sense(forecast: Forecast) -> bool:
     for law in (forecast.output_tokens, *forecast.output_tokens_on.values(), *rest):
         if law is not None and not (law.values[0] >= 0.0 and math.isfinite(sum(law.values))):
             return False
-    ratios = (forecast.tool_call, *forecast.success.values())
+    success = forecast.success
+    if isinstance(success, Chances) and not success.read:  # made of odds, so they make sense
+        success = {}
+    ratios = (forecast.tool_call, *success.values())
     return all(ratio is None or 0.0 <= ratio <= 1.0 for ratio in ratios)
 
 

@@ -8,6 +8,7 @@ grade, as it was stated at the first of them.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from concertmaster.core.forecast import Forecast, Quantiles
@@ -21,9 +22,9 @@ MOST_WORKFLOWS = 10_000
 
 @dataclass(slots=True)
 class _Part:
-    """What a model did in a workflow: its chance as stated at its first call, and its calls."""
+    """What a model did in a workflow: the chances as stated at its first call, and its calls."""
 
-    chance: float | None
+    chances: Mapping[ModelName, float]
     calls: int = 0
 
 
@@ -65,7 +66,9 @@ class Watching:
         found = self._of(request.workflow_id)
         if not found.parts:
             found.group, found.remaining = (request.app, request.role), forecast.remaining_tokens
-        part = found.parts.setdefault(model, _Part(forecast.success.get(model)))
+        part = found.parts.get(model)
+        if part is None:
+            part = found.parts[model] = _Part(forecast.success)
         part.calls += 1
         found.tokens += tokens
         found.ended_s = at_s
@@ -84,6 +87,7 @@ class Watching:
         found = self._open.get(workflow_id)
         if found is None:
             return []
+        _settle(found)
         alarms = [self._ended(found)]
         if grade is not None:
             del self._open[workflow_id]
@@ -104,7 +108,7 @@ class Watching:
 
     def _graded(self, found: _Open, grade: float) -> Drift | None:
         model = max(found.parts, key=lambda name: found.parts[name].calls, default=None)
-        chance = None if model is None else found.parts[model].chance
+        chance = None if model is None else found.parts[model].chances.get(model)
         if model is None or chance is None:
             return None
         return self._watch.add_grade(
@@ -118,3 +122,10 @@ class Watching:
             if len(self._open) > MOST_WORKFLOWS:
                 self._open.popitem(last=False)
         return found
+
+
+def _settle(found: _Open) -> None:
+    """Read the chances that were stated: what they rest on need not be kept for a late grade."""
+    for model, part in found.parts.items():
+        chance = part.chances.get(model)
+        part.chances = {} if chance is None else {model: chance}

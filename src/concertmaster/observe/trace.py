@@ -4,7 +4,7 @@ The first line is a header with the format version. A trace replays through the 
 without weights or engines, and ``explain`` reads from it why a call went where it went.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +57,13 @@ def as_line(now_s: float, event: Event, actions: Sequence[Action]) -> dict[str, 
     }
 
 
+def _as_dict(value: object) -> object:
+    """Write a mapping that works its values out as the dictionary that it stands for."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise NotImplementedError(f"a trace cannot hold a {type(value).__name__}")
+
+
 class TraceWriter:
     """Writes a trace line by line; use it as a context manager.
 
@@ -70,7 +77,7 @@ class TraceWriter:
             self._file: IO[bytes] = path.open("wb")
         except OSError as error:
             raise InputError(str(path), "", f"cannot write a trace: {error.strerror}") from None
-        self._encode = msgspec.json.Encoder().encode
+        self._encode = msgspec.json.Encoder(enc_hook=_as_dict).encode
         self._file.write(self._encode(header) + b"\n")
 
     def __enter__(self) -> Self:

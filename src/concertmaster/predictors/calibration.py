@@ -6,8 +6,8 @@ covered, so that the share covered tends to the level whatever the labels do. Of
 log odds of ranks, see ``laws``; a group begins with its parent's.
 """
 
-import math
 from collections.abc import Mapping, Sequence
+from math import log1p
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ MOST_ERROR = 2.0
 
 MOST_OFFSET = 6.0
 MOST_TRUST = 6.0
+MOST_WORTHS = 64
+"""Worths of labels whose steps are kept, for groups that have seen many."""
+
 BLENDS: Floats = np.linspace(0.02, 0.98, 13)
 """Weights of the heads that are tried on labels that they have not seen."""
 
@@ -45,13 +48,30 @@ _TRUST_STEP = 1.0
 class _Group:
     """Offsets of one group by level, what stands behind them, and the trust in the heads."""
 
-    __slots__ = ("curve", "labels", "offsets", "trust")
+    __slots__ = ("_share", "_trust", "curve", "labels", "offsets")
 
     def __init__(self, offsets: Floats, trust: float) -> None:
         self.offsets = offsets
         self.trust = trust
         self.labels = 0.0
         self.curve: Floats = np.zeros(len(BLENDS))
+
+    @property
+    def trust(self) -> float:
+        """Log odds of the weight of the heads."""
+        return self._trust
+
+    @trust.setter
+    def trust(self, odds: float) -> None:
+        self._trust = odds
+        self._share: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Weight of the heads, in 0…1."""
+        if self._share is None:
+            self._share = float(1 / (1 + np.exp(-self._trust)))
+        return self._share
 
 
 class Calibration:
@@ -67,6 +87,7 @@ class Calibration:
         # in log odds a quantile lies where the density is level * (1 - level), and the step
         # that learns it fastest is one over that (Robbins and Monro)
         self._density = self._levels * (1 - self._levels)
+        self._last_steps: dict[float, Floats] = {}
         self._most_groups = most_groups
         self._groups: dict[tuple[str, Path], _Group] = {}
 
@@ -78,7 +99,7 @@ class Calibration:
     def trust(self, target: str, path: Path) -> float:
         """Return the weight of the heads beside the law of the group, in 0…1."""
         group = self._find(target, path)
-        return 0.5 if group is None else float(1 / (1 + np.exp(-group.trust)))
+        return 0.5 if group is None else group.share
 
     def learn(
         self,
@@ -100,19 +121,27 @@ class Calibration:
             truth: What came of it.
             worth: In workflows; labels of one workflow resemble each other.
         """
-        covered = np.array([truth <= value for value in stated.values])
+        off = self._levels - np.array([truth <= value for value in stated.values])
         better = log_pinball(law, truth) - log_pinball(stated, truth)
         for end in range(len(path) + 1):
             group = self._groups.get((target, path[:end])) or self._open(target, path[:end])
             if group is None:
                 return
-            known = min(FIRST_LABELS + group.labels, LAST_LABELS)
-            step = np.minimum(MOST_STEP, 1 / (known * self._density)) * worth
-            moved = group.offsets + step * (self._levels - covered)
+            moved = group.offsets + self._steps(group.labels, worth) * off
             group.offsets = np.minimum(np.maximum(moved, -MOST_OFFSET), MOST_OFFSET)
             trust = group.trust + _TRUST_STEP * worth * better
             group.trust = min(max(trust, -MOST_TRUST), MOST_TRUST)
             group.labels += worth
+
+    def _steps(self, labels: float, worth: float) -> Floats:
+        """Return how far a label moves each level of a group that has seen so many."""
+        known = min(FIRST_LABELS + labels, LAST_LABELS)
+        steps = self._last_steps.get(worth) if known == LAST_LABELS else None
+        if steps is None:
+            steps = np.minimum(MOST_STEP, 1 / (known * self._density)) * worth
+            if known == LAST_LABELS and len(self._last_steps) < MOST_WORTHS:
+                self._last_steps[worth] = steps
+        return steps
 
     def fit(
         self, target: str, paths: Sequence[Path], odds: Floats, truths: Floats, worths: Floats
@@ -218,9 +247,9 @@ def log_pinball(stated: Quantiles, truth: float) -> float:
     >>> round(log_pinball(Quantiles((0.5,), (0.0,)), 0.0), 3)
     0.0
     """
-    true = math.log1p(truth)
+    true = log1p(truth)
     total = 0.0
     for level, value in zip(stated.levels, stated.values, strict=True):
-        error = true - math.log1p(value)
+        error = true - log1p(value)
         total += level * error if error > 0 else (level - 1) * error
     return total / len(stated.levels)

@@ -4,7 +4,8 @@ Training replays recorded workflows through the same object that serves, so that
 never meets a figure that it was not fitted on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,6 @@ from concertmaster.predictors.features import (
     PROMPT_FEATURES,
     TRACK_FEATURES,
     history_figures,
-    law_figures,
     prompt_figures,
     track_figures,
 )
@@ -63,7 +63,7 @@ class Look(NamedTuple):
 
     features: npt.NDArray[np.float32]
     laws: dict[str, Law]
-    paths: dict[str, Path]
+    paths: Mapping[str, Path]
 
     @property
     def step(self) -> str:
@@ -97,7 +97,7 @@ class Evidence:
             *history_figures(request, history, track),
         ]
         for target in _IN_FEATURES:
-            figures += law_figures(laws[target])
+            figures += laws[target].shape()
         return Look(np.array(figures, dtype=np.float32), laws, paths)
 
     def output_law(self, request: Request, model: ModelName) -> Law:
@@ -147,7 +147,7 @@ class Evidence:
                 self.laws[target].add(call.path, truth, worth=call.worth)
         return closed
 
-    def _add(self, name: str, paths: dict[str, Path], count: float, worth: float) -> None:
+    def _add(self, name: str, paths: Mapping[str, Path], count: float, worth: float) -> None:
         self.laws[name].add(paths[name], count, worth=worth)
 
 
@@ -183,11 +183,16 @@ def likely_model(request: Request, history: History) -> ModelName:
     return request.models[0] if len(request.models) == 1 else history.model
 
 
-def paths_of(request: Request, model: ModelName) -> dict[str, Path]:
+def paths_of(request: Request, model: ModelName) -> Mapping[str, Path]:
     """Return the group of a call in the laws of each quantity."""
-    role = f"{request.role}/{request.step}"
-    call = path_of(request.app, request.template, role, model)
-    rest = path_of(request.app, request.template, stage_bucket(request.stage or 0), role, model)
+    bucket = stage_bucket(request.stage or 0)
+    return _paths(request.app, request.template, bucket, f"{request.role}/{request.step}", model)
+
+
+@lru_cache(4_096)
+def _paths(app: str, template: str, bucket: str, role: str, model: str) -> Mapping[str, Path]:
+    call = path_of(app, template, role, model)
+    rest = path_of(app, template, bucket, role, model)
     return {
         "output_tokens": call,
         "prompt_tokens": call,
@@ -199,4 +204,9 @@ def paths_of(request: Request, model: ModelName) -> dict[str, Path]:
 
 def group_of(request: Request) -> Path:
     """Return the group whose coverage is kept: app and role."""
-    return path_of(request.app, f"{request.role}/{request.step}")
+    return _group(request.app, f"{request.role}/{request.step}")
+
+
+@lru_cache(4_096)
+def _group(app: str, role: str) -> Path:
+    return path_of(app, role)

@@ -13,9 +13,9 @@ from concertmaster.predictors.interface import Prompt
 from concertmaster.predictors.laws import Law
 
 _TAIL_CHARS = 400
-_DIGITS = str.maketrans("", "", "0123456789")
-_CAPITALS = str.maketrans("", "", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-_MARKS = str.maketrans("", "", "|,;:[]()")
+_DIGITS = b"0123456789"
+_CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MARKS = b"|,;:[]()"
 _TROUBLE = ("error", "not found", "no such", "invalid")
 _CODE = ("`", "def ", "{")
 
@@ -51,7 +51,8 @@ def prompt_figures(request: Request, prompt: Prompt, prompt_law: Law) -> list[fl
     text = prompt.text
     tail = text[-_TAIL_CHARS:]
     lower = tail.lower()
-    chars = len(tail)
+    raw = tail.encode("utf-8", "surrogatepass")
+    told = text.rstrip("\n")
     return [
         log(request.prompt_tokens),
         prompt_law.rank(request.prompt_tokens),
@@ -60,14 +61,19 @@ def prompt_figures(request: Request, prompt: Prompt, prompt_law: Law) -> list[fl
         float(prompt.thinking),
         -1.0 if prompt.after_tool is None else float(prompt.after_tool),
         log(text.count("\n")),
-        log(len(text.rstrip("\n").rpartition("\n")[2])),
-        float(sum(lower.count(word) for word in _TROUBLE)),
+        log(len(told) - told.rfind("\n") - 1),
+        float(sum([lower.count(word) for word in _TROUBLE])),
         float(lower.count("?")),
-        float(chars - len(tail.translate(_DIGITS))),
-        float(chars - len(tail.translate(_CAPITALS))),
-        float(chars - len(tail.translate(_MARKS))),
-        float(sum(text.count(mark) for mark in _CODE)),
+        _count(raw, _DIGITS),
+        _count(raw, _CAPITALS),
+        _count(raw, _MARKS),
+        float(sum([text.count(mark) for mark in _CODE])),
     ]
+
+
+def _count(raw: bytes, which: bytes) -> float:
+    """Count bytes of a UTF-8 text that are one of some ASCII characters."""
+    return float(len(raw) - len(raw.translate(None, which)))
 
 
 def track_figures(request: Request, track: Track) -> list[float]:
@@ -121,12 +127,6 @@ def history_figures(request: Request, history: History, track: Track) -> list[fl
         history.smooth_pause if history.smooth_pause < 0 else log(history.smooth_pause),
         log(history.tool_s),
     ]
-
-
-def law_figures(law: Law) -> list[float]:
-    """Return ``LAW_FEATURES``: where the group's law lies, and how much stands behind it."""
-    low, middle, high = law.at((0.1, 0.5, 0.9)).tolist()
-    return [log(middle), log(high) - log(low), log(law.workflows), float(law.depth)]
 
 
 def cached_tokens(request: Request, track: Track) -> int:

@@ -5,8 +5,8 @@ from the first prompt that it answered there, which states the task before answe
 have added to it; and as much as its share of the calls, so that a workflow is one label.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
@@ -18,28 +18,59 @@ from concertmaster.predictors.trunk import Floats
 MOST_OPEN = 10_000
 """Calls whose answer, and workflows whose grade, is awaited."""
 
+MOST_UNREAD = 2_000
+"""Prompts to hold as they are: one is read once so many have come after it."""
+
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 _Part = tuple[Floats, int]
 """What a model did in a workflow: traits of the first prompt that it answered, and its calls."""
 
 
+class _Traits:
+    """Traits of a prompt, read once somebody asks; its text is let go of then.
+
+    Args:
+        text: The prompt.
+        read: Gives its traits.
+    """
+
+    __slots__ = ("_found", "_read", "_text")
+
+    def __init__(self, text: str, read: Callable[[str], Floats]) -> None:
+        self._text = text
+        self._read = read
+        self._found: Floats | None = None
+
+    def __call__(self) -> Floats:
+        text = self._text
+        found = self._found
+        if found is None:  # threads may meet here: who finds no traits has the text in hand
+            found = self._found = self._read(text)
+            self._text = ""
+        return found
+
+
 class Judge:
     """Says how likely each model solves a prompt, and learns from grades.
 
-    What it has to keep of a prompt until its grade comes are the traits that the forecast was
-    made from, so nothing is embedded twice.
+    A prompt is read once somebody asks for a chance, and no later than its call is answered if
+    a grade may rest on it; nothing is embedded twice. What is kept until the grade are traits.
 
     Args:
         head: Knows prompts and models.
         encoder: Makes the vectors that the head was fitted on.
+        at_once: Whether each prompt is read at its arrival, because the encoder may be slow
+            or fail: whoever asks for the forecast is prepared for that.
     """
 
-    def __init__(self, head: SuccessHead, encoder: Encoder) -> None:
+    def __init__(self, head: SuccessHead, encoder: Encoder, *, at_once: bool = False) -> None:
         self.head = head
+        self._at_once = at_once
         self._encoder = encoder
         self._traits = Kept(self._read)
-        self._asked: OrderedDict[RequestId, Floats] = OrderedDict()
+        self._asked: OrderedDict[RequestId, _Traits] = OrderedDict()
+        self._unread: deque[RequestId] = deque()
         self._parts: OrderedDict[WorkflowId, dict[ModelName, _Part]] = OrderedDict()
 
     def __call__(self, text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
@@ -48,11 +79,22 @@ class Judge:
 
     def foresee(
         self, request: Request, text: str, models: Sequence[ModelName]
-    ) -> dict[ModelName, float]:
-        """Answer, and keep the traits of the prompt until its call is answered."""
-        traits = self._traits.of(text)
+    ) -> Mapping[ModelName, float]:
+        """Answer, and keep hold of the prompt until its call is answered."""
+        traits = _Traits(text, self._traits.of)
+        if self._at_once:
+            traits()
         _keep(self._asked, request.request_id, traits)
-        return self.head.predict_from(traits, models)
+        self._hold(request.request_id)
+        return self.head.foresee(traits, models)
+
+    def _hold(self, request_id: RequestId) -> None:
+        """Read the prompt of a call that is long without an answer, and may never have one."""
+        self._unread.append(request_id)
+        if len(self._unread) > MOST_UNREAD:
+            waiting = self._asked.get(self._unread.popleft())
+            if waiting is not None:
+                waiting()
 
     def answered(self, request: Request, model: ModelName) -> None:
         """Take in which model answered a call; the grade of its workflow comes later."""
@@ -60,7 +102,8 @@ class Judge:
         if traits is None:
             return
         parts = self._parts.get(request.workflow_id, {})
-        first, calls = parts.get(model, (traits, 0))
+        part = parts.get(model)
+        first, calls = (traits(), 0) if part is None else part
         parts[model] = first, calls + 1
         _keep(self._parts, request.workflow_id, parts)
 

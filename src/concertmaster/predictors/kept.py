@@ -14,10 +14,11 @@ _V = TypeVar("_V")
 class Kept(Generic[_V]):
     """Remembers a value a text; the one unused for longest goes first.
 
-    Texts are told apart by a 16-byte hash; none is stored.
+    Texts are told apart by a 16-byte hash; none is stored. Threads may share it: at worst a
+    value is worked out twice.
 
     Args:
-        make: Works the value out; it must depend on the text alone.
+        make: Works the value out, never ``None``; it must depend on the text alone.
         entries: Values to keep.
     """
 
@@ -40,10 +41,10 @@ class Kept(Generic[_V]):
         4
         """
         key = content_key(text)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        value = self._kept[key] = self._make(text)
+        value = self._kept.pop(key, None)
+        if value is None:
+            value = self._make(text)
+        self._kept[key] = value
         if len(self._kept) > self._entries:
             self._kept.popitem(last=False)
         return value

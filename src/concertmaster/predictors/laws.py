@@ -10,8 +10,9 @@ nobody has seen.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import log1p
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,9 @@ MOST_WORKFLOWS = 3000.0
 """What a group may be worth; beyond, what it has seen is halved, so that it follows drift."""
 
 
+MOST_CHAINS = 2_000
+"""Paths whose law is kept until a group of it changes."""
+
 FULL_WORKFLOWS = 50.0
 """What one app adds to the laws of all apps tends to as many workflows as this."""
 
@@ -71,17 +75,20 @@ _PRIOR = _prior()
 class _Group:
     """What was seen of one group: counts below each edge, and what they are worth."""
 
-    __slots__ = ("below", "seen", "workflows")
+    __slots__ = ("additions", "below", "seen", "workflows")
 
     def __init__(self) -> None:
         self.below: Floats = np.zeros(BINS + 1)
         self.seen = 0.0
         self.workflows = 0.0
+        self.additions = 0
 
     def add(self, first: int, count: float, worth: float) -> None:
-        self.below[first:] += count
+        tail = self.below[first:]
+        tail += count
         self.seen += count
         self.workflows += worth
+        self.additions += 1
         if self.workflows > MOST_WORKFLOWS:
             self.below *= 0.5
             self.seen *= 0.5
@@ -97,10 +104,11 @@ class Law:
         by_model: Whether its model was seen, in whatever app.
     """
 
-    __slots__ = ("_below", "by_model", "depth", "workflows")
+    __slots__ = ("_below", "_shape", "by_model", "depth", "workflows")
 
     def __init__(self, below: Floats, *, workflows: float, depth: int, by_model: bool) -> None:
         self._below = below
+        self._shape: tuple[float, ...] = ()
         self.workflows = workflows
         self.depth = depth
         self.by_model = by_model
@@ -117,6 +125,80 @@ class Law:
         found: Floats = np.interp(np.asarray(levels, dtype=np.float64), self._below, _EDGE_ARRAY)
         return np.maximum(found, 0.0)
 
+    def quantiles(self, levels: Floats) -> tuple[float, ...]:
+        """Return the counts at rising levels, not below 0."""
+        values: list[float] = np.interp(levels, self._below, _EDGE_ARRAY).tolist()
+        if values[0] < 0.0:
+            values = [max(value, 0.0) for value in values]
+        return tuple(values)
+
+    def shape(self) -> tuple[float, ...]:
+        """Return logarithms of the median, of the width of the middle 80 %, and of the worth.
+
+        The width is a quotient; last comes the depth. All of it is worked out once.
+        """
+        if not self._shape:
+            low, middle, high = map(log1p, self.quantiles(_SHAPE_LEVELS))
+            self._shape = middle, high - low, log1p(self.workflows), float(self.depth)
+        return self._shape
+
+
+_SHAPE_LEVELS = np.array((0.1, 0.5, 0.9))
+
+
+class _Chain:
+    """The groups along a path, fine to coarse, and the law that they made last.
+
+    Args:
+        groups: Depth, lean and group; some may not have been seen.
+        by_model: Whether the model of the path was seen.
+    """
+
+    __slots__ = ("_additions", "_by_model", "_groups", "_law", "_used")
+
+    def __init__(self, groups: Sequence[tuple[int, float, _Group]], *, by_model: bool) -> None:
+        self._groups = groups
+        self._by_model = by_model
+        self._law: Law | None = None
+        self._used = 0
+        self._additions = -1
+
+    def law(self) -> Law:
+        """Blend the groups, unless those that count are as they were."""
+        if self._law is None or self._counted() != self._additions:
+            self._law = self._blend()
+            self._additions = self._counted()
+        return self._law
+
+    def _counted(self) -> int:
+        """Count what was added to the groups that the law rests on: none is ever taken away."""
+        counted = 0
+        for _, _, group in self._groups[: self._used]:
+            counted += group.additions
+        return counted
+
+    def _blend(self) -> Law:
+        below: Floats | None = None
+        rest, depth, workflows, used = 1.0, -1, 0.0, 0
+        for end, lean, group in self._groups:
+            used += 1
+            if not group.seen:
+                continue
+            own = group.workflows / (group.workflows + lean)
+            part = group.below * (rest * own / group.seen)
+            if below is None:
+                below, depth, workflows = part, end, group.workflows
+            else:
+                below += part
+            rest *= 1 - own
+            if rest < LEAST_REST:
+                break
+        self._used = used
+        prior = _PRIOR * rest
+        below = prior if below is None else np.add(below, prior, out=below)
+        below /= below[-1]
+        return Law(below, workflows=workflows, depth=depth, by_model=self._by_model)
+
 
 class LawTree:
     """The laws of one quantity.
@@ -132,34 +214,35 @@ class LawTree:
         self._lean = lean_workflows
         self._most_groups = most_groups
         self._groups: dict[Path, _Group] = {(): _Group()}
+        self._chains: dict[Path, _Chain] = {}
+        self._by_groups: dict[tuple[_Group, ...], _Chain] = {}
 
     def law(self, path: Path) -> Law:
         """Blend the groups along a path, as far as they were seen."""
-        seen = self._along(path)
-        below, rest = np.zeros(BINS + 1), 1.0
-        for _, lean, group in reversed(seen):
-            own = group.workflows / (group.workflows + lean)
-            below += rest * own / group.seen * group.below
-            rest *= 1 - own
-            if rest < LEAST_REST:
-                break
-        below += rest * _PRIOR
-        depth, _, finest = seen[-1] if seen else (-1, 0.0, None)
-        return Law(
-            below / below[-1],
-            workflows=0.0 if finest is None else finest.workflows,
-            depth=depth,
-            by_model=_of_model(path) in self._groups,
-        )
+        chain = self._chains.get(path)
+        if chain is None:
+            if len(self._chains) >= MOST_CHAINS:
+                self._forget_chains()
+            self._chains[path] = chain = self._chain(path)
+        return chain.law()
 
-    def _along(self, path: Path) -> list[tuple[int, float, _Group]]:
-        """Depth, lean and group: of all apps, of the model in any app, then of the path."""
-        chain = ((0, ()), (0, _of_model(path)), *((i, path[:i]) for i in range(1, len(path) + 1)))
-        return [
+    def _chain(self, path: Path) -> _Chain:
+        """Gather the groups of the path, then of its model in any app, then of all apps.
+
+        Paths of the same groups share a chain, such as those of models that nobody has seen.
+        """
+        of_model = _of_model(path)
+        ends = [(end, path[:end]) for end in range(len(path), 0, -1)]
+        groups = [
             (end, APP_LEAN_WORKFLOWS if end == 1 else self._lean, group)
-            for end, key in chain
-            if (group := self._groups.get(key)) is not None and group.seen
+            for end, key in (*ends, (0, of_model), (0, ()))
+            if (group := self._groups.get(key)) is not None
         ]
+        key = tuple([group for _, _, group in groups])
+        chain = self._by_groups.get(key)
+        if chain is None:
+            chain = self._by_groups[key] = _Chain(groups, by_model=of_model in self._groups)
+        return chain
 
     def add(self, path: Path, count: float, *, worth: float = 1.0) -> None:
         """Take in a count; ``worth`` is what it adds to the evidence, in workflows."""
@@ -178,7 +261,12 @@ class LawTree:
         group = self._groups.get(key)
         if group is None and len(self._groups) < self._most_groups:
             group = self._groups[key] = _Group()
+            self._forget_chains()
         return group
+
+    def _forget_chains(self) -> None:
+        self._chains.clear()
+        self._by_groups.clear()
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return all that was seen, to keep."""
@@ -251,6 +339,7 @@ def _clean(name: str) -> str:
     return name.translate(_SPACES)
 
 
+@lru_cache(1_024)
 def stage_bucket(stage: int) -> str:
     """Name a stage, exactly up to 5 and then two names an octave.
 

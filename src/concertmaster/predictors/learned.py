@@ -4,7 +4,7 @@ Where the heads say nothing the law of the call's group answers, and that law le
 coarser groups; so the step of the fallback is the finest group that was seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,18 @@ import numpy.typing as npt
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
 from concertmaster.predictors.calibration import Calibration
-from concertmaster.predictors.evidence import TARGETS, Evidence, group_of
+from concertmaster.predictors.evidence import TARGETS, Evidence, Look, group_of
 from concertmaster.predictors.heads import HEAD_TARGETS, LEVELS, Heads
 from concertmaster.predictors.history import Closed
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
 from concertmaster.predictors.judge import Judge
-from concertmaster.predictors.laws import Law, Path, expit, logit
+from concertmaster.predictors.laws import Floats, Law, Path, expit, logit
 from concertmaster.predictors.shares import ModelShares
 
+_AS_STATED = np.array(LEVELS)
 _LAW_ODDS = logit(LEVELS)
+_LAW_ODDS_OF_ALL: Floats = np.tile(_LAW_ODDS, (len(TARGETS), 1))
+assert TARGETS[: len(HEAD_TARGETS)] == HEAD_TARGETS, "heads come first"
 
 
 class LearnedPredictor:
@@ -65,30 +68,26 @@ class LearnedPredictor:
     ) -> tuple[Forecast, npt.NDArray[np.float32] | None]:
         """Answer, and tell the ``FIGURES`` that the heads saw; ``None`` without heads."""
         look = self.evidence.look(request, prompt)
-        asks, odds, figures = None, {}, None
+        asks, odds, figures = None, None, None
         if self.heads is not None:
             figures = self.heads.figures(look.features, prompt.text)
-            asks = float(figures[-1])
-            odds = dict(zip(HEAD_TARGETS, self.heads.odds(figures), strict=True))
-        group = group_of(request)
-        levels = {target: self._levels(target, group, odds.get(target)) for target in TARGETS}
-        laws = {target: quantiles(look.laws[target], levels[target]) for target in TARGETS}
-        models, judge = request.models or self._models, self.judge
+            asks, odds = float(figures[-1]), self.heads.odds(figures)
+        levels = self._levels(group_of(request), odds)
+        laws = {
+            target: quantiles(look.laws[target], row)
+            for target, row in zip(TARGETS, levels, strict=True)
+        }
+        most, judge = request.max_output_tokens, self.judge
+        answers = self._on("output_tokens", request, look, laws, levels[0])
         forecast = Forecast(
-            output_tokens=laws["output_tokens"].cap(request.max_output_tokens),
-            output_tokens_on=self._by_model(request, models, levels["output_tokens"]),
+            output_tokens=laws["output_tokens"].cap(most),
+            output_tokens_on={model: law.cap(most) for model, law in answers.items()},
             remaining_tokens=laws["remaining_tokens"],
-            remaining_tokens_on={
-                model: quantiles(
-                    self.evidence.law_on("remaining_tokens", request, model),
-                    levels["remaining_tokens"],
-                )
-                for model in models
-            },
+            remaining_tokens_on=self._on("remaining_tokens", request, look, laws, levels[1]),
             remaining_by=self._shares.of(request),
             remaining_calls=laws["remaining_calls"],
             remaining_tool_s=laws["remaining_tool_s"],
-            success=judge.foresee(request, prompt.text, models) if judge is not None else {},
+            success={} if judge is None else judge.foresee(request, prompt.text, self._of(request)),
             tool_call=asks,
             source=look.step,
         )
@@ -109,7 +108,7 @@ class LearnedPredictor:
                 "output_tokens",
                 group_of(request),
                 stated,
-                quantiles(law, LEVELS),
+                quantiles(law, _AS_STATED),
                 completion.output_tokens,
             )
         self.evidence.learn(request, completion, prompt, forecast, keep=self._adapt)
@@ -134,30 +133,45 @@ class LearnedPredictor:
         for target, truth in closed.truth.items():
             stated = closed.stated.get(target)
             if stated is not None:
-                law = quantiles(self.evidence.laws[target].law(closed.path), LEVELS)
+                law = quantiles(self.evidence.laws[target].law(closed.path), _AS_STATED)
                 self.calibration.learn(target, closed.group, stated, law, truth, worth=closed.share)
 
-    def _levels(
-        self, target: str, group: Path, head_odds: npt.NDArray[np.float32] | None
-    ) -> npt.NDArray[np.float64]:
-        """Return the ranks whose counts are the quantiles: heads and law, then the offsets."""
-        odds = _LAW_ODDS
+    def _levels(self, group: Path, head_odds: npt.NDArray[np.float32] | None) -> Floats:
+        """Return the ranks whose counts are the quantiles: heads and law, then the offsets.
+
+        A row for each of ``TARGETS``; those without a head go by the law.
+        """
+        odds = _LAW_ODDS_OF_ALL
         if head_odds is not None:
-            trust = self.calibration.trust(target, group)
-            odds = trust * head_odds + (1 - trust) * odds
-        return expit(np.maximum.accumulate(odds + self.calibration.offsets(target, group)))
+            trust = np.array([[self.calibration.trust(name, group)] for name in HEAD_TARGETS])
+            odds = odds.copy()
+            # the heads' share is taken in their own precision
+            odds[: len(trust)] = trust.astype(np.float32) * head_odds + (1 - trust) * _LAW_ODDS
+        offsets = np.array([self.calibration.offsets(target, group) for target in TARGETS])
+        return expit(np.maximum.accumulate(odds + offsets, axis=1))
 
-    def _by_model(
-        self, request: Request, models: Sequence[ModelName], levels: npt.NDArray[np.float64]
+    def _of(self, request: Request) -> Sequence[ModelName]:
+        """Return the models that may answer a call."""
+        return request.models or self._models
+
+    def _on(
+        self,
+        target: str,
+        request: Request,
+        look: Look,
+        laws: Mapping[str, Quantiles],
+        levels: Floats,
     ) -> dict[ModelName, Quantiles]:
-        return {
-            model: quantiles(self.evidence.output_law(request, model), levels).cap(
-                request.max_output_tokens
-            )
-            for model in models
-        }
+        """Read a quantity's law on each model; a law that was read is not read again."""
+        read, found = {look.laws[target]: laws[target]}, {}
+        for model in self._of(request):
+            law = self.evidence.law_on(target, request, model)
+            if law not in read:
+                read[law] = quantiles(law, levels)
+            found[model] = read[law]
+        return found
 
 
-def quantiles(law: Law, levels: npt.ArrayLike) -> Quantiles:
+def quantiles(law: Law, levels: Floats) -> Quantiles:
     """Read a law at the given ranks as quantiles at ``LEVELS``."""
-    return Quantiles(LEVELS, tuple(law.at(levels).tolist()))
+    return Quantiles(LEVELS, law.quantiles(levels))

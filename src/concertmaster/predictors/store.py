@@ -318,7 +318,7 @@ def judge_of(store: Store) -> Judge | None:
     if encoder is None or head.encoder != encoder.name:
         problem = f'expected the encoder "{head.encoder}", found "{store.manifest.encoder.name}"'
         raise InputError(str(store.folder / MANIFEST), "encoder", problem, AGAIN)
-    return Judge(head, encoder)
+    return Judge(head, encoder, at_once=encoder.name.startswith(_OUTSIDE))
 
 
 def restore(

@@ -9,7 +9,7 @@ Thompson-sampling routers), so a model counts after a few labels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from concertmaster.core.model_names import canonical
 from concertmaster.core.request import ModelName
+from concertmaster.predictors.chances import Chances
 from concertmaster.predictors.lexical import lexical
 from concertmaster.predictors.model_names import name_traits, tells_strength
 from concertmaster.predictors.trunk import Floats, Trunk
@@ -39,6 +40,17 @@ class Prior:
 
     of_name: Floats
     spread: Floats
+
+
+def _chances(loadings: Sequence[tuple[Floats, Floats]], traits: Floats) -> list[float]:
+    """Probability that each model solves a prompt, from its loadings: mean and covariance."""
+    if not loadings:
+        return []
+    means = np.stack([mean for mean, _ in loadings]) @ traits
+    spreads = np.stack([cov for _, cov in loadings]) @ traits @ traits
+    odds = means / np.sqrt(1 + math.pi / 8 * np.maximum(spreads, 0))
+    chances: list[float] = (1 / (1 + np.exp(-np.clip(odds, -30, 30)))).tolist()
+    return chances
 
 
 class SuccessHead:
@@ -67,6 +79,7 @@ class SuccessHead:
         self.prior = prior
         self._loadings = dict(loadings)
         self._keys: dict[str, str] = {}
+        self._named: dict[str, tuple[Floats, Floats] | None] = {}
 
     def predict(
         self, text: str, embedding: Floats, models: Sequence[ModelName]
@@ -103,14 +116,19 @@ class SuccessHead:
 
     def predict_from(self, traits: Floats, models: Sequence[ModelName]) -> dict[ModelName, float]:
         """Answer as `predict` does, from what `traits` gave."""
-        known = [(model, loading) for model in models if (loading := self._loading(model))]
-        if not known:
-            return {}
-        means = np.stack([mean for _, (mean, _) in known]) @ traits
-        spreads = np.stack([cov for _, (_, cov) in known]) @ traits @ traits
-        odds = means / np.sqrt(1 + math.pi / 8 * np.maximum(spreads, 0))
-        chances = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
-        return dict(zip([model for model, _ in known], chances.tolist(), strict=True))
+        return dict(self.foresee(lambda: traits, models))
+
+    def foresee(self, traits: Callable[[], Floats], models: Sequence[ModelName]) -> Chances:
+        """Answer as `predict_from` does, once somebody asks, from what is known at this instant.
+
+        Args:
+            traits: Gives what `traits` would; asked once at most.
+            models: Whom to ask about, in any spelling.
+        """
+        asked = dict.fromkeys(models)
+        known = [(model, loading) for model in asked if (loading := self._loading(model))]
+        loadings = [loading for _, loading in known]
+        return Chances([model for model, _ in known], lambda: _chances(loadings, traits()))
 
     def learn(self, text: str, embedding: Floats, model: ModelName, correct: float) -> None:
         """Take in whether the model solved the prompt, or its grade in 0…1.
@@ -149,14 +167,20 @@ class SuccessHead:
         return mean, np.asarray(cov - weight * np.outer(gain, reach), np.float32)
 
     def _loading(self, model: ModelName) -> tuple[Floats, Floats] | None:
-        found = self._loadings.get(self._key(model))
-        if found is None and tells_strength(model):
-            return self._from_name(model)
-        return found
+        return self._loadings.get(self._key(model)) or self._by_name(model)
 
     def _from_name(self, model: ModelName) -> tuple[Floats, Floats]:
         mean = name_traits(model).astype(np.float32) @ self.prior.of_name
         return mean, self.prior.spread
+
+    def _by_name(self, model: ModelName) -> tuple[Floats, Floats] | None:
+        """Judge a model without labels by its name, once; ``None`` if that tells nothing."""
+        if model not in self._named:
+            loading = self._from_name(model) if tells_strength(model) else None
+            if len(self._named) >= MAX_MODELS:
+                return loading
+            self._named[model] = loading
+        return self._named[model]
 
     def _key(self, model: ModelName) -> str:
         key = self._keys.get(model)

@@ -7,7 +7,7 @@ a prompt that nobody has seen (naive text features add nothing on the public wor
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
+from functools import partial
 from zlib import crc32
 
 import numpy as np
@@ -17,6 +17,9 @@ from concertmaster.predictors.kept import Kept
 
 HEAD_CHARS, TAIL_CHARS = 300, 250
 BUCKETS = 1 << 17
+HEADS = 512
+"""Starts of prompts whose buckets are kept: what an agent asks mostly begins as before."""
+
 Floats = npt.NDArray[np.float32]
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _HALF = BUCKETS // 2
@@ -28,16 +31,20 @@ def buckets(text: str) -> npt.NDArray[np.int32]:
     >>> buckets("").size
     0
     """
-    head = _hashed(text[:HEAD_CHARS], 0)
-    tail = _hashed(text[-TAIL_CHARS:], _HALF)
-    return np.array(sorted(head | tail), dtype=np.int32)
+    return np.concatenate((_heads.of(text[:HEAD_CHARS]), _hashed(text[-TAIL_CHARS:], _HALF)))
 
 
-def _hashed(text: str, offset: int) -> set[int]:
-    words = [word.encode("utf-8", "replace") for word in _TOKEN.findall(text.lower())]
-    found = {offset + crc32(word) % _HALF for word in words}
-    found.update(offset + crc32(b" ".join(pair)) % _HALF for pair in pairwise(words))
-    return found
+def _hashed(text: str, offset: int) -> npt.NDArray[np.int32]:
+    """Return the buckets in rising order."""
+    found = _TOKEN.findall(text.lower())
+    words = "\n".join(found).encode("utf-8", "replace").split(b"\n") if found else []
+    hashes = [crc32(word) for word in words]
+    pairs = [crc32(b" " + word, before) for before, word in zip(hashes, words[1:], strict=False)]
+    ordered = sorted({value % _HALF for value in hashes + pairs})
+    return np.array(ordered, dtype=np.int32) + np.int32(offset)
+
+
+_heads: Kept[npt.NDArray[np.int32]] = Kept(partial(_hashed, offset=0), entries=HEADS)
 
 
 class WordScores:
