@@ -1,5 +1,6 @@
 """Runs the cells of a study in processes, each cell once: what is finished is kept."""
 
+import gc
 import math
 import os
 import time
@@ -16,6 +17,8 @@ from concertmaster.reproduce.fingerprint import fingerprint
 from concertmaster.reproduce.ledger import FOLDER, Ledger, Measured
 from concertmaster.reproduce.results import Cell, Figures, Results
 from concertmaster.reproduce.study import Study
+
+MOST_YOUNG = 100_000
 
 Progress = Callable[[int], None]
 
@@ -114,7 +117,8 @@ _studies: list[Study] = []
 
 
 def _begin(study: Study) -> None:
-    """Set a process up."""
+    """Set a process up; runs make few cycles among many objects, so these are seldom looked for."""
+    gc.set_threshold(MOST_YOUNG)
     _studies[:] = [study]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, zip_longest
 
 from concertmaster.reproduce import swarmx_world as world
 from concertmaster.reproduce.search import highest
@@ -55,6 +55,9 @@ UNCLAIMED = ("loss", FROZEN)
 """Run through drift in the full grid alone."""
 
 
+_Column = tuple[str, str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class SwarmX:
     """The recipe against its rivals: parts taken out, reach, scaling, recovery."""
@@ -96,8 +99,10 @@ class SwarmX:
                 (f"{ROUTING}/{name}", arm, load)
                 for load, arm, name in product(loads, routers, worlds)
             ),
-            *((f"{ROUTING}/{DEEP}", arm, 1.0) for arm in DEEP_ROUTERS if not full),
-            *((f"{RATES}/{DEEP}", arm, 0.0) for arm in searched),
+            *_by_turns(
+                [(f"{ROUTING}/{DEEP}", arm, 1.0) for arm in DEEP_ROUTERS if not full],
+                [(f"{RATES}/{DEEP}", arm, 0.0) for arm in searched],
+            ),
             *((f"{SCALING}/{name}", arm, 0.0) for name, arm in product(shapes, scaled)),
             *((f"{DRIFTS}/{name}", arm, 0.0) for name, arm in drifts),
         ]
@@ -120,6 +125,11 @@ class SwarmX:
     def summarise(self, results: Results) -> Summary:
         """State the claims."""
         return summary(results)
+
+
+def _by_turns(*lists: Sequence[_Column]) -> list[_Column]:
+    """Return the first of each, then the second of each."""
+    return [one for row in zip_longest(*lists) for one in row if one is not None]
 
 
 def route(name: str, cell: Cell) -> Figures:

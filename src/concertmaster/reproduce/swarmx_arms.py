@@ -87,8 +87,8 @@ MORE_ROUTERS = (RANDOM, CALLS, AFFINE, LATE_AFFINE, COMONOTONE)
 """Compared on a fleet that stays as it is: in every world; beside them in deep research, and in
 every world of the full grid; in the full grid alone."""
 
-SEARCHED = (BLIND, LATE, TWO, LATE_TWO, ROLES)
-MORE_SEARCHED = (MEANS, OURS)
+SEARCHED = (BLIND, TWO, LATE_TWO, ROLES)
+MORE_SEARCHED = (LATE, MEANS, OURS)
 """Whose highest rate is searched; the latter, which take longer to run, in the full grid."""
 
 ADAPTING = ROLES

@@ -58,7 +58,7 @@ class World(NamedTuple):
     fleet: str
     times: int
     workload: str
-    guess_rps: float = 0.65
+    guess_rps: float = 0.75
     sized_as: str = ""
     learnt: str = ""
     workflows: int = WORKFLOWS
@@ -81,8 +81,8 @@ def _coding(fleet: str, more: str = "") -> World:
 
 WORLDS: Mapping[str, World] = {
     DEEP: World("research-a100-a40", 1, "research:told=0.85"),
-    "four-peak/h20+l20/16": World("research-h20-l20", 1, "research:fanout=four-peak"),
-    "video/a100+a40/16": World("video-a100-a40", 1, "video:told=0.9", 0.3),
+    "four-peak/h20+l20/16": World("research-h20-l20", 1, "research:fanout=four-peak", 0.98),
+    "video/a100+a40/16": World("video-a100-a40", 1, "video:told=0.9", 0.18),
     "research/a100+a40/48": World("research-a100-a40", 3, "research:told=0.85", sized_as=DEEP),
     "research/a100+a40/128": World("research-a100-a40", 8, "research:told=0.85", sized_as=DEEP),
     "research/h20+l20/16": World("research-h20-l20", 1, "research:told=0.85"),
@@ -151,7 +151,7 @@ def rate_of(world: str) -> float:
 
     start = WORLDS[world].guess_rps * WORLDS[world].times
     key = _kept(world, "rate", PROMISED)
-    return kept(FOLDER, "swarmx-rate", key, lambda: highest(meets, start=start))
+    return kept(FOLDER, "swarmx-rate", key, lambda: highest(meets, start=start, step=1.12))
 
 
 def attained_ratio(run: RunRecords, within_s: float) -> float:
