@@ -87,9 +87,9 @@ MORE_ROUTERS = (RANDOM, CALLS, AFFINE, LATE_AFFINE, COMONOTONE)
 """Compared on a fleet that stays as it is: in every world; beside them in deep research, and in
 every world of the full grid; in the full grid alone."""
 
-SEARCHED = (BLIND, TWO, LATE_TWO, ROLES)
-MORE_SEARCHED = (LATE, MEANS, OURS)
-"""Whose highest rate is searched; the latter, which take longer to run, in the full grid."""
+SEARCHED = (BLIND, TWO, ROLES)
+MORE_SEARCHED = (LATE, LATE_TWO, MEANS, OURS)
+"""Whose highest rate is searched; the latter, which carry no more or take long, in the full grid."""
 
 ADAPTING = ROLES
 DRIFTERS = (ADAPTING, FROZEN)
