@@ -89,7 +89,7 @@ every world of the full grid; in the full grid alone."""
 
 SEARCHED = (BLIND, TWO, ROLES)
 MORE_SEARCHED = (LATE, LATE_TWO, MEANS, OURS)
-"""Whose highest rate is searched; the latter, which carry no more or take long, in the full grid."""
+"""Whose highest rate is searched; the latter carry no more or take long: in the full grid alone."""
 
 ADAPTING = ROLES
 DRIFTERS = (ADAPTING, FROZEN)
