@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from builders import CheckedScheduler, a_fleet, a_forecast, a_pool, a_waiting_call
 from concertmaster.core.actions import Action, Cancel, Dispatch, Fail
+from concertmaster.core.errors import InputError
 from concertmaster.core.events import (
     ReplicaDied,
     ReplicaDraining,
@@ -414,6 +415,28 @@ def test_a_race_goes_on_though_the_rule_is_gone() -> None:
 
 
 # The rule itself.
+
+
+def test_a_rule_is_named_after_a_slash() -> None:
+    assert policy_named("las/hedge").hedge == Hedging()
+    assert policy_named("las").hedge is None
+    built = policy_named("swarmx:tail=0.9/hedge:level=0.9,share=0.1,floor_s=2/reactive")
+    assert built.hedge == Hedging(level=0.9, share=0.1, floor_s=2.0)
+    assert built.scaling is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("las/hegde", 'unknown scaling, residency or hedging "hegde" .did you mean "hedge"'),
+        ("las/hedge/hedge", "expected at most one of each kind after a slash, found hedge, hedge"),
+        ("las/hedge:level=3", 'level: expected a number, 0.5 to 0.9999, found "3"'),
+        ("round-robin@arrival/hedge", "queue inside their replica, so all of them are late"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused_in_one_line(name: str, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        policy_named(name)
 
 
 @pytest.mark.parametrize("facts", [{"level": 1.0}, {"share": -0.1}, {"floor_s": 0.0}])

@@ -470,10 +470,13 @@ def test_a_scaling_and_a_residency_stand_side_by_side(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("fcfs/expected/qlm", "expected one scaling and one residency at the most"),
+        ("fcfs/expected/qlm", "expected at most one of each kind after a slash"),
         ("fcfs/static/reactive", "found static, reactive"),
-        ("fcfs/expcted", 'unknown scaling or residency "expcted" .did you mean "expected"'),
-        ("fcfs/foreseen/", 'unknown scaling or residency ""'),
+        (
+            "fcfs/expcted",
+            'unknown scaling, residency or hedging "expcted" .did you mean "expected"',
+        ),
+        ("fcfs/foreseen/", 'unknown scaling, residency or hedging ""'),
         ("round-robin@arrival/expected", "bound on arrival cannot wait"),
     ],
 )

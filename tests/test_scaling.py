@@ -257,7 +257,7 @@ def test_a_full_batch_keeps_within_steps_sequences_and_memory() -> None:
 def test_a_scaling_is_named_after_a_slash() -> None:
     assert policy("chimera:tau=0.3/foreseen:level=0.95").scaling == Foreseen(level=0.95)
     assert policy("las/static").scaling is policy("las").scaling is None
-    with pytest.raises(InputError, match='unknown scaling or residency "reactiv"'):
+    with pytest.raises(InputError, match='unknown scaling, residency or hedging "reactiv"'):
         policy("las/reactiv")
 
 

@@ -189,7 +189,8 @@ class Dispatcher:
     def _commit(self, now_s: float, call: Waiting, replica: Replica) -> None:
         """Note for its workflow where a call goes, and watch that it is heard of."""
         request, model = call.request, replica.pool.model.name
-        self._races.sent(now_s, call, replica)
+        if self._races.are_on:
+            self._races.sent(now_s, call, replica)
         if call.workflow.model != model:
             self._routing.commit(call, model)
         if self._policy.siblings:

@@ -64,6 +64,7 @@ class Races:
     Attributes:
         seconds: Calls on two replicas, with the second; kept by the dispatcher.
         outcomes: What came of hedges so far.
+        are_on: Whether there is a rule, or ever was one.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Races:
         self.seconds: dict[RequestId, tuple[Waiting, Replica]] = {}
         self.outcomes: Counter[HedgeOutcome] = Counter()
         self.rule: Hedging | None = None
+        self.are_on = False
         self.adopt(rule)
 
     def adopt(self, rule: Hedging | None) -> None:
@@ -93,6 +95,7 @@ class Races:
         self._watched.clear()
         self._agenda.clear()
         if rule is not None:
+            self.are_on = True
             self._measure = Measure.quantile(rule.level)
             self._budget = Budget(rule.share)
             self._tails = Tails(rule.level)

@@ -93,7 +93,8 @@ class Scheduler:
                 for call in self._routing.review(now_s, self.line):
                     actions += self._waking.wake(now_s, call.pools)
             self._dispatcher.dispatch(now_s, actions)
-        self._dispatcher.hedge(now_s, actions)
+        if self.races.are_on:
+            self._dispatcher.hedge(now_s, actions)
         if self._residents is not None:
             actions += self._residents.act(now_s)
         if self._waking.leaving:
@@ -102,7 +103,9 @@ class Scheduler:
 
     def next_wakeup_s(self) -> float | None:
         """When to send ``TimerFired`` if nothing else happens first; ``None`` for never."""
-        times_s = [None if self._scaler is None else self._scaler.due_s, self.races.next_due_s()]
+        times_s = [None if self._scaler is None else self._scaler.due_s]
+        if self.races.are_on:
+            times_s.append(self.races.next_due_s())
         if self._residents is not None:
             times_s.append(self._residents.due_s)
         if len(self.line):
@@ -206,7 +209,7 @@ class Scheduler:
     def _stream(self, now_s: float, progress: Iterable[tuple[RequestId, int, int]]) -> list[Action]:
         actions: list[Action] = []
         for request_id, attempt, tokens in progress:
-            if tokens:
+            if tokens and self.races.are_on:
                 actions += self._dispatcher.decide_race(now_s, request_id, attempt)
             self._dispatcher.stream(request_id, attempt, tokens)
         return actions
@@ -214,7 +217,9 @@ class Scheduler:
     def _finish(
         self, now_s: float, request_id: RequestId, attempt: int, output_tokens: int
     ) -> list[Action]:
-        actions = self._dispatcher.decide_race(now_s, request_id, attempt)
+        actions: list[Action] = []
+        if self.races.are_on:
+            actions += self._dispatcher.decide_race(now_s, request_id, attempt)
         self._dispatcher.stream(request_id, attempt, output_tokens)
         call = self._dispatcher.release(now_s, request_id, attempt, finished=True)
         if call is not None:
