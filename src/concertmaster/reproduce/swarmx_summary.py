@@ -8,6 +8,7 @@ from concertmaster.observe.plot_kinds import CdfPlot, Plot
 from concertmaster.reproduce import swarmx_drift_summary as drift
 from concertmaster.reproduce import swarmx_scaling_summary as scaling
 from concertmaster.reproduce.study import (
+    Cell,
     Claim,
     Estimate,
     Results,
@@ -119,7 +120,8 @@ def _gains(results: Results, setting: str) -> bool:
 
 def _reach(results: Results) -> tuple[Claim, ...]:
     setting = f"{RATES}/{DEEP}"
-    flat_out_rps = mean(results.values("flat_out_rps", setting=setting, arm=ROLES, load=0.0))
+    first = Cell(setting=setting, arm=ROLES, load=0.0, seed=results.seeds[0])
+    flat_out_rps = results.value("flat_out_rps", first)
 
     def claim(name: str, rival: str, known_as: str, target: float) -> Claim:
         return Claim.over_seeds(
