@@ -1,6 +1,6 @@
 """Who serves more models than fit, far overloaded; and what refusing lost causes brings.
 
-python benchmarks/sharing.py [admission]
+python benchmarks/sharing.py [residencies | admission | kv]
 """
 
 import random
@@ -167,7 +167,19 @@ def attainment(run: RunRecords) -> tuple[float, float, float, float]:
     return shares[0], shares[1], shares[2], float(refused)
 
 
+def kv() -> None:
+    """Print what each rule reserves for answers far below their caps, and what it costs."""
+    print("rule: KV reserved GB s, preemptions, seconds until all were done")
+    load = chains(150, gap_s=0.05, seed=30)
+    for rule in ("worst-case", "paged", "forecast"):
+        run = simulate(a_fleet(a_pool(kv_blocks=1600)), load, f"fcfs/static:kv={rule}", seed=1)
+        assert run.gauges is not None
+        reserved_gb_s, preemptions = run.gauges.kv_reserved_gb_s, run.gauges.preemptions
+        print(f"{rule:12}{reserved_gb_s:7.0f}{preemptions:7.0f}{run.duration_s:7.0f}")
+
+
+PARTS = {"residencies": residencies, "admission": admission, "kv": kv}
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["admission"]:
-        residencies()
-    admission()
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()
