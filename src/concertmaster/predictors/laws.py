@@ -11,6 +11,7 @@ nobody has seen.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from math import log1p
 
@@ -216,6 +217,12 @@ class LawTree:
         self._groups: dict[Path, _Group] = {(): _Group()}
         self._chains: dict[Path, _Chain] = {}
         self._by_groups: dict[tuple[_Group, ...], _Chain] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "LawTree":
+        """Copy what was seen; what is kept of it is worked out anew."""
+        copied = LawTree(lean_workflows=self._lean, most_groups=self._most_groups)
+        copied._groups = deepcopy(self._groups, memo)
+        return copied
 
     def law(self, path: Path) -> Law:
         """Blend the groups along a path, as far as they were seen."""
