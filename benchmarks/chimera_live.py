@@ -38,7 +38,8 @@ from concertmaster.predictors.store import pack_laws, read_store, restore, write
 from concertmaster.reproduce.capacity import capacity_rps
 from concertmaster.reproduce.draw import draw
 from concertmaster.reproduce.window import makespans_s
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords

@@ -57,7 +57,8 @@ from concertmaster.predictors.interface import Predictor
 from concertmaster.predictors.learned import LearnedPredictor
 from concertmaster.predictors.service import ServiceTimes, Work, work_of
 from concertmaster.predictors.store import DEFAULT, load_predictor, read_store
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.load import load_source
 from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.split import held_out

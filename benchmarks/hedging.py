@@ -30,7 +30,7 @@ from concertmaster.core.fleet import Pool, ReplicaId
 from concertmaster.core.request import RequestId
 from concertmaster.physics.batching import BatchingEngine, EngineCall, Milestone
 from concertmaster.physics.fast import FastEngine
-from concertmaster.sim.driver import engine_settings
+from concertmaster.sim.engines import engine_settings
 from concertmaster.sim.incidents import Incident
 from concertmaster.workload.records import RunRecords
 

@@ -27,7 +27,7 @@ from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.physics.batching import BatchingEngine, EngineCall, Milestone
 from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.reference import ReferenceEngine
-from concertmaster.sim.driver import engine_settings
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.load import load_workloads
 from concertmaster.workload.plan import Call, WorkflowPlan, Workload
 

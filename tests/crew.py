@@ -15,7 +15,7 @@ from concertmaster.gateway.workers.carrier import Carrier
 from concertmaster.gateway.workers.hub import Hub
 from concertmaster.gateway.workers.overseer import reserved
 from concertmaster.gateway.workers.worker import Worker
-from concertmaster.sim.driver import engine_settings
+from concertmaster.sim.engines import engine_settings
 from gateway_rig import PATIENCE_S, Rig, Script, Upstream, Wire, a_rig, says_hello, until
 
 

@@ -7,7 +7,7 @@ import sys
 from builders import a_pool
 from concertmaster.engines.emulator import Emulator
 from concertmaster.engines.emulator_api import serve
-from concertmaster.sim.driver import engine_settings
+from concertmaster.sim.engines import engine_settings
 
 SEATS = 2
 

@@ -30,7 +30,7 @@ from concertmaster.gateway.server import running_gateway
 from concertmaster.gateway.workers.hub import Hub
 from concertmaster.predictors.interface import Predictor
 from concertmaster.predictors.recent import RecentLengths
-from concertmaster.sim.driver import engine_settings
+from concertmaster.sim.engines import engine_settings
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

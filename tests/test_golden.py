@@ -21,7 +21,8 @@ from concertmaster.observe.trace import VERSION, Entry, Header, TraceReader, Tra
 from concertmaster.physics.fast import FastEngine
 from concertmaster.policies.catalog import policy
 from concertmaster.predictors.recent import RecentLengths
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.plan import Workload
 
 FOLDER = Path(__file__).parents[1] / "traces"

@@ -13,7 +13,8 @@ from concertmaster.gateway import replay
 from concertmaster.gateway.replay import Replay
 from concertmaster.physics.fast import FastEngine
 from concertmaster.policies.catalog import policy
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.plan import Workload
 from gateway_rig import Reply, Rig, cuts, hangs, over_engines, over_upstreams, play, until
 

@@ -20,7 +20,8 @@ from concertmaster.physics.batching import EngineCall, Milestone
 from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.predictors.recent import RecentLengths
-from concertmaster.sim.driver import Observer, Simulation, engine_settings
+from concertmaster.sim.driver import Observer, Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.plan import Workload
 from concertmaster.workload.records import RunRecords
 

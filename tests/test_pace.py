@@ -49,7 +49,8 @@ from concertmaster.policies.pickers import SHORTLIST, shortlist
 from concertmaster.policies.scorers import Decode, InFlightTokens, Prefill, PrefillMiss
 from concertmaster.predictors.rates import MIN_STEPS, PaceWatch
 from concertmaster.predictors.recent import RecentLengths
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.plan import Workload
 
 P0, P1 = ReplicaId("p-0"), ReplicaId("p-1")

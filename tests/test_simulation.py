@@ -32,7 +32,8 @@ from concertmaster.physics.fast import FastEngine
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import NAMES, policy
 from concertmaster.predictors.recent import RecentLengths
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import Gauges, RunRecords
 

@@ -19,7 +19,8 @@ from concertmaster.core.sketch import Measure, Sketch, add, affine
 from concertmaster.physics.fast import FastEngine
 from concertmaster.policies.catalog import policy
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Prompt
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.plan import Workload
 
 LEVELS = (0.5, 0.9)

@@ -16,7 +16,8 @@ from concertmaster.gateway import driver, reading
 from concertmaster.gateway.idle import IdleWatch
 from concertmaster.physics.fast import FastEngine
 from concertmaster.predictors.interface import NO_PROMPT, Prompt
-from concertmaster.sim.driver import Simulation, engine_settings
+from concertmaster.sim.driver import Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.plan import ModelOutcome, Workload
 from gateway_rig import (
     STREAM_HEAD,

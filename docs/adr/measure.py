@@ -33,7 +33,8 @@ from concertmaster.physics.fast import FastEngine
 from concertmaster.policies.admission import BoundedLine
 from concertmaster.policies.catalog import policy
 from concertmaster.predictors.recent import RecentLengths
-from concertmaster.sim.driver import Observer, Simulation, engine_settings
+from concertmaster.sim.driver import Observer, Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.load import load_workloads
 from concertmaster.workload.plan import Call, WorkflowPlan, Workload

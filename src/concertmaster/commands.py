@@ -29,7 +29,7 @@ from concertmaster.parallel import parallel
 from concertmaster.physics.reference import ReferenceEngine
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.serving import check_servable
-from concertmaster.sim.driver import engine_settings
+from concertmaster.sim.engines import engine_settings
 from concertmaster.workload.arrivals import ArrivalSpec
 from concertmaster.workload.load import load_workloads
 from concertmaster.workload.plan import Workload

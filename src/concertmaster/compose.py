@@ -33,10 +33,11 @@ from concertmaster.physics.fast import FastEngine
 from concertmaster.policies.catalog import policy as policy_named
 from concertmaster.predictors.interface import Predictor
 from concertmaster.sim.clairvoyant import Clairvoyant
-from concertmaster.sim.driver import EngineFactory, Observer, Simulation, engine_settings
+from concertmaster.sim.driver import EngineFactory, Observer, Simulation
+from concertmaster.sim.engines import engine_settings
 from concertmaster.sim.incidents import Incident
 from concertmaster.workload.plan import Workload
-from concertmaster.workload.records import RunRecords
+from concertmaster.workload.records import RunRecords, WorkflowRecord
 from concertmaster.yard import Yard, build_node, build_pool, check_start
 
 _T = TypeVar("_T")
@@ -113,6 +114,7 @@ def simulate(
     follow_pace: bool = True,
     observe: Observer | None = None,
     progress: Callable[[int], None] | None = None,
+    enough: Callable[[WorkflowRecord], bool] | None = None,
 ) -> RunRecords:
     """Run one workload through one policy in virtual time.
 
@@ -128,6 +130,7 @@ def simulate(
         follow_pace: Whether the core is told of replicas that are slower than their curve.
         observe: Sees every event and its actions.
         progress: Hears how many workflows are over.
+        enough: Shown each workflow that is over; the run ends at the first yes.
 
     Raises:
         InputError: No policy has this name, ``models`` names no predictor, or the workload
@@ -148,6 +151,7 @@ def simulate(
         incidents=incidents,
         observe=observe,
         progress=progress,
+        enough=enough,
         follow_pace=follow_pace,
     )
     return simulation.run(policy=policy_name, seed=seed)

@@ -169,8 +169,7 @@ def reach_rps(name: str, arm: str, *, seed: int) -> float:
 
     def meets(rate_rps: float) -> bool:
         workflows = max(FEWEST, min(MOST, round(rate_rps * HORIZON_S)))
-        run = world.play(name, arm, rate_rps=rate_rps, workflows=workflows, seed=seed)
-        return world.attained_ratio(run, world.slo_s(name)) >= KEPT
+        return world.keeps(name, arm, KEPT, rate_rps=rate_rps, workflows=workflows, seeds=[seed])
 
     start = LIKELY.get(arm, 1.0) * world.rate_of(name)
     return highest(meets, start=start, step=1.2, tolerance=0.05)

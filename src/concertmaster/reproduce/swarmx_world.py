@@ -5,7 +5,7 @@ Nothing that is measured is learnt from: templates, training and warm-up have ot
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from concertmaster import compose, forecaster
 from concertmaster.core.fleet import Fleet
 from concertmaster.predictors.interface import Predictor
+from concertmaster.reproduce.attainment import Enough, attained
 from concertmaster.reproduce.draw import draw
 from concertmaster.reproduce.fleets import study_fleet
 from concertmaster.reproduce.kept import kept
@@ -22,7 +23,7 @@ from concertmaster.reproduce.stores import trained_store
 from concertmaster.reproduce.swarmx_arms import ARMS, BLIND, Forecasts
 from concertmaster.reproduce.window import makespans_s, middle
 from concertmaster.workload.load import load_source
-from concertmaster.workload.plan import WorkflowPlan
+from concertmaster.workload.plan import WorkflowPlan, Workload
 from concertmaster.workload.records import RunRecords
 
 TEMPLATES, TRAINED_ON, WARM_UP = 1500, 600, 200
@@ -142,12 +143,8 @@ def rate_of(world: str) -> float:
         return WORLDS[world].times * rate_of(WORLDS[world].sized_as)
 
     def meets(rate_rps: float) -> bool:
-        runs = (
-            play(world, BLIND, rate_rps=rate_rps, workflows=WORLDS[world].workflows, seed=seed)
-            for seed in SEARCH_SEEDS
-        )
-        shares = [attained_ratio(run, slo_s(world)) for run in runs]
-        return sum(shares) / len(shares) >= PROMISED
+        count = WORLDS[world].workflows
+        return keeps(world, BLIND, PROMISED, rate_rps=rate_rps, workflows=count, seeds=SEARCH_SEEDS)
 
     start = WORLDS[world].guess_rps * WORLDS[world].times
     key = _kept(world, "rate", PROMISED)
@@ -192,8 +189,29 @@ def predictor_of(world: str, forecasts: Forecasts) -> Predictor:
 
 def play(world: str, arm: str, *, rate_rps: float, workflows: int, seed: int) -> RunRecords:
     """Run one arm on Poisson arrivals."""
-    workload = draw(templates_of(world), workflows=workflows, rate_rps=rate_rps, seed=seed)
-    predictor = predictor_of(world, ARMS[arm].forecasts)
+    return _play(world, arm, _arriving(world, rate_rps, workflows, seed), seed)
+
+
+def keeps(
+    world: str, arm: str, share: float, *, rate_rps: float, workflows: int, seeds: Sequence[int]
+) -> bool:
+    """Say whether an arm keeps a share of promises at a rate, over all seeds together."""
+    drawn = {seed: _arriving(world, rate_rps, workflows, seed) for seed in seeds}
+    return attained(drawn, partial(_play, world, arm), within_s=slo_s(world), share=share)
+
+
+def _arriving(world: str, rate_rps: float, workflows: int, seed: int) -> Workload:
+    return draw(templates_of(world), workflows=workflows, rate_rps=rate_rps, seed=seed)
+
+
+def _play(
+    world: str, arm: str, workload: Workload, seed: int, enough: Enough | None = None
+) -> RunRecords:
     return compose.simulate(
-        fleet_of(world), workload, ARMS[arm].policy, seed=seed, predictor=predictor
+        fleet_of(world),
+        workload,
+        ARMS[arm].policy,
+        seed=seed,
+        predictor=predictor_of(world, ARMS[arm].forecasts),
+        enough=enough,
     )

@@ -6,12 +6,13 @@ in, and count as missed.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from concertmaster.observe.report import build_report
-from concertmaster.workload.records import RunRecords
+from concertmaster.workload.plan import WorkflowPlan
+from concertmaster.workload.records import RunRecords, WorkflowRecord
 
 WARM_UP_RATIO = 0.1
 """Share of arrivals left out at the start."""
@@ -20,6 +21,21 @@ COOL_DOWN_RATIO = 0.1
 """Share of arrivals left out at the end."""
 
 _NOT_FIGURES = frozenset({"seed", "wall_s"})
+
+
+Arrived = TypeVar("Arrived", WorkflowPlan, WorkflowRecord)
+
+
+def middle_of(
+    workflows: Iterable[Arrived],
+    *,
+    warm_up_ratio: float = WARM_UP_RATIO,
+    cool_down_ratio: float = COOL_DOWN_RATIO,
+) -> list[Arrived]:
+    """Leave out the first and the last to arrive."""
+    ranked = sorted(workflows, key=lambda one: (one.arrival_s, one.workflow_id))
+    begin = int(len(ranked) * warm_up_ratio)
+    return ranked[begin : len(ranked) - int(len(ranked) * cool_down_ratio)]
 
 
 def middle(
@@ -32,10 +48,7 @@ def middle(
 
     ``duration_s`` becomes the time over which they arrived. Gauges stay those of the whole run.
     """
-    ranked = sorted(run.workflows, key=lambda one: (one.arrival_s, one.workflow_id))
-    begin = int(len(ranked) * warm_up_ratio)
-    end = len(ranked) - int(len(ranked) * cool_down_ratio)
-    kept = ranked[begin:end]
+    kept = middle_of(run.workflows, warm_up_ratio=warm_up_ratio, cool_down_ratio=cool_down_ratio)
     names = {one.workflow_id for one in kept}
     return replace(
         run,

@@ -36,7 +36,7 @@ from concertmaster.core.forecast import Forecast
 from concertmaster.core.request import RequestId, WorkflowId
 from concertmaster.core.scheduler import Scheduler
 from concertmaster.learning.prompts import prompt_of
-from concertmaster.physics.batching import BatchingEngine, EngineCall, EngineSettings, Milestone
+from concertmaster.physics.batching import BatchingEngine, EngineCall, Milestone
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 from concertmaster.predictors.rates import PaceWatch
 from concertmaster.sim.gauges import FleetGauges
@@ -44,7 +44,7 @@ from concertmaster.sim.incidents import Incident
 from concertmaster.sim.open_calls import OpenCall
 from concertmaster.workload.agents import Agents
 from concertmaster.workload.plan import Workload
-from concertmaster.workload.records import CallOutcome, RunRecords
+from concertmaster.workload.records import CallOutcome, RunRecords, WorkflowRecord
 
 PROGRESS_S = 1.0
 """How often engines tell how far their calls have come; the gateway does the same."""
@@ -63,7 +63,8 @@ class Simulation:
         make_engine: Builds the engine model of a replica.
         incidents: What befalls the fleet from outside.
         observe: Told of every event and the actions it led to.
-        progress: Told the share of workflows that are over, now and then.
+        progress: Told how many workflows are over, after each.
+        enough: Shown each workflow that is over; the run ends at the first yes.
         follow_pace: Whether the core is told how far replicas are from their rate curves.
     """
 
@@ -77,6 +78,7 @@ class Simulation:
         incidents: Iterable[Incident | tuple[float, Event]] = (),
         observe: Observer | None = None,
         progress: Callable[[int], None] | None = None,
+        enough: Callable[[WorkflowRecord], bool] | None = None,
         follow_pace: bool = True,
     ) -> None:
         self._scheduler = scheduler
@@ -84,6 +86,8 @@ class Simulation:
         self._observe = observe
         self._agents = Agents(workload)
         self._progress = progress
+        self._enough = enough
+        self._ended = False
         self._engines: dict[ReplicaId, BatchingEngine] = {
             replica.replica_id: make_engine(replica.pool) for replica in scheduler.replicas.values()
         }
@@ -113,10 +117,10 @@ class Simulation:
             self._at(incident.at_s, self._slow, incident)
 
     def run(self, *, policy: str, seed: int) -> RunRecords:
-        """Play everything to its end and return what came of it."""
+        """Play to the end, or until it is enough, and return what came of it."""
         started_s = time.perf_counter()
         agenda = self._agenda
-        while agenda:
+        while agenda and not self._ended:
             now_s, _, handler, argument = heapq.heappop(agenda)
             handler(now_s, argument)
         self._gauges.finish(self._fed_s)
@@ -303,8 +307,14 @@ class Simulation:
         self._close_if_settled(request.workflow_id)
         if self._agents.is_over(request.workflow_id):
             self._feed(now_s, WorkflowClosed(request.workflow_id))
-            if self._progress is not None:
-                self._progress(self._agents.over)
+            self._tell(self._agents.record(request.workflow_id))
+
+    def _tell(self, over: WorkflowRecord) -> None:
+        """Tell who watches that a workflow is over; end the run if they saw enough."""
+        if self._progress is not None:
+            self._progress(self._agents.over)
+        if self._enough is not None:
+            self._ended = self._enough(over)
 
     def _tick(self, now_s: float, _: object) -> None:
         """Tell the core how far every call has come."""
@@ -354,15 +364,3 @@ class Simulation:
         if self._scheduler.replicas[replica_id].readiness is Readiness.RUNNING:
             self._gauges.note_stop()
         self._at(now_s, self._strike, ReplicaDemoted(replica_id, readiness))
-
-
-def engine_settings(pool: Pool) -> EngineSettings:
-    """Return a pool's settings as its engine models take them."""
-    return EngineSettings(
-        kv_blocks=pool.kv_blocks,
-        max_batch_tokens=pool.max_batch_tokens,
-        max_sequences=pool.max_sequences,
-        block_tokens=pool.block_tokens,
-        scheduling="priority" if pool.priority_scheduling else "fcfs",
-        prefix_caching=pool.prefix_caching,
-    )

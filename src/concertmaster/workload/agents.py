@@ -64,9 +64,13 @@ class Agents:
         """Take in that a call got no answer: its workflow ends there."""
         call.outcome, call.reason = outcome, reason
         self._open_calls[call.workflow_id] -= 1
-        record = self._running[call.workflow_id][1]
+        record = self.record(call.workflow_id)
         if record.outcome == "failed" and outcome == "rejected":
             record.outcome = "rejected"
+
+    def record(self, workflow_id: WorkflowId) -> WorkflowRecord:
+        """Return how a workflow that has begun fares."""
+        return self._running[workflow_id][1]
 
     def is_over(self, workflow_id: WorkflowId) -> bool:
         """Say whether every call of a workflow has been answered."""
@@ -78,4 +82,4 @@ class Agents:
 
     def success(self, workflow_id: WorkflowId) -> float | None:
         """Return the grade of a workflow that is over; ``None`` if it is not or has no grade."""
-        return self._running[workflow_id][1].success
+        return self.record(workflow_id).success
