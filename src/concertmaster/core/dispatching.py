@@ -234,7 +234,8 @@ class Dispatcher:
         call, replica = found
         workflow, pool, pace = call.workflow, replica.pool, replica.pace
         prefill_tokens = replica.in_flight[request_id].prefill_tokens
-        workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
+        if prefill_tokens:
+            workflow.attained_s += prefill_tokens * pool.prefill_token_s * pace
         fresh_tokens = replica.stream(request_id, tokens)
         self._window.note(replica)
         if self._residents is not None:

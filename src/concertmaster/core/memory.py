@@ -105,14 +105,18 @@ class KvLedger:
     def grow(self, request_id: RequestId, tokens: int) -> None:
         """Raise a promise to at least ``tokens`` tokens, and its end with it."""
         chunks = len(self._prefixes.get(request_id, ()))
-        end = self._ends.get(request_id)
-        if end is not None and end[0] < tokens - chunks * PREFIX_CHUNK_TOKENS:
-            self.expect(request_id, tokens, end[1])
-        own_blocks = self.blocks_for(tokens) - chunks * self._chunk_blocks
-        more = own_blocks - self._own_blocks[request_id]
+        if self._ends:
+            self._put_off(request_id, tokens, chunks)
+        more = self.blocks_for(tokens) - chunks * self._chunk_blocks - self._own_blocks[request_id]
         if more > 0:
             self._own_blocks[request_id] += more
             self.reserved_blocks += more
+
+    def _put_off(self, request_id: RequestId, tokens: int, chunks: int) -> None:
+        """Let a call that has outgrown its expected end be at its end now."""
+        end = self._ends.get(request_id)
+        if end is not None and end[0] < tokens - chunks * PREFIX_CHUNK_TOKENS:
+            self.expect(request_id, tokens, end[1])
 
     def release(self, request_id: RequestId) -> None:
         """Take a promise back."""

@@ -185,7 +185,10 @@ class Workflows:
 
     def owed(self, model: ModelName) -> Owed:
         """Return what live workflows still need of a model."""
-        return self._owed.setdefault(model, Owed())
+        owed = self._owed.get(model)
+        if owed is None:
+            owed = self._owed[model] = Owed()
+        return owed
 
     def commit(
         self,
@@ -210,7 +213,7 @@ class Workflows:
         workflow.output_tokens += fresh_tokens
         least = int(workflow.open_calls > 0 and model == workflow.model)
         left_tokens = workflow.owed.get(model, 0) - fresh_tokens
-        grown_tokens = max(0, least - left_tokens)
+        grown_tokens = least - left_tokens if left_tokens < least else 0
         if self.demands is not None:
             flow = self.demands.flow(model)
             flow.output_tokens += fresh_tokens
@@ -227,13 +230,16 @@ class Workflows:
             self._owe(workflow, model, tokens)
 
     def _owe(self, workflow: Workflow, model: ModelName, tokens: int) -> None:
-        owed, before_tokens = self.owed(model), workflow.owed.pop(model, 0)
+        owed, before_tokens = self.owed(model), workflow.owed.get(model, 0)
         owed.tokens += tokens - before_tokens
-        change = bool(tokens) - bool(before_tokens)
-        owed.workflows += change
-        owed.people += change * workflow.interactive
         if tokens:
             workflow.owed[model] = tokens
+        else:
+            workflow.owed.pop(model, None)
+        change = bool(tokens) - bool(before_tokens)
+        if change:
+            owed.workflows += change
+            owed.people += change * workflow.interactive
 
     def _drop(self, workflow: Workflow) -> None:
         self.commit(workflow, workflow.model, 0)

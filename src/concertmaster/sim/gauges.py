@@ -46,10 +46,11 @@ class FleetGauges:
     def _share_out(self, replica: Replica, gb_s: float) -> None:
         """Divide what is promised on a replica between classes, by the tokens of their calls."""
         calls = replica.in_flight.values()
-        whole = sum(map(_tokens, calls))
-        for call in calls:
-            by, one = self.totals.kv_reserved_gb_s_by, call.request.service_class
-            by[one] = by.get(one, 0.0) + gb_s * _tokens(call) / whole
+        tokens = [_tokens(call) for call in calls]
+        whole, by = sum(tokens), self.totals.kv_reserved_gb_s_by
+        for call, share in zip(calls, tokens, strict=True):
+            one = call.request.service_class
+            by[one] = by.get(one, 0.0) + gb_s * share / whole
 
     def skip_to(self, now_s: float) -> None:
         """Note that nothing was held since the last sample."""
@@ -106,6 +107,7 @@ class FleetGauges:
 
 def _tokens(call: InFlight) -> int:
     """Tokens that a call was promised, or holds by now if these are more."""
-    expected_tokens = call.request.prompt_tokens + call.expected_tokens
-    held_tokens = call.request.prompt_tokens + call.streamed_tokens
-    return max(call.promised_tokens or expected_tokens, held_tokens)
+    prompt_tokens = call.request.prompt_tokens
+    promised_tokens = call.promised_tokens or prompt_tokens + call.expected_tokens
+    held_tokens = prompt_tokens + call.streamed_tokens
+    return max(held_tokens, promised_tokens)
