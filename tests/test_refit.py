@@ -23,6 +23,8 @@ from store_builders import a_store
 M = ModelName("m")
 WORKFLOWS, CALLS = 150, 2
 quickly = partial(refit, min_labels=200, rounds=8)
+PATIENCE_S = 600
+"""For a training that gives way to whatever else the machine does."""
 
 
 def a_call(workflow: int, stage: int) -> Request:
@@ -185,7 +187,7 @@ def test_it_runs_in_the_background(tmp_path: Path, champion: Path, labels: Path)
     with BackgroundTrainer() as trainer:
         assert trainer.start(0.0, quickly, champion, labels, tmp_path / "out", 0)
         assert trainer._run is not None
-        trainer._run.process.join(60)
+        trainer._run.process.join(PATIENCE_S)
         state = trainer.poll(1.0)
 
     assert not isinstance(state, Running)
