@@ -5,16 +5,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from concertmaster.core.actions import (
-    Action,
-    Cancel,
-    Demote,
-    Dispatch,
-    Fail,
-    Reject,
-    Resize,
-    Wake,
-)
+from concertmaster.core.actions import Action, Cancel, Demote, Dispatch, Fail, Reject, Resize, Wake
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
@@ -217,6 +208,10 @@ class Gateway:
         if not exchange.over:
             self._end(exchange, 499)
             self.feed(RequestCancelled(exchange.request.request_id))
+
+    def cut(self, exchange: Exchange) -> None:
+        """End a call whose answer comes from a replica that is dead to the core."""
+        self._guard.turn_away(exchange, "replica_died")
 
     def name(self, headers: Mapping[bytes, bytes]) -> str:
         """Return what to call a message that becomes no call."""
