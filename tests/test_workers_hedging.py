@@ -272,16 +272,24 @@ def test_where_both_break_the_call_is_tried_again_as_ever() -> None:
     play(main())
 
 
-def test_a_silent_hedge_is_given_up_by_the_worker() -> None:
+def test_silent_attempts_are_given_up_by_the_worker_one_by_one() -> None:
+    times = 0
+
+    async def hangs_twice(heard: Heard, out: asyncio.StreamWriter) -> None:
+        nonlocal times
+        times += 1
+        await (hangs if times < 3 else streams("third"))(heard, out)
+
     async def main() -> None:
-        late = streams("late", after_s=1.0)
         rule: dict[str, Any] = {"policy": hedging(), "first_byte_timeout_s": 0.5}
-        async with over_upstreams(late, hangs, **rule) as (crew, (_, two)):
+        async with over_upstreams(hangs_twice, hangs_twice, **rule) as (crew, both):
             wire = await crew.wire(0)
             wire.send(STREAM)
-            await until(lambda: two.heard)
-            await until(lambda: two.lost == 1, "silent for too long")
-            assert (await streamed(wire)).count(b"late") == 2
+            body = await streamed(wire)
+
+            assert body.count(b"third") == 2
+            assert sum(one.lost for one in both) == 2
+            assert outcomes(crew.rig) == {"alone": 1}
             await crew.idle()
 
     play(main())
@@ -624,7 +632,7 @@ def test_many_calls_whose_words_cross_are_each_answered_once(
             "total_timeout_s": 3.0,
             "breaker_failures": 1000,
         }
-        async with over_upstreams(fares, fares, fares, may_log=True, **settings) as (crew, _):
+        async with over_upstreams(fares, fares, fares, **settings) as (crew, _):
             flapping = asyncio.create_task(flaps(crew))
             whole = 0
             for start in range(0, 96, 12):
