@@ -565,6 +565,23 @@ def test_a_call_that_waits_again_and_was_answered_meanwhile_leaves_the_line() ->
     play(main())
 
 
+def test_a_replica_that_is_taken_for_dead_does_not_answer_what_is_sent_elsewhere() -> None:
+    async def main() -> None:
+        late, other = streams("late", after_s=0.5), streams("other")
+        async with over_upstreams(late, other, policy=hedging(None)) as (crew, both):
+            wire = await crew.wire(0)
+            wire.send(STREAM)
+            await until(lambda: both[0].heard)
+            crew.rig.gateway.feed(ReplicaDied(P1))
+            crew.rig.gateway.feed(ReplicaDied(P0))
+            await until(lambda: both[0].lost == 1, "the worker has dropped it")
+            crew.rig.gateway.feed(ReplicaReady(P1))
+            assert (await streamed(wire)).count(b"other") == 2
+            await crew.idle()
+
+    play(main())
+
+
 # All of it.
 
 

@@ -1,6 +1,6 @@
 """A call as it goes to the engine that was chosen for it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from concertmaster.core.actions import Dispatch
 from concertmaster.core.fleet import Replica, ReplicaId
@@ -54,6 +54,18 @@ def stop(exchange: Exchange | None, replica_id: ReplicaId) -> None:
         return
     hedge = exchange.hedge
     exchange.lose(hedge.attempt if hedge.replica_id == replica_id else exchange.attempt)
+
+
+def hang_up(exchanges: Iterable[Exchange], replica_id: ReplicaId, links: Links) -> None:
+    """Stop what has not begun to answer on a replica that is gone: the core sends it elsewhere."""
+    links[replica_id].hang_up()
+    for exchange in exchanges:
+        engine = exchange.engine
+        if exchange.relay is None or engine is None or exchange.started:
+            continue
+        if exchange.replica_id == replica_id:
+            engine.cancel()
+            exchange.engine = None
 
 
 def begin(exchange: Exchange, model: str, priority: int, link: EngineLink) -> None:

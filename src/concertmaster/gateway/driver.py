@@ -9,6 +9,7 @@ from concertmaster.core.actions import Action, Cancel, Demote, Dispatch, Fail, R
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
+    ReplicaDemoted,
     ReplicaDied,
     RequestArrived,
     RequestCancelled,
@@ -268,6 +269,8 @@ class Gateway:
     def _feed(self, now_s: float, event: Event) -> None:
         if self._pace is not None:
             self._pace.note(now_s, event)
+        if isinstance(event, ReplicaDied | ReplicaDemoted):
+            dispatching.hang_up(self._exchanges.values(), event.replica_id, self.links)
         actions = self.scheduler.handle(now_s, event)
         if self._observe is not None:
             self._observe(now_s, event, actions)
