@@ -210,8 +210,9 @@ class Races:
     def _better(self, now_s: float, watched: Watched) -> tuple[Replica, int] | None:
         """Return the replica that would end a late call first, if before the first attempt."""
         if self._budget.is_empty:
-            self.short += not watched.is_short
-            watched.is_short = True
+            if not watched.is_short:
+                watched.is_short = True
+                self.short += 1
             return None
         call, model = watched.call, watched.replica.pool.model.name
         ends_s = [

@@ -311,6 +311,8 @@ class Gateway:
     def _dispatch(self, now_s: float, action: Dispatch) -> None:
         exchange = self._exchanges[action.request_id]
         replica = self.scheduler.replicas[action.replica_id]
+        if self._pace is not None and not exchange.streams:
+            self._pace.unheard(now_s, action.request_id, action.attempt)
         if action.hedge:
             dispatching.send(exchange.beside(), action, replica, self.links)
             return
@@ -319,8 +321,6 @@ class Gateway:
         dispatching.tell_decision(exchange, self.scheduler.policy.name, replica, action)
         dispatching.send(exchange, action, replica, self.links)
         self._guard.sent(action.attempt)
-        if self._pace is not None and not exchange.streams:
-            self._pace.unheard(now_s, action.request_id)
         self.metrics.dispatched(now_s - exchange.arrived_s, self.clock() - now_s)
 
     # Outcomes: news from engines
