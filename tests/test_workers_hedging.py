@@ -13,23 +13,28 @@ from builders import a_fleet, a_pool
 from concertmaster.core.events import ReplicaDied, ReplicaReady
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.gateway.quotas import Quota
+from concertmaster.gateway.workers.frames import Drop, Engine, Send
 from concertmaster.gateway.workers.wire import Wire as Line
 from crew import Crew, over_upstreams
 from gateway_rig import (
     CHAT,
+    STREAM_HEAD,
     Heard,
     Script,
     Upstream,
     Wire,
     a_body,
     a_call,
+    a_chunk,
     a_message,
+    an_answer,
     cuts,
+    events,
     hangs,
     play,
     until,
 )
-from test_gateway_hedging import answers, hedging, outcomes, streams
+from test_gateway_hedging import an_event, answers, hedging, outcomes, say, streams
 from test_gateway_keys import Safe
 
 P0, P1 = ReplicaId("p-0"), ReplicaId("p-1")
@@ -41,6 +46,31 @@ def breaks(*, after_s: float) -> Script:
     async def script(_: Heard, out: asyncio.StreamWriter) -> None:
         await asyncio.sleep(after_s)
         out.transport.abort()
+
+    return script
+
+
+def drips(text: str, *, after_s: float) -> Script:
+    """Begin a stream, and end it half a second later."""
+
+    async def script(_: Heard, out: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(after_s)
+        out.write(STREAM_HEAD + a_chunk(b"data: " + json.dumps(an_event(text)).encode() + b"\n\n"))
+        await asyncio.sleep(0.5)
+        say(out, events(an_event(f"{text} ends")))
+
+    return script
+
+
+def answers_in_two(text: str, *, after_s: float) -> Script:
+    """Send half of a whole answer, and the rest half a second later."""
+    whole = an_answer(json.dumps({"text": text, "usage": {"completion_tokens": 2}}).encode())
+
+    async def script(_: Heard, out: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(after_s)
+        out.write(whole[:-20])
+        await asyncio.sleep(0.5)
+        say(out, whole[-20:])
 
     return script
 
@@ -124,21 +154,35 @@ def test_a_first_attempt_that_is_only_late_stops_its_hedge() -> None:
     play(main())
 
 
-def test_a_loser_is_stopped_by_the_worker_before_the_scheduler_says_so() -> None:
-    """Both attempts begin within one turn of the scheduler's ear: one of them is heard."""
+@pytest.mark.parametrize(
+    ("call", "pair"),
+    [
+        (STREAM, (drips("one", after_s=0.3), streams("two", after_s=0.3))),
+        (WHOLE, (answers_in_two("one", after_s=0.4), answers("two", after_s=0.5))),
+    ],
+)
+def test_a_loser_is_stopped_by_the_worker_before_the_scheduler_says_so(
+    call: bytes, pair: tuple[Script, Script]
+) -> None:
+    """Both would answer in the time in which the worker hears nothing."""
 
     async def main() -> None:
-        pair = streams("one", after_s=0.3), streams("two", after_s=0.3)
         async with over_upstreams(*pair, policy=hedging()) as (crew, both):
             wire = await crew.wire(0)
-            wire.send(STREAM)
+            wire.send(call)
             await until(lambda: both_heard(both))
             hear_again = deafen_worker(crew)
-            body = await streamed(wire)
+            await wire.head()
+            await until(lambda: both[0].lost + both[1].lost == 1, "the loser is stopped")
+            await asyncio.sleep(0.6)
             hear_again()
-
-            assert sorted((body.count(b"one"), body.count(b"two"))) == [0, 2]
             await crew.idle()
+            wire.writer.write_eof()
+            rest = await wire.rest()
+
+            assert b"HTTP/1.1" not in rest
+            assert b"one" in rest
+            assert b"two" not in rest
 
     play(main())
 
@@ -448,7 +492,7 @@ def test_a_tenant_is_charged_for_one_answer(
 
 def test_a_hedge_that_was_decided_after_the_answer_began_is_not_sent() -> None:
     async def main() -> None:
-        late = streams("late", after_s=0.05)
+        late = drips("late", after_s=0.05)
         async with over_upstreams(late, hangs, policy=hedging()) as (crew, (one, two)):
             wire = await crew.wire(0)
             wire.send(STREAM)
@@ -525,7 +569,7 @@ def test_an_attempt_after_an_answer_has_begun_is_not_made() -> None:
     """A replica is taken for dead, and its call sent elsewhere, as its answer begins."""
 
     async def main() -> None:
-        begins = streams("first", after_s=0.1)
+        begins = drips("first", after_s=0.1)
         async with over_upstreams(begins, streams("second"), policy=hedging(None)) as (crew, both):
             wire = await crew.wire(0)
             wire.send(STREAM)
@@ -534,6 +578,7 @@ def test_an_attempt_after_an_answer_has_begun_is_not_made() -> None:
             await wire.head()
             crew.rig.gateway.feed(ReplicaDied(P0))
             await until(lambda: crew.rig.replica("p-1").in_flight, "it goes elsewhere")
+            await asyncio.sleep(0.1)
             hear_again()
             rest = await wire.rest()
 
@@ -577,6 +622,44 @@ def test_a_replica_that_is_taken_for_dead_does_not_answer_what_is_sent_elsewhere
             await until(lambda: both[0].lost == 1, "the worker has dropped it")
             crew.rig.gateway.feed(ReplicaReady(P1))
             assert (await streamed(wire)).count(b"other") == 2
+            await crew.idle()
+
+    play(main())
+
+
+def test_a_call_whose_only_attempt_was_dropped_is_refused_if_the_scheduler_goes_too() -> None:
+    async def main() -> None:
+        async with over_upstreams(hangs, policy=hedging(None), may_log=True) as (crew, upstream):
+            wire = await crew.wire(0)
+            wire.send(STREAM)
+            await until(lambda: upstream.heard)
+            crew.rig.gateway.feed(ReplicaDied(P0))
+            await until(lambda: upstream.lost == 1, "it waits for another replica")
+            crew.lose_scheduler()
+
+            assert (await wire.answer())[0] == 503
+            await until(lambda: not crew.carrier(0).open_calls)
+
+    play(main())
+
+
+def test_an_attempt_that_was_dropped_while_it_connects_is_not_made() -> None:
+    async def main() -> None:
+        async with over_upstreams(policy=hedging(None)) as (crew, upstream):
+            wire, carrier = await crew.wire(0), crew.carrier(0)
+            hear_again = deafen_worker(crew)
+            wire.send(STREAM)
+            await until(lambda: carrier.open_calls)
+            for frame in (
+                Engine("p-0", upstream.url, "vllm", ""),
+                Send(1, 1, False, "p-0", "m", 0, "cm-1", b"", b""),  # noqa: FBT003
+                Drop(1, 1),
+            ):
+                carrier.hear(None, frame)  # type: ignore[arg-type]
+            await asyncio.sleep(0.1)
+            assert not upstream.heard
+            hear_again()
+            assert (await wire.answer())[0] == 200
             await crew.idle()
 
     play(main())
