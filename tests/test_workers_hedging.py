@@ -435,6 +435,21 @@ def test_a_race_goes_on_without_a_scheduler_and_one_answers() -> None:
     play(main())
 
 
+def test_an_answer_that_won_its_race_goes_on_without_a_scheduler() -> None:
+    async def main() -> None:
+        async with over_upstreams(hangs, drips("won", after_s=0.0), policy=hedging()) as (crew, _):
+            wire = await crew.wire(0)
+            wire.send(STREAM)
+            await wire.head()
+            await until(lambda: outcomes(crew.rig) == {"won": 1})
+            await asyncio.sleep(0.1)  # the word to drop the other is there
+            crew.lose_scheduler()
+            assert (await streamed(wire)).count(b"won") == 2
+            await crew.idle()
+
+    play(main())
+
+
 def test_a_race_that_nobody_wins_without_a_scheduler_is_refused_once() -> None:
     async def main() -> None:
         pair = breaks(after_s=0.3), breaks(after_s=0.5)
