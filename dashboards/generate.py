@@ -30,9 +30,10 @@ class Panel(NamedTuple):
     unit: str = "short"
 
 
-def rate(metric: str, *by: str) -> str:
-    """Return what comes a second, summed over all labels but some."""
-    return f"sum{_by(by)}(rate(concertmaster_{metric}[{RANGE}]))"
+def rate(metric: str, *by: str, match: str = "") -> str:
+    """Return what comes a second, summed over all labels but some; of what matches, if told."""
+    chosen = f"{{{match}}}" if match else ""
+    return f"sum{_by(by)}(rate(concertmaster_{metric}{chosen}[{RANGE}]))"
 
 
 def quantile(level: float, metric: str, *by: str) -> str:
@@ -142,6 +143,33 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Dropped ones mean that their file cannot be written.",
                 (("{{outcome}}", rate("receipts_total", "outcome")),),
                 "ops",
+            ),
+        ),
+    ),
+    (
+        "Late calls",
+        (
+            Panel(
+                "Hedges",
+                "Second attempts of late calls: sent, what came of them, and those that the "
+                "budget held back. Nothing unless the policy hedges.",
+                (
+                    ("sent", rate("decisions_total", match='reason="hedged"')),
+                    ("{{outcome}}", rate("hedges_total", "outcome")),
+                    ("over budget", rate("hedges_over_budget_total")),
+                ),
+                "ops",
+            ),
+            Panel(
+                "Retries",
+                "Attempts after the first, of calls that failed.",
+                (("retries", rate("retries_total")),),
+                "ops",
+            ),
+            Panel(
+                "Replicas that rest",
+                "Kept failing, or were overtaken: they get no calls, or one on trial.",
+                (("{{pool}}", gauge("replica_resting", "pool")),),
             ),
         ),
     ),

@@ -18,9 +18,9 @@ TARGETS = [
 ]
 
 
-def live() -> dict[str, set[str]]:
-    """Samples that a gateway shows once it has served and refused, and their labels."""
-    found: dict[str, set[str]] = {}
+def live() -> dict[str, dict[str, set[str]]]:
+    """Samples that a gateway shows once it has served and refused, and their labels' values."""
+    found: dict[str, dict[str, set[str]]] = {}
 
     async def main() -> None:
         async with over_engines(health_interval_s=0.05) as (rig, _):
@@ -30,7 +30,9 @@ def live() -> dict[str, set[str]]:
             text = (await rig.ask("GET", "/metrics")).body.decode()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                found.setdefault(sample.name, set()).update(sample.labels)
+                labels = found.setdefault(sample.name, {})
+                for label, value in sample.labels.items():
+                    labels.setdefault(label, set()).add(value)
 
     play(main())
     return found
@@ -47,7 +49,16 @@ def test_every_metric_and_label_of_the_dashboard_is_on_a_live_gateway() -> None:
         labels |= set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
         for name in names:
             assert name in known, f"{title}: {name}"
-            assert labels <= known[name], f"{title}: {name} has no {labels - known[name]}"
+            assert labels <= set(known[name]), f"{title}: {name} has not all of {labels}"
+        for name, label, value in re.findall(r"(\w+)\{(\w+)=\"(\w+)\"\}", target["expr"]):
+            assert value in known[name][label], f"{title}: {name} has no {label} {value}"
+
+
+def test_hedges_are_shown_with_those_that_were_not_sent() -> None:
+    lines = {
+        target["legendFormat"]: target["expr"] for title, target in TARGETS if title == "Hedges"
+    }
+    assert list(lines) == ["sent", "{{outcome}}", "over budget"]
 
 
 def test_every_line_of_a_panel_can_be_told_from_the_others() -> None:

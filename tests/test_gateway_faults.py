@@ -5,12 +5,13 @@ from collections.abc import Mapping
 import openai
 import pytest
 
-from builders import READY_S, a_fleet, a_policy, a_pool
+from builders import READY_S, a_fleet, a_policy, a_pool, a_request
 from concertmaster.core.events import ReplicaDied, ReplicaReady, RequestFailed
-from concertmaster.core.fleet import Readiness
+from concertmaster.core.fleet import Readiness, ReplicaId
 from concertmaster.engines import control
 from concertmaster.engines.faults import Faults
 from concertmaster.gateway import health
+from concertmaster.gateway.exchange import Exchange
 from concertmaster.policies.admission import BoundedLine
 from gateway_rig import (
     CHAT,
@@ -33,6 +34,7 @@ from gateway_rig import (
     says_hello,
     until,
 )
+from test_gateway_hedging import Deaf
 
 LONG = exactly(5000)
 FRAME = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
@@ -138,6 +140,42 @@ def test_a_dead_engine_is_a_503_that_says_so() -> None:
             assert reply.error["message"] == "no replica of this model is alive"
             assert int(reply.headers["retry-after-ms"]) >= 1
             await rig.idle()
+
+    play(main())
+
+
+def test_a_replica_that_is_taken_for_dead_does_not_answer_what_is_sent_elsewhere() -> None:
+    async def late(_: Heard, out: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.2)
+        out.write(an_answer(b'{"usage":{"completion_tokens":1}}'))
+
+    async def main() -> None:
+        async with over_upstreams(late) as (rig, upstream):
+            reply = asyncio.create_task(rig.call())
+            await until(lambda: upstream.heard)
+            rig.gateway.feed(ReplicaDied(ReplicaId("p-0")))
+            await until(lambda: upstream.lost == 1, "its connection is dropped")
+            assert len(rig.gateway.scheduler.line) == 1
+            rig.gateway.feed(ReplicaReady(ReplicaId("p-0")))
+            assert (await reply).status == 200
+            assert len(upstream.heard) == 2
+            await rig.idle()
+
+    play(main())
+
+
+def test_a_connection_that_comes_about_after_its_replica_is_gone_is_not_used() -> None:
+    async def main() -> None:
+        async with over_upstreams() as (rig, upstream):
+            link = rig.gateway.links[ReplicaId("p-0")]
+            wire = await rig.wire()
+            call = Exchange(a_request(), Deaf(), b"", b"", model_named="", streams=True)
+            link.send(call, a_call())
+            link.hang_up()
+            await asyncio.sleep(0.1)
+            assert not upstream.heard
+            wire.send(a_call())
+            assert (await wire.answer())[0] == 200
 
     play(main())
 

@@ -7,15 +7,12 @@ from collections.abc import Mapping
 import pytest
 
 from builders import a_fleet, a_policy, a_pool, a_request
-from concertmaster.config import GatewaySection
-from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.core.hedging import Hedging
 from concertmaster.core.policy import Policy
 from concertmaster.core.races import HedgeOutcome
 from concertmaster.gateway import dispatching
 from concertmaster.gateway.exchange import Exchange
-from concertmaster.serving import serving_policy
 from gateway_rig import (
     STREAM_HEAD,
     Heard,
@@ -377,13 +374,3 @@ def test_many_calls_over_engines_that_stall_are_each_answered_once(stream: bool)
             assert rig.gateway.scheduler.races.outcomes["won"] > 3
 
     play(main(), seconds=90)
-
-
-def test_several_workers_do_not_hedge() -> None:
-    with pytest.raises(InputError) as refusal:
-        serving_policy(GatewaySection(policy="las/hedge", workers=2))
-
-    assert str(refusal.value) == (
-        "gateway.workers: expected 1 with a policy that hedges (las/hedge), found 2 "
-        "(leave /hedge out of the policy)"
-    )

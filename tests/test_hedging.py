@@ -97,6 +97,18 @@ def test_a_rule_without_a_budget_or_with_a_high_floor_sends_nothing(of: str) -> 
     assert hedges(scheduler.at(1000.0, TimerFired())) == []
 
 
+def test_a_late_call_that_the_budget_holds_back_is_counted_once() -> None:
+    scheduler = a_scheduler(of="fcfs/hedge:share=0")
+    scheduler.arrive("a")
+    for now_s in (DUE_S, 10.0, 100.0):
+        scheduler.at(now_s, TimerFired())
+    scheduler.arrive("b", now_s=100.0)
+    scheduler.at(200.0, TimerFired())
+
+    assert scheduler.core.races.short == 2
+    assert a_race().core.races.short == 0
+
+
 def test_a_call_that_has_begun_to_answer_is_not_late() -> None:
     scheduler = a_scheduler()
     scheduler.arrive("a")

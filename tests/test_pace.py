@@ -258,13 +258,71 @@ def test_calls_that_are_not_heard_of_slow_another_down_and_say_nothing_themselve
             for name in names:
                 bench.feed(now_s, RequestArrived(a_request(name, arrival_s=now_s)))
             for name in names[1:] if is_known else ():
-                bench.watch.unheard(now_s, RequestId(name))
+                bench.watch.unheard(now_s, RequestId(name), 1)
             bench.feed(now_s + 0.1, TokensStreamed(((RequestId(names[0]), 1, 1),)))
             for name, tokens in zip(names, (101, 20, 20), strict=True):
                 bench.feed(now_s + 3.1, RequestFinished(RequestId(name), 1, tokens))
         told.append(bench.told(300.0))
 
     assert told == [{}, {P0: pytest.approx(3.0, rel=0.1)}]
+
+
+class QuietRace(Bench):
+    """A whole answer on both replicas, and a stream beside each attempt."""
+
+    def __init__(self) -> None:
+        super().__init__(a_fleet(a_pool(curve=a_call_a_step()), replicas=2))
+        self.core.adopt(policy("round-robin/hedge:share=1"))
+        for name in ("quiet", "loud-1", "loud-0"):
+            self.feed(0.0, RequestArrived(a_request(name, streams=name != "quiet")))
+        self.watch.unheard(0.0, QUIET, 1)
+        for name in ("loud-1", "loud-0"):
+            self.feed(0.1, TokensStreamed(((RequestId(name), 1, 1),)))
+        (hedge,) = (one for one in self.feed(60.0, TimerFired()) if isinstance(one, Dispatch))
+        assert (hedge.request_id, hedge.replica_id) == (QUIET, P1)
+        self.watch.unheard(60.0, QUIET, 2)
+
+    @property
+    def batches(self) -> list[int]:
+        return [self.watch._meters[one]._batch for one in (P0, P1)]
+
+
+QUIET = RequestId("quiet")
+
+
+def test_a_whole_answer_on_two_replicas_is_part_of_both_batches() -> None:
+    race = QuietRace()
+
+    assert race.batches == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("event", "batches"),
+    [
+        (TokensStreamed(((QUIET, 2, 1),)), [1, 2]),
+        (TokensStreamed(((QUIET, 1, 1),)), [2, 1]),
+        (RequestFinished(QUIET, 2, 50), [1, 1]),
+        (RequestFinished(QUIET, 1, 50), [1, 1]),
+        (RequestFailed(QUIET, 2, retriable=True), [2, 1]),
+        (RequestFailed(QUIET, 1, retriable=True), [1, 2]),
+        (RequestCancelled(QUIET), [1, 1]),
+        (ReplicaDied(P1), [2, 0]),
+        (ReplicaDied(P0), [0, 2]),
+    ],
+)
+def test_an_attempt_leaves_its_batch_when_it_ends_and_no_sooner(
+    event: Event, batches: list[int]
+) -> None:
+    race = QuietRace()
+    race.feed(61.0, event)
+
+    assert race.batches == batches
+    race.feed(62.0, RequestCancelled(QUIET))
+    for name in ("loud-0", "loud-1"):
+        race.feed(62.0, RequestCancelled(RequestId(name)))
+    assert race.batches == [0, 0]
+    assert not race.watch._unheard
+    assert not race.watch._calls
 
 
 def a_call_a_step() -> RateCurve:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from concertmaster.config_files import load_fleet
 from concertmaster.core.errors import InputError
 from concertmaster.gateway.trails import LATEST, MOST_GROWING, PromptTrail
-from concertmaster.gateway.workers.carrier import Carrier, _told
+from concertmaster.gateway.workers.carrier import Carrier
 from concertmaster.gateway.workers.frames import Frame, FromWorker, Gone, Progress, Say
+from concertmaster.gateway.workers.opening import told as told_of
 from concertmaster.gateway.workers.wire import Wire
 from concertmaster.serving import check_workers
 from crew import over_engines, over_upstreams
@@ -543,7 +544,7 @@ turns = st.fixed_dictionaries(
 def test_a_trail_that_is_told_says_what_the_prompt_does(prompt: object, known: int) -> None:
     text = memoryview(json.dumps(prompt).encode())
     here = PromptTrail(text, "team")
-    told = _told(here)
+    told = told_of(here)
     assert list(told.ends) == list(here.ends)
     assert told.last == here.last
     assert (len(told.last) > 0) == (len(told.ends) <= MOST_GROWING)

@@ -65,14 +65,10 @@ def serving_policy(settings: GatewaySection) -> Policy:
     """Return the policy of a gateway.
 
     Raises:
-        InputError: There is none of that name, it is an oracle, or it hedges beside several
-            workers, each of which moves one attempt of a call.
+        InputError: There is none of that name, or it is an oracle.
     """
     check_servable(settings.policy)
     policy = policy_named(settings.policy)
-    if policy.hedge is not None and settings.workers > 1:
-        problem = f"expected 1 with a policy that hedges ({policy.name}), found {settings.workers}"
-        raise InputError("", "gateway.workers", problem, "leave /hedge out of the policy")
     if settings.window_s is None:
         return policy
     return dataclasses.replace(policy, window_s=settings.window_s)

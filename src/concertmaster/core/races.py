@@ -41,6 +41,7 @@ class Watched:
         factor: How many times that is late.
         service: What its replica took it to need.
         due_s: When it is late, or is to be looked at again.
+        is_short: Whether it has been late while the budget had nothing left.
     """
 
     call: Waiting
@@ -50,6 +51,7 @@ class Watched:
     factor: float
     service: Service
     due_s: float
+    is_short: bool = False
 
 
 class Races:
@@ -64,6 +66,7 @@ class Races:
     Attributes:
         seconds: Calls on two replicas, with the second; kept by the dispatcher.
         outcomes: What came of hedges so far.
+        short: Late calls that met an empty budget, each once.
         are_on: Whether there is a rule, or ever was one.
     """
 
@@ -83,6 +86,7 @@ class Races:
         self._planned = 0
         self.seconds: dict[RequestId, tuple[Waiting, Replica]] = {}
         self.outcomes: Counter[HedgeOutcome] = Counter()
+        self.short = 0
         self.rule: Hedging | None = None
         self.are_on = False
         self.adopt(rule)
@@ -206,6 +210,9 @@ class Races:
     def _better(self, now_s: float, watched: Watched) -> tuple[Replica, int] | None:
         """Return the replica that would end a late call first, if before the first attempt."""
         if self._budget.is_empty:
+            if not watched.is_short:
+                watched.is_short = True
+                self.short += 1
             return None
         call, model = watched.call, watched.replica.pool.model.name
         ends_s = [

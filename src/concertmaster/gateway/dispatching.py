@@ -1,6 +1,6 @@
 """A call as it goes to the engine that was chosen for it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from concertmaster.core.actions import Dispatch
 from concertmaster.core.fleet import Replica, ReplicaId
@@ -37,12 +37,10 @@ def links(
 
 
 def send(exchange: Exchange, action: Dispatch, replica: Replica, links: Links) -> None:
-    """Begin an attempt, here or in the process that moves the call's bytes.
-
-    One beside another is begun here: processes that move bytes know one attempt of a call.
-    """
+    """Begin an attempt, here or in the process that moves the call's bytes."""
     exchange.attempt, exchange.replica_id = action.attempt, action.replica_id
     exchange.tokens = exchange.told_tokens = 0
+    exchange.drop_hedge()
     if exchange.relay is not None:
         exchange.relay.send(exchange, action, replica)
         return
@@ -55,12 +53,19 @@ def stop(exchange: Exchange | None, replica_id: ReplicaId) -> None:
     if exchange is None or exchange.hedge is None:
         return
     hedge = exchange.hedge
-    if hedge.replica_id == replica_id:
-        exchange.drop_hedge()
-        return
-    if exchange.engine is not None:
-        exchange.engine.cancel()
-    exchange.attempt, exchange.replica_id = hedge.attempt, hedge.replica_id
+    exchange.lose(hedge.attempt if hedge.replica_id == replica_id else exchange.attempt)
+
+
+def hang_up(exchanges: Iterable[Exchange], replica_id: ReplicaId, links: Links) -> None:
+    """Stop what has not begun to answer on a replica that is gone: the core sends it elsewhere."""
+    links[replica_id].hang_up()
+    for exchange in exchanges:
+        engine = exchange.engine
+        if exchange.relay is None or engine is None or exchange.started:
+            continue
+        if exchange.replica_id == replica_id:
+            engine.cancel()
+            exchange.engine = None
 
 
 def begin(exchange: Exchange, model: str, priority: int, link: EngineLink) -> None:

@@ -5,19 +5,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from concertmaster.core.actions import (
-    Action,
-    Cancel,
-    Demote,
-    Dispatch,
-    Fail,
-    Reject,
-    Resize,
-    Wake,
-)
+from concertmaster.core.actions import Action, Cancel, Demote, Dispatch, Fail, Reject, Resize, Wake
 from concertmaster.core.errors import CallerError
 from concertmaster.core.events import (
     Event,
+    ReplicaDemoted,
     ReplicaDied,
     RequestArrived,
     RequestCancelled,
@@ -218,6 +210,10 @@ class Gateway:
             self._end(exchange, 499)
             self.feed(RequestCancelled(exchange.request.request_id))
 
+    def cut(self, exchange: Exchange) -> None:
+        """End a call whose answer comes from a replica that is dead to the core."""
+        self._guard.turn_away(exchange, "replica_died")
+
     def name(self, headers: Mapping[bytes, bytes]) -> str:
         """Return what to call a message that becomes no call."""
         return self._intake.name(headers)
@@ -273,6 +269,8 @@ class Gateway:
     def _feed(self, now_s: float, event: Event) -> None:
         if self._pace is not None:
             self._pace.note(now_s, event)
+        if isinstance(event, ReplicaDied | ReplicaDemoted):
+            dispatching.hang_up(self._exchanges.values(), event.replica_id, self.links)
         actions = self.scheduler.handle(now_s, event)
         if self._observe is not None:
             self._observe(now_s, event, actions)
@@ -313,6 +311,8 @@ class Gateway:
     def _dispatch(self, now_s: float, action: Dispatch) -> None:
         exchange = self._exchanges[action.request_id]
         replica = self.scheduler.replicas[action.replica_id]
+        if self._pace is not None and not exchange.streams:
+            self._pace.unheard(now_s, action.request_id, action.attempt)
         if action.hedge:
             dispatching.send(exchange.beside(), action, replica, self.links)
             return
@@ -321,8 +321,6 @@ class Gateway:
         dispatching.tell_decision(exchange, self.scheduler.policy.name, replica, action)
         dispatching.send(exchange, action, replica, self.links)
         self._guard.sent(action.attempt)
-        if self._pace is not None and not exchange.streams:
-            self._pace.unheard(now_s, action.request_id)
         self.metrics.dispatched(now_s - exchange.arrived_s, self.clock() - now_s)
 
     # Outcomes: news from engines

@@ -157,9 +157,15 @@ class Exchange:
             model_named=self.model_named,
             streams=self.streams,
         )
-        other.arrived_s, other.lead = self.arrived_s, self
+        other.arrived_s, other.lead, other.relay = self.arrived_s, self, self.relay
         self.hedge = other
         return other
+
+    def at(self, attempt: int) -> "Exchange | None":
+        """Return what is at an attempt: the call, or the one beside it; ``None`` if neither is."""
+        if self.hedge is not None and self.hedge.attempt == attempt:
+            return self.hedge
+        return self if self.attempt == attempt else None
 
     def first(self) -> "Exchange":
         """Let this attempt answer, and drop the one that it overtakes; return the call's own."""
@@ -174,6 +180,23 @@ class Exchange:
         call.tokens = call.told_tokens = 0
         self.over = True
         return call
+
+    def lose(self, attempt: int) -> bool:
+        """Stop one of two attempts, and return whether the other goes on; one alone stays.
+
+        Where the first is lost the call takes on the number of the second, which stands for both.
+        """
+        hedge = self.hedge
+        if hedge is None:
+            return False
+        if hedge.attempt == attempt:
+            self.drop_hedge()
+            return self.attempt != attempt
+        if self.engine is not None:
+            self.engine.cancel()
+            self.engine = None
+        self.attempt, self.replica_id = hedge.attempt, hedge.replica_id
+        return True
 
     def drop_hedge(self) -> None:
         """Stop a second attempt, wherever it is."""

@@ -173,7 +173,7 @@ class Guard:
             for call in list(lane):
                 exchange = self._exchanges[call.request.request_id]
                 if now_s - exchange.arrived_s >= BROKEN_WAIT_S * self._speedup:
-                    self._turn_away(exchange, "engines_failing", max(1.0, trial_in_s))
+                    self.turn_away(exchange, "engines_failing", max(1.0, trial_in_s))
 
     def _end_too_long(self, exchange: Exchange, problem: str) -> None:
         if exchange.started and exchange.engine is not None:
@@ -182,9 +182,12 @@ class Guard:
         if exchange.engine is not None:
             self.breakers.failed(ReplicaId(exchange.replica_id))
         exchange.error_text = problem
-        self._turn_away(exchange, "timed_out", None)
+        self.turn_away(exchange, "timed_out")
 
-    def _turn_away(self, exchange: Exchange, reason: Reason, retry_after_s: float | None) -> None:
+    def turn_away(
+        self, exchange: Exchange, reason: Reason, retry_after_s: float | None = None
+    ) -> None:
+        """End a call that the core still has, with an error."""
         if not exchange.over:
             self._refuse(exchange, reason, retry_after_s)
             self._feed(RequestCancelled(exchange.request.request_id))

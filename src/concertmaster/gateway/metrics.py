@@ -182,6 +182,11 @@ class _Exposition(Collector):
         for outcome in get_args(HedgeOutcome):
             hedges.add_metric([outcome], self._scheduler.races.outcomes[outcome])
         yield hedges
+        yield CounterMetricFamily(
+            "concertmaster_hedges_over_budget",
+            "Late calls for which no hedge was left in the budget.",
+            value=self._scheduler.races.short,
+        )
         for name, text, histogram in (
             ("request_duration_seconds", "Acceptance to last byte.", metrics.duration_s),
             ("time_to_first_token_seconds", "Acceptance to first token.", metrics.ttft_s),

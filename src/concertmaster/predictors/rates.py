@@ -37,9 +37,6 @@ TOLD_RATIO = 1.03
 TRUSTED_RATIO = 1.05
 """A curve is taken to be right until its replica is further off than this."""
 
-_UNHEARD = 0
-"""Attempt of a call that is not heard of before its end."""
-
 
 class _Watched:
     """A call that decodes, and where it and its replica stood when its stretch began."""
@@ -218,6 +215,7 @@ class PaceWatch:
         self._tracker = PaceTracker({r.replica_id: r.pool.pool_id for r in replicas.values()})
         self._meters = {replica_id: _Meter(replica) for replica_id, replica in replicas.items()}
         self._calls: dict[RequestId, _Watched] = {}
+        self._unheard: dict[RequestId, list[_Watched]] = {}
         self._heard: dict[ReplicaId, None] = {}
         self._off_curve: dict[ReplicaId, None] = {}
 
@@ -228,10 +226,13 @@ class PaceWatch:
                 for request_id, attempt, tokens in progress:
                     self._stream(now_s, request_id, attempt, tokens)
             case RequestFinished(request_id, attempt, output_tokens):
+                self._leave(now_s, request_id)
                 self._end(now_s, request_id, attempt, output_tokens)
             case RequestFailed(request_id, attempt):
+                self._leave(now_s, request_id, only=attempt)
                 self._end(now_s, request_id, attempt, 0)
             case RequestCancelled(request_id):
+                self._leave(now_s, request_id)
                 self._end(now_s, request_id, None, 0)
             case ReplicaDied(replica_id) | ReplicaDemoted(replica_id):
                 self._restart(replica_id)
@@ -240,18 +241,20 @@ class PaceWatch:
             case _:
                 pass
 
-    def unheard(self, now_s: float, request_id: RequestId) -> None:
-        """Note that a dispatched call will not be heard of before its end.
+    def unheard(self, now_s: float, request_id: RequestId, attempt: int) -> None:
+        """Note that an attempt that was sent will not be heard of before its answer is there.
 
-        It is taken to decode at once and to hold half of the answer that is expected of it.
+        It is taken to decode at once and to hold half of the answer that is expected of it. Of
+        two attempts each is part of the batch of its own replica until one begins to answer.
         """
-        replica_id = self._scheduler.in_flight(request_id)
+        replica_id = self._scheduler.in_flight(request_id, attempt)
         if replica_id is None:
             return
         call = self._scheduler.replicas[replica_id].in_flight[request_id]
         kv_tokens = call.request.prompt_tokens + call.expected_tokens // 2
         meter = self._meters[replica_id]
-        self._calls[request_id] = meter.begin(now_s, _UNHEARD, kv_tokens, call.prefill_tokens)
+        watched = meter.begin(now_s, attempt, kv_tokens, call.prefill_tokens)
+        self._unheard.setdefault(request_id, []).append(watched)
 
     def due(self, now_s: float) -> PaceObserved | None:
         """Return what the core is to be told, if a pace has moved enough; ask once a second."""
@@ -283,6 +286,8 @@ class PaceWatch:
                 watched.meter.progress(now_s, watched, tokens)
                 if watched.meter.has_samples:
                     self._heard[watched.meter.replica_id] = None
+        elif request_id in self._unheard:
+            self._leave(now_s, request_id, but=attempt)
         elif tokens == 1:
             replica_id = self._scheduler.in_flight(request_id, attempt)
             if replica_id is not None:
@@ -298,13 +303,32 @@ class PaceWatch:
         watched = self._calls.get(request_id)
         if watched is None:
             return
-        is_unheard = watched.attempt == _UNHEARD
-        if attempt not in (watched.attempt, None) and not is_unheard:
+        if attempt not in (watched.attempt, None):
             return
         del self._calls[request_id]
-        meter = watched.meter
-        meter.end(now_s, watched, 0 if is_unheard else output_tokens)
-        self._heard[meter.replica_id] = None
+        self._let_out(now_s, watched, output_tokens)
+
+    def _leave(
+        self,
+        now_s: float,
+        request_id: RequestId,
+        *,
+        only: int | None = None,
+        but: int | None = None,
+    ) -> None:
+        """Strike attempts that were not heard of: all, only one, or all but one."""
+        stay = []
+        for watched in self._unheard.pop(request_id, ()):
+            if watched.attempt == but or only not in (None, watched.attempt):
+                stay.append(watched)
+            else:
+                self._let_out(now_s, watched, 0)
+        if stay:
+            self._unheard[request_id] = stay
+
+    def _let_out(self, now_s: float, watched: _Watched, output_tokens: int) -> None:
+        watched.meter.end(now_s, watched, output_tokens)
+        self._heard[watched.meter.replica_id] = None
 
     def _meet(self, replica_id: ReplicaId) -> None:
         """Begin with a replica that joined the fleet, if it did."""
@@ -316,9 +340,12 @@ class PaceWatch:
 
     def _restart(self, replica_id: ReplicaId) -> None:
         """Begin anew with a replica that is gone; its calls are not watched any more."""
-        replica = self._scheduler.replicas[replica_id]
+        replica, meter = self._scheduler.replicas[replica_id], self._meters[replica_id]
         for request_id in replica.in_flight:
             self._calls.pop(request_id, None)
+            unheard = self._unheard.pop(request_id, ())
+            if stay := [watched for watched in unheard if watched.meter is not meter]:
+                self._unheard[request_id] = stay
         self._meters[replica_id] = _Meter(replica)
         self._tracker.forget(replica_id)
 

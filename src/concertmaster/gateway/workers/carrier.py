@@ -12,14 +12,13 @@ from concertmaster.gateway import dispatching, heads, openai_api, stream
 from concertmaster.gateway.agent import AgentConnection, Message
 from concertmaster.gateway.apis.desk import RESPONSES, ApiDesk
 from concertmaster.gateway.exchange import Caller, Exchange
-from concertmaster.gateway.keyring import LIVE_PATHS, TENANT_HEADER
+from concertmaster.gateway.keyring import LIVE_PATHS
 from concertmaster.gateway.limits import limits_of
 from concertmaster.gateway.naming import Names
 from concertmaster.gateway.peers import Peer
-from concertmaster.gateway.reading import Opened, Reader
+from concertmaster.gateway.reading import Reader
 from concertmaster.gateway.refusals import reply, tell_mistake
 from concertmaster.gateway.timeouts import Timeouts
-from concertmaster.gateway.trails import LATEST, PromptTrail, Trail
 from concertmaster.gateway.upstream import EngineLink
 from concertmaster.gateway.workers.frames import (
     Began,
@@ -38,9 +37,9 @@ from concertmaster.gateway.workers.frames import (
     Rules,
     Say,
     Send,
-    ToldTrail,
 )
-from concertmaster.gateway.workers.side import ELSEWHERE, SideRelay
+from concertmaster.gateway.workers.opening import called, carried
+from concertmaster.gateway.workers.side import SideRelay
 from concertmaster.gateway.workers.wire import Wire
 
 PROGRESS_S = 0.25
@@ -49,7 +48,6 @@ PROGRESS_S = 0.25
 SPARE_S = 2.0
 """How much longer than the scheduler a worker waits for a call to end."""
 
-_TOLD_HEADERS = (b"x-request-id", TENANT_HEADER, b"traceparent", b"tracestate")
 _log = logging.getLogger(__name__)
 
 WireToScheduler = Wire[FromScheduler]
@@ -150,10 +148,10 @@ class Carrier:
             tell_mistake(caller, error, self.name(message.headers), self.count)
             return
         number = next(self._numbers)
-        exchange = agent.exchange = _exchange(opened, number)
+        exchange = agent.exchange = carried(opened, number)
         self._calls[number] = _Carried(exchange, opened.message, "")
         self._asking[number] = None
-        self._tell(_called(number, opened))
+        self._tell(called(number, opened))
 
     def count(self, status: int, _: float = 0.0) -> None:
         """Count an answer of the worker's own."""
@@ -210,25 +208,48 @@ class Carrier:
                 self._conclude(exchange, keep_alive=keep_alive)
             case Cut():
                 self._cut(exchange)
-            case Drop():
-                if exchange.engine is not None:
-                    exchange.engine.cancel()
+            case Drop(_, attempt):
+                self._drop(exchange, attempt)
             case GiveUp(_, problem):
                 _give_up(exchange, problem)
             case _:
                 assert_never(frame)
 
     def _send(self, call: _Carried, frame: Send) -> None:
+        """Begin an attempt; not where an answer has begun, of which the scheduler will hear."""
         exchange = call.exchange
-        self._asking.pop(frame.number, None)
-        self._calls[frame.number] = call._replace(name=frame.request_id)
+        if exchange.started:
+            return
+        if frame.hedge:
+            exchange = self._beside(exchange, frame)
+        else:
+            self._calls[frame.number] = call._replace(name=frame.request_id)
+            exchange.response_headers = frame.headers
         if not exchange.head:
             head = heads.engine_head(call.message, frame.request_id)
             exchange.head = heads.traced(head, frame.traced) if frame.traced else head
-        exchange.response_headers = frame.headers
+        self._asking.pop(frame.number, None)
         exchange.attempt, exchange.replica_id = frame.attempt, frame.replica_id
         exchange.tokens = exchange.told_tokens = 0
         dispatching.begin(exchange, frame.model, frame.priority, self._links[frame.replica_id])
+
+    def _beside(self, call: Exchange, frame: Send) -> Exchange:
+        """Return a second attempt; it is the only one if the first broke while it was decided."""
+        if frame.number in self._asking:
+            call.attempt, call.replica_id = frame.attempt, frame.replica_id
+        return call.beside()
+
+    def _drop(self, exchange: Exchange, attempt: int) -> None:
+        """Stop an attempt; a call that is left with none waits for the scheduler's word."""
+        if exchange.at(attempt) is None:
+            return
+        if exchange.lose(attempt):
+            return
+        self._asking[exchange.number] = None
+        if exchange.attempt == attempt:
+            exchange.attempt = 0  # it may still be connecting
+            if exchange.engine is not None:
+                exchange.engine.cancel()
 
     def _say(self, exchange: Exchange, data: bytes, *, held: bool) -> None:
         """Pass on words of the scheduler; an answer that began meanwhile is cut instead."""
@@ -253,11 +274,13 @@ class Carrier:
 
     def first_token(self, exchange: Exchange) -> None:
         """Tell that a stream has begun."""
+        exchange.drop_hedge()
         exchange.told_tokens = 1
         self._tell(FirstToken(exchange.number, exchange.attempt))
 
     def began(self, exchange: Exchange) -> None:
         """Tell that an answer has begun."""
+        exchange.drop_hedge()
         self._tell(Began(exchange.number, exchange.attempt))
 
     def finished(self, exchange: Exchange, output_tokens: int) -> None:
@@ -274,13 +297,16 @@ class Carrier:
         )
 
     def broke(self, exchange: Exchange, problem: str, *, alive: bool) -> None:
-        """Tell that an attempt failed."""
-        number, attempt = exchange.number, exchange.attempt
-        if number in self._orphans:
-            refusal = openai_api.refusal("engine_error", detail=f": {problem}", retry_after_s=None)
-            self._refuse(exchange, refusal)
-            return
-        self._asking[number] = None
+        """Tell that an attempt failed; the call waits for a word unless another goes on."""
+        call, attempt = exchange.call, exchange.attempt
+        number, goes_on = call.number, call.lose(attempt)
+        if not goes_on:
+            if number in self._orphans:
+                detail = f": {problem}"
+                refusal = openai_api.refusal("engine_error", detail=detail, retry_after_s=None)
+                self._refuse(call, refusal)
+                return
+            self._asking[number] = None
         self._tell(Broke(number, attempt, exchange.status, problem, alive, exchange.started))
 
     # Ends
@@ -293,6 +319,7 @@ class Carrier:
         self._orphans.pop(number, None)
         if exchange.engine is not None:
             exchange.engine.cancel()
+        exchange.drop_hedge()
 
     def _refuse(self, exchange: Exchange, refusal: openai_api.Refusal) -> None:
         """Answer a call without the scheduler."""
@@ -355,33 +382,6 @@ class Carrier:
         """Drop all connections to engines."""
         for link in self._links.values():
             link.close()
-
-
-def _exchange(opened: Opened, number: int) -> Exchange:
-    message, reading = opened.message, opened.reading
-    exchange = Exchange(
-        ELSEWHERE,
-        opened.caller,
-        b"",
-        message.body,
-        model_named=reading.model_named,
-        streams=reading.streams,
-    )
-    exchange.number, exchange.quota = number, message.quota
-    exchange.arrived_s = asyncio.get_running_loop().time()
-    return exchange
-
-
-def _called(number: int, opened: Opened) -> Called:
-    message, reading = opened.message, opened.reading
-    headers = {name: message.headers[name] for name in _TOLD_HEADERS if name in message.headers}
-    trail = None if reading.identity.workflow_id else _told(opened.trail())
-    return Called(number, message.target, headers, message.takes_chunks, reading, trail)
-
-
-def _told(trail: Trail) -> ToldTrail:
-    assert isinstance(trail, PromptTrail), "a worker has the prompt at hand"
-    return ToldTrail(list(trail.ends), trail.by_message(LATEST), trail.last)
 
 
 def _give_up(exchange: Exchange, problem: str) -> None:

@@ -156,6 +156,7 @@ class Send(Frame, tag=22):
     """Begin an attempt.
 
     Attributes:
+        hedge: Whether it goes beside the attempt before, which goes on.
         request_id: What the call is named to its engine.
         headers: What is added to the head of the answer.
         traced: Headers of a trace that replace those of the caller.
@@ -163,6 +164,7 @@ class Send(Frame, tag=22):
 
     number: int
     attempt: int
+    hedge: bool
     replica_id: str
     model: str
     priority: int
@@ -197,9 +199,10 @@ class Cut(Frame, tag=25):
 
 
 class Drop(Frame, tag=26):
-    """Drop the connection to the engine."""
+    """Drop the connection of an attempt to its engine."""
 
     number: int
+    attempt: int
 
 
 class GiveUp(Frame, tag=27):

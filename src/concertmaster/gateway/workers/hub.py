@@ -11,6 +11,7 @@ from concertmaster.core.errors import CallerError, UnauthorizedError
 from concertmaster.core.fleet import ReplicaId
 from concertmaster.gateway import openai_api
 from concertmaster.gateway.agent import AgentConnection, Message
+from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.keyring import TENANT_HEADER, Keyring
 from concertmaster.gateway.quotas import Quota
 from concertmaster.gateway.reading import Opened
@@ -256,8 +257,34 @@ class WorkerLine:
     def _fared(self, frame: FirstToken | Began | Finished | Broke) -> None:
         call = self._calls.get(frame.number)
         exchange = None if call is None else call.exchange
-        if exchange is None or exchange.over or exchange.attempt != frame.attempt:
+        if exchange is None or exchange.over:
             return
+        attempt = exchange.at(frame.attempt)
+        seen = not isinstance(frame, Broke) or frame.started
+        if seen and not self._is_on(exchange, frame.attempt):
+            self._cut(exchange, frame)
+        elif attempt is None:
+            return
+        elif isinstance(frame, Broke):
+            attempt.engine, attempt.status = None, frame.status
+            attempt.started = frame.started
+            self._gateway.broke(attempt, frame.problem, alive=frame.alive)
+        else:
+            self._answers(attempt.first(), frame)
+
+    def _is_on(self, exchange: Exchange, attempt: int) -> bool:
+        """Whether the core still has an attempt of a call."""
+        scheduler = self._gateway.scheduler
+        return scheduler.in_flight(exchange.request.request_id, attempt) is not None
+
+    def _cut(self, exchange: Exchange, frame: FirstToken | Began | Finished | Broke) -> None:
+        """End a call whose caller has seen an answer that was given up, here, a moment before."""
+        exchange.started = True
+        if isinstance(frame, Finished):
+            exchange.tokens = frame.output_tokens
+        self._gateway.cut(exchange)
+
+    def _answers(self, exchange: Exchange, frame: FirstToken | Began | Finished) -> None:
         match frame:
             case FirstToken():
                 exchange.started, exchange.status = True, 200
@@ -270,10 +297,6 @@ class WorkerLine:
                 exchange.engine, exchange.status = None, frame.status
                 exchange.tool_call_ids = frame.tool_call_ids
                 self._gateway.finished(exchange, frame.output_tokens)
-            case Broke():
-                exchange.engine, exchange.status = None, frame.status
-                exchange.started = frame.started
-                self._gateway.broke(exchange, frame.problem, alive=frame.alive)
             case _:
                 assert_never(frame)
 

@@ -22,7 +22,7 @@ class Line(Protocol):
 
 
 class RelayedCall:
-    """Caller, carrier and engine's side of one call: each is a word to its worker.
+    """Caller and carrier of one call: each is a word to its worker.
 
     Args:
         line: The way to the worker.
@@ -41,12 +41,13 @@ class RelayedCall:
     def send(self, exchange: Exchange, action: Dispatch, replica: Replica) -> None:
         """Have an attempt begun."""
         self._line.introduce(action.replica_id)
-        exchange.engine = self
+        exchange.engine = RelayedAttempt(self._line, self.number, action.attempt)
         priority = action.priority if replica.pool.priority_scheduling else 0
         self._line.tell(
             Send(
                 self.number,
                 action.attempt,
+                action.hedge,
                 action.replica_id,
                 replica.pool.model.name,
                 priority,
@@ -73,17 +74,30 @@ class RelayedCall:
         self._line.tell(Cut(self.number))
         self._line.forget(self.number)
 
-    # EngineSide
+
+class RelayedAttempt:
+    """Engine's side of one attempt.
+
+    Args:
+        line: The way to its worker.
+        number: The worker's for the call.
+        attempt: As the core counts.
+    """
+
+    __slots__ = ("_attempt", "_line", "_number")
+
+    def __init__(self, line: Line, number: int, attempt: int) -> None:
+        self._line = line
+        self._number = number
+        self._attempt = attempt
 
     def cancel(self) -> None:
         """Have the connection to the engine dropped."""
-        if self.exchange is not None:
-            self.exchange.engine = None
-        self._line.tell(Drop(self.number))
+        self._line.tell(Drop(self._number, self._attempt))
 
     def give_up(self, problem: str) -> None:
         """Have the attempt ended; the worker tells that it broke."""
-        self._line.tell(GiveUp(self.number, problem))
+        self._line.tell(GiveUp(self._number, problem))
 
     @property
     def paused(self) -> bool:
