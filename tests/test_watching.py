@@ -240,6 +240,20 @@ def test_old_chances_are_let_go_of_unread_where_nobody_ever_graded(
     assert stage.labels(GRADES) == asked.times == 2
 
 
+def test_old_chances_that_were_read_are_kept_though_nobody_ever_graded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watching, "MOST_UNREAD", 2)
+    stage, asked = Stage(), Asked()
+    read = asked.said()
+    assert read[M] == 0.5
+    names = [stage.serve(5, said=says(read), over=False) for _ in range(5)]
+    for name in names:
+        stage.watching.close(name, 1.0)
+
+    assert stage.labels(GRADES) == 5
+
+
 def test_old_chances_are_kept_for_a_late_grade_where_grades_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
 from concertmaster.learning.drift import Drift, DriftWatch
+from concertmaster.predictors.chances import Chances
 from concertmaster.predictors.interface import Completion
 
 MOST_WORKFLOWS = 10_000
@@ -31,6 +32,11 @@ class _Part:
     model: ModelName
     chances: Mapping[ModelName, float]
     calls: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its chances are known without working them out."""
+        return not isinstance(self.chances, Chances) or self.chances.read
 
     def settle(self) -> None:
         """Work out the chance that a grade is held against, and keep no other."""
@@ -120,7 +126,7 @@ class Watching:
         self._unread.append(part)
         if len(self._unread) > MOST_UNREAD:
             oldest = self._unread.popleft()
-            if self._has_grades:
+            if self._has_grades or oldest.is_read:
                 oldest.settle()
             else:
                 oldest.chances = {}

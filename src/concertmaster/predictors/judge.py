@@ -41,6 +41,11 @@ class _Traits:
         self._read = read
         self._found: Floats | None = None
 
+    @property
+    def read(self) -> bool:
+        """Whether anybody has asked."""
+        return self._found is not None
+
     def __call__(self) -> Floats:
         text = self._text
         found = self._found
@@ -72,7 +77,7 @@ class Judge:
 
     A prompt is read once somebody asks for a chance or grades its workflow; nothing is embedded
     twice. So it costs nothing where nobody does either. Of old prompts traits are kept until the
-    grade, from the first grade on; before that, they are let go of.
+    grade, if they are known or grades come; where none ever came, others are let go of.
 
     Args:
         head: Knows prompts and models.
@@ -112,10 +117,12 @@ class Judge:
         self._unread.append(held)
         if len(self._unread) > MOST_UNREAD:
             oldest = self._unread.popleft()
-            if not self._has_grades:
-                oldest.traits = None
-            elif oldest.traits is not None:
-                oldest.traits()
+            traits = oldest.traits
+            if traits is not None and not traits.read:
+                if self._has_grades:
+                    traits()
+                else:
+                    oldest.traits = None
 
     def answered(self, request: Request, model: ModelName) -> None:
         """Take in which model answered a call; the grade of its workflow comes later."""
