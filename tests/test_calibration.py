@@ -65,8 +65,9 @@ def test_trust_goes_to_what_was_nearer() -> None:
 
 def test_trust_in_one_app_says_nothing_of_another() -> None:
     calibration, law = Calibration(LEVELS), Quantiles(LEVELS, (1.0, 10.0, 1000.0))
+    sure = Quantiles(LEVELS, (100.0, 100.0, 100.0))
     for _ in range(30):
-        calibration.learn("tokens", APP, Quantiles.exactly(100.0), law, 100.0)
+        calibration.learn("tokens", APP, sure, law, 100.0)
         calibration.learn("tokens", path_of("new"), law, law, 100.0)
 
     assert calibration.trust("tokens", path_of("new")) == pytest.approx(0.5)

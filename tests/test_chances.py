@@ -125,35 +125,39 @@ def test_chances_are_those_of_the_instant_at_which_they_were_stated() -> None:
     assert stated == before
 
 
-def test_a_prompt_is_read_no_later_than_its_workflow_may_be_graded_by_it() -> None:
+def test_a_grade_reads_the_first_prompt_that_a_model_answered_and_no_other() -> None:
     judge, encoder = a_judge()
     first, second = (a_request(f"w/{i}", workflow_id=WorkflowId("w")) for i in range(2))
     judge.foresee(first, "what", MODELS)
     judge.foresee(second, "is", MODELS)
     judge.answered(first, BIG)
-    judge.answered(second, BIG)  # the first prompt that a model answered is the one it learns from
+    judge.answered(second, BIG)
+    assert encoder.texts == []
+    judge.graded(WorkflowId("w"), 1.0)
 
     assert encoder.texts == ["what"]
 
 
-def test_the_prompt_of_a_call_that_stays_without_an_answer_is_not_held_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("graded", "read"), [(True, ["what 0", "what 1"]), (False, [])])
+def test_prompts_without_an_answer_are_not_held_for_ever(
+    monkeypatch: pytest.MonkeyPatch, *, graded: bool, read: list[str]
 ) -> None:
     monkeypatch.setattr(judge_module, "MOST_UNREAD", 3)
     judge, encoder = a_judge()
+    if graded:
+        judge.graded(WorkflowId("another"), 1.0)
     for i in range(5):
         judge.foresee(a_request(f"r{i}"), f"what {i}", MODELS)
-        if i != 1:
-            judge._asked.pop(a_request(f"r{i}").request_id)  # as if it had been answered
 
-    assert encoder.texts == ["what 1"]
+    assert encoder.texts == read
     assert len(judge._unread) == 3
 
 
 def test_no_prompt_is_kept_once_it_was_read() -> None:
     judge, _ = a_judge()
     judge.foresee(a_request("r"), "what", MODELS)
-    traits = judge._asked[a_request("r").request_id]
+    traits = judge._asked[a_request("r").request_id].traits
+    assert traits is not None
     first = traits()
 
     assert traits._text == ""

@@ -134,6 +134,48 @@ def test_nothing_is_embedded_twice() -> None:
     assert encoder.texts == 2
 
 
+def test_a_prompt_is_read_for_a_grade_and_not_for_an_answer() -> None:
+    encoder = Counting()
+    predictor = a_predictor(Judge(a_success_head(), encoder))
+    serve(predictor, None, NEWCOMER, OTHER, prompts=["what", "is + ?"])
+    assert encoder.texts == 0
+    predictor.close(WorkflowId("w"), 1.0)
+
+    assert encoder.texts == 2
+
+
+def test_old_prompts_are_let_go_of_unread_where_nobody_ever_graded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(judge_module, "MOST_UNREAD", 2)
+    encoder = Counting()
+    predictor = a_predictor(Judge(a_success_head(), encoder))
+    for i in range(5):
+        serve(predictor, None, NEWCOMER, workflow=f"w{i}", prompts=[f"what {i}"])
+    predictor.close(WorkflowId("w0"), 1.0)
+    assert loading(predictor, NEWCOMER) == []
+    predictor.close(WorkflowId("w4"), 1.0)
+
+    assert loading(predictor, NEWCOMER) != []
+    assert encoder.texts == 1
+
+
+def test_old_prompts_are_kept_for_a_late_grade_where_grades_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(judge_module, "MOST_UNREAD", 2)
+    late, early = a_predictor(), a_predictor()
+    for predictor in (late, early):
+        serve(predictor, 1.0, OTHER)
+    serve(late, None, NEWCOMER, workflow="late")
+    for i in range(5):
+        serve(late, None, OTHER, workflow=f"w{i}", prompts=[f"what {i}"])
+    late.close(WorkflowId("late"), 0.0)
+    serve(early, 0.0, NEWCOMER)
+
+    assert loading(late, NEWCOMER) == loading(early, NEWCOMER) != []
+
+
 def test_a_grade_after_the_end_counts_and_only_once() -> None:
     predictor = a_predictor()
     serve(predictor, None, NEWCOMER)

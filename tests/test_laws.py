@@ -45,6 +45,15 @@ def test_a_group_that_was_seen_often_answers_with_what_it_saw() -> None:
     assert high == pytest.approx(290, rel=0.1)
 
 
+def test_a_law_that_was_read_before_knows_what_came_since() -> None:
+    tree = seen(*[50.0] * 20)
+    before = tree.law(A).at(0.5)
+    seen(*[900.0] * 100, tree=tree)
+
+    assert before == pytest.approx(50, rel=0.1)
+    assert tree.law(A).at(0.5) == pytest.approx(900, rel=0.1)
+
+
 def test_a_group_that_was_never_seen_answers_with_its_parent() -> None:
     tree = seen(*[50.0] * 100)
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import CheckedScheduler, a_fleet, a_forecast, a_policy, a_pool
+from builders import CheckedScheduler, a_fleet, a_forecast, a_policy, a_pool, a_request
 from concertmaster.core.actions import Dispatch
 from concertmaster.core.errors import InputError
 from concertmaster.core.fleet import PoolId, ReplicaId
@@ -25,9 +25,11 @@ from concertmaster.core.scheduler import Scheduler
 from concertmaster.core.service import Stand
 from concertmaster.core.weighing import MOST_CANDIDATES, MOST_KEPT, Candidate, Weighed
 from concertmaster.gateway import receipts as receipts_module
-from concertmaster.gateway.receipt import Attempt, Record
+from concertmaster.gateway.exchange import Exchange
+from concertmaster.gateway.receipt import Attempt, Record, record_of
 from concertmaster.gateway.receipt_fields import Fields, fields_in, receipt_of
 from concertmaster.gateway.receipt_sheet import packed, sheet_of
+from concertmaster.predictors.chances import Chances
 from concertmaster.state.database import Database
 from concertmaster.state.key_file import KeyFile
 from concertmaster.state.keys import new_key
@@ -37,6 +39,7 @@ from gateway_rig import CHAT, a_body, hangs, over_engines, over_upstreams, play,
 SRC = str(Path(__file__).parents[1] / "src")
 MARKER = "zanzibar-7731"
 M = ModelName("m")
+NOBODY: Any = None
 
 
 def weighing(fleet: Any = None, of: str = "least-tokens", **changes: Any) -> CheckedScheduler:  # noqa: ANN401
@@ -117,6 +120,19 @@ def test_what_nobody_asks_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None
     assert scheduler.core.weighing is not None
     assert list(scheduler.core.weighing._kept) == [f"r{i}" for i in range(15, 25)]
     assert MOST_KEPT > 10
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_chances_that_no_decision_asked_for_are_not_worked_out(*, asked: bool) -> None:
+    exchange = Exchange(a_request(), NOBODY, b"", b"", model_named="", streams=False)
+    chances = Chances([M], lambda: [0.7])
+    exchange.forecast = Forecast(success=chances)
+    if asked:
+        assert chances[M] == 0.7
+    record = record_of(exchange, (), policy="p", ended_s=1.0, arrived_unix_s=0.0)
+
+    assert sheet_of(record, [M]).successes == [0.7 if asked else None]
+    assert chances.read is asked
 
 
 # Regret.
@@ -458,6 +474,7 @@ def test_a_disk_that_fails_costs_receipts_and_no_call(
 CHILD = """
 import itertools, sys
 from pathlib import Path
+from concertmaster.predictors.chances import Chances
 from concertmaster.state.database import Database
 from concertmaster.state.receipts import SCHEMA, ReceiptFile, Row
 store = ReceiptFile(Path(sys.argv[1]), most=50)

@@ -203,20 +203,67 @@ def test_a_reset_forgets_what_another_fit_had_said() -> None:
     assert stage.watch.groups == ()
 
 
-def test_chances_are_read_once_a_workflow_is_over_and_not_before() -> None:
-    asked = []
+class Asked:
+    """Chances that count how often they were worked out."""
 
-    def make() -> list[float]:
-        asked.append(1)
+    def __init__(self) -> None:
+        self.times = 0
+
+    def said(self) -> Chances:
+        return Chances([M], self.make)
+
+    def make(self) -> list[float]:
+        self.times += 1
         return [0.5]
 
-    stage = Stage()
-    name = stage.serve(5, 5, said=says(Chances([M], make)), over=False)
-    assert asked == []
+
+def test_chances_are_read_once_a_grade_comes_and_not_before() -> None:
+    stage, asked = Stage(), Asked()
+    name = stage.serve(5, 5, said=says(asked.said()), over=False)
     stage.watching.close(name)
+    assert asked.times == 0
     stage.watching.close(name, 1.0)
 
-    assert asked == [1]
-    health = stage.watch.health(GRADES)
-    assert health is not None
-    assert health.labels == 1
+    assert asked.times == 1
+    assert stage.labels(GRADES) == 1
+
+
+def test_old_chances_are_let_go_of_unread_where_nobody_ever_graded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watching, "MOST_UNREAD", 2)
+    stage, asked = Stage(), Asked()
+    names = [stage.serve(5, said=says(asked.said()), over=False) for _ in range(5)]
+    for name in names:
+        stage.watching.close(name, 1.0)
+
+    assert stage.labels(GRADES) == asked.times == 2
+
+
+def test_old_chances_that_were_read_are_kept_though_nobody_ever_graded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watching, "MOST_UNREAD", 2)
+    stage, asked = Stage(), Asked()
+    read = asked.said()
+    assert read[M] == 0.5
+    names = [stage.serve(5, said=says(read), over=False) for _ in range(5)]
+    for name in names:
+        stage.watching.close(name, 1.0)
+
+    assert stage.labels(GRADES) == 5
+
+
+def test_old_chances_are_kept_for_a_late_grade_where_grades_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watching, "MOST_UNREAD", 2)
+    stage, asked = Stage(), Asked()
+    stage.serve(5, said=says({M: 0.5}), grade=1.0)
+    names = [stage.serve(5, said=says(asked.said()), over=False) for _ in range(5)]
+    assert asked.times == 3
+    for name in names:
+        stage.watching.close(name, 1.0)
+
+    assert stage.labels(GRADES) == 6
+    assert asked.times == 5

@@ -25,6 +25,14 @@ def test_any_text_has_finite_scores(text: str) -> None:
     assert np.isfinite(some_scores().scores(text)).all()
 
 
+@given(text=st.text(st.characters(codec="ascii"), max_size=HEAD_CHARS))
+def test_plain_text_is_split_as_any_other(text: str) -> None:
+    plain, other = buckets(text), buckets(f"{text}\u3000")  # a space, outside ASCII
+
+    in_head = BUCKETS // 2
+    np.testing.assert_array_equal(plain[plain < in_head], other[other < in_head])
+
+
 def test_lone_surrogates_and_nulls_are_no_trouble() -> None:
     assert np.isfinite(some_scores().scores("\ud800 \x00 \uffff")).all()
 

@@ -7,10 +7,11 @@ a sum is far below the sum of the P95s (SwarmX 2.2 leaves the operator open; our
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import pairwise
 from operator import le, lt
 
+from concertmaster.core.facts import fact
 from concertmaster.core.request import ModelName
 
 _BODY = [i / 40 for i in range(2, 36)]
@@ -27,7 +28,7 @@ GRID: tuple[float, ...] = tuple(
 _FINE_CELLS = tuple((level, _CELLS[i // _SPLIT][1] / _SPLIT) for i, level in enumerate(GRID))
 
 
-@dataclass(frozen=True, slots=True)
+@fact(frozen=True, slots=True)
 class Quantiles:
     """A distribution, as values at increasing probability levels.
 
@@ -201,7 +202,7 @@ UNKNOWN_OUTPUT_TOKENS = 256
 """What a call is taken to produce when nothing is known; the order of a chat answer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@fact(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """What is predicted of one call and of the rest of its workflow.
 

@@ -1,6 +1,7 @@
 """What is known of a call when it ends, taken down in no time; see ``receipt_sheet`` for more."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from concertmaster.core.actions import Dispatch
@@ -8,6 +9,7 @@ from concertmaster.core.forecast import Forecast
 from concertmaster.core.request import ModelName
 from concertmaster.core.weighing import Weighed
 from concertmaster.gateway.exchange import Exchange
+from concertmaster.predictors.chances import Chances
 
 MOST_ASKED, MOST_NAME_CHARS = 8, 128
 MOST_ID_CHARS = 256
@@ -34,6 +36,8 @@ class Record(NamedTuple):
         request_id: Its first ``MOST_ID_CHARS`` characters.
         asked: Models that the call named, cut short; empty for any.
         ended_s: ``None`` while the call is under way.
+        forecast: Without chances of success that nobody has asked for: they would be worked out
+            for this alone, and hold the prompt until then.
         arrived_unix_s: When it arrived, in seconds since 1970.
         attempt: Number of the attempt that answered, or was the last; 0 if there was none.
     """
@@ -85,7 +89,7 @@ def record_of(
         request.max_output_tokens,
         request.deadline_s,
         exchange.streams,
-        exchange.forecast,
+        _settled(exchange.forecast),
         tuple(attempts),
         exchange.status,
         exchange.reason,
@@ -96,3 +100,10 @@ def record_of(
         arrived_unix_s,
         exchange.attempt,
     )
+
+
+def _settled(forecast: Forecast) -> Forecast:
+    success = forecast.success
+    if isinstance(success, Chances) and not success.read:
+        return replace(forecast, success={})
+    return forecast

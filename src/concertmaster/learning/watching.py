@@ -7,25 +7,41 @@ of what remains counts, and the model with most of the calls whose chance is hel
 grade, as it was stated at the first of them.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
 from concertmaster.learning.drift import Drift, DriftWatch
+from concertmaster.predictors.chances import Chances
 from concertmaster.predictors.interface import Completion
 
 MOST_WORKFLOWS = 10_000
 """Workflows whose end or grade is awaited."""
+
+MOST_UNREAD = 2_000
+"""Chances to hold as they were stated. One is worked out once so many have come after it, or let
+go of where nobody has ever graded: what chances rest on is large."""
 
 
 @dataclass(slots=True)
 class _Part:
     """What a model did in a workflow: the chances as stated at its first call, and its calls."""
 
+    model: ModelName
     chances: Mapping[ModelName, float]
     calls: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its chances are known without working them out."""
+        return not isinstance(self.chances, Chances) or self.chances.read
+
+    def settle(self) -> None:
+        """Work out the chance that a grade is held against, and keep no other."""
+        chance = self.chances.get(self.model)
+        self.chances = {} if chance is None else {self.model: chance}
 
 
 @dataclass(slots=True)
@@ -57,6 +73,8 @@ class Watching:
     def __init__(self, watch: DriftWatch | None = None) -> None:
         self._watch = watch or DriftWatch()
         self._open: OrderedDict[WorkflowId, _Open] = OrderedDict()
+        self._unread: deque[_Part] = deque()
+        self._has_grades = False
 
     def learn(
         self, request: Request, completion: Completion, forecast: Forecast, gpu: str
@@ -68,7 +86,8 @@ class Watching:
             found.group, found.remaining = (request.app, request.role), forecast.remaining_tokens
         part = found.parts.get(model)
         if part is None:
-            part = found.parts[model] = _Part(forecast.success)
+            part = found.parts[model] = _Part(model, forecast.success)
+            self._hold(part)
         part.calls += 1
         found.tokens += tokens
         found.ended_s = at_s
@@ -84,20 +103,33 @@ class Watching:
 
     def close(self, workflow_id: WorkflowId, grade: float | None = None) -> list[Drift]:
         """Return alarms of a workflow that is over; its grade may come later, in its own call."""
+        self._has_grades = self._has_grades or grade is not None
         found = self._open.get(workflow_id)
         if found is None:
             return []
-        _settle(found)
         alarms = [self._ended(found)]
         if grade is not None:
             del self._open[workflow_id]
             alarms.append(self._graded(found, grade))
+            for part in found.parts.values():
+                part.chances = {}
         return [alarm for alarm in alarms if alarm is not None]
 
     def reset(self) -> None:
         """Begin again, because forecasts come from another fit."""
         self._watch.reset()
         self._open.clear()
+        self._unread.clear()
+
+    def _hold(self, part: _Part) -> None:
+        """Hold chances; the oldest are settled if grades come, let go of if they never did."""
+        self._unread.append(part)
+        if len(self._unread) > MOST_UNREAD:
+            oldest = self._unread.popleft()
+            if self._has_grades or oldest.is_read:
+                oldest.settle()
+            else:
+                oldest.chances = {}
 
     def _ended(self, found: _Open) -> Drift | None:
         whole, found.whole = found.whole, False
@@ -122,10 +154,3 @@ class Watching:
             if len(self._open) > MOST_WORKFLOWS:
                 self._open.popitem(last=False)
         return found
-
-
-def _settle(found: _Open) -> None:
-    """Read the chances that were stated: what they rest on need not be kept for a late grade."""
-    for model, part in found.parts.items():
-        chance = part.chances.get(model)
-        part.chances = {} if chance is None else {model: chance}

@@ -46,11 +46,14 @@ _TRUST_STEP = 1.0
 
 
 class _Group:
-    """Offsets of one group by level, what stands behind them, and the trust in the heads."""
+    """Offsets of one group by level, what stands behind them, and the trust in the heads.
+
+    Levels are few: a label moves plain floats in less time than an array of them.
+    """
 
     __slots__ = ("_share", "_trust", "curve", "labels", "offsets")
 
-    def __init__(self, offsets: Floats, trust: float) -> None:
+    def __init__(self, offsets: list[float], trust: float) -> None:
         self.offsets = offsets
         self.trust = trust
         self.labels = 0.0
@@ -84,17 +87,23 @@ class Calibration:
 
     def __init__(self, levels: Sequence[float], *, most_groups: int = 5000) -> None:
         self._levels = np.array(levels)
+        self._nominal: list[float] = self._levels.tolist()
         # in log odds a quantile lies where the density is level * (1 - level), and the step
         # that learns it fastest is one over that (Robbins and Monro)
-        self._density = self._levels * (1 - self._levels)
-        self._last_steps: dict[float, Floats] = {}
+        self._densities: list[float] = (self._levels * (1 - self._levels)).tolist()
+        self._last_steps: dict[float, list[float]] = {}
+        self._nothing = [0.0] * len(levels)
         self._most_groups = most_groups
         self._groups: dict[tuple[str, Path], _Group] = {}
 
     def offsets(self, target: str, path: Path) -> Floats:
         """Return what to add to log odds, by level; 0 where nothing was learnt."""
-        group = self._find(target, path)
-        return np.zeros(len(self._levels)) if group is None else group.offsets
+        return self.all_offsets((target,), path)[0]
+
+    def all_offsets(self, targets: Sequence[str], path: Path) -> Floats:
+        """Return the same of several targets, a row each."""
+        groups = [self._find(target, path) for target in targets]
+        return np.array([self._nothing if one is None else one.offsets for one in groups])
 
     def trust(self, target: str, path: Path) -> float:
         """Return the weight of the heads beside the law of the group, in 0…1."""
@@ -121,24 +130,28 @@ class Calibration:
             truth: What came of it.
             worth: In workflows; labels of one workflow resemble each other.
         """
-        off = self._levels - np.array([truth <= value for value in stated.values])
+        pairs = zip(self._nominal, stated.values, strict=True)
+        off = [level - 1.0 if truth <= value else level for level, value in pairs]
         better = log_pinball(law, truth) - log_pinball(stated, truth)
         for end in range(len(path) + 1):
             group = self._groups.get((target, path[:end])) or self._open(target, path[:end])
             if group is None:
                 return
-            moved = group.offsets + self._steps(group.labels, worth) * off
-            group.offsets = np.minimum(np.maximum(moved, -MOST_OFFSET), MOST_OFFSET)
+            steps = self._steps(group.labels, worth)
+            group.offsets = [
+                min(max(offset + step * missed, -MOST_OFFSET), MOST_OFFSET)
+                for offset, step, missed in zip(group.offsets, steps, off, strict=True)
+            ]
             trust = group.trust + _TRUST_STEP * worth * better
             group.trust = min(max(trust, -MOST_TRUST), MOST_TRUST)
             group.labels += worth
 
-    def _steps(self, labels: float, worth: float) -> Floats:
+    def _steps(self, labels: float, worth: float) -> list[float]:
         """Return how far a label moves each level of a group that has seen so many."""
         known = min(FIRST_LABELS + labels, LAST_LABELS)
         steps = self._last_steps.get(worth) if known == LAST_LABELS else None
         if steps is None:
-            steps = np.minimum(MOST_STEP, 1 / (known * self._density)) * worth
+            steps = [min(MOST_STEP, 1 / (known * one)) * worth for one in self._densities]
             if known == LAST_LABELS and len(self._last_steps) < MOST_WORTHS:
                 self._last_steps[worth] = steps
         return steps
@@ -178,8 +191,9 @@ class Calibration:
         if path:  # what all apps have in common the heads have learnt
             blended = share * odds + (1 - share) * logit(self._levels)
             own = own_quantiles(truths[:, None] - blended, self._levels)
-            own = np.clip(own, group.offsets - MOST_OWN, group.offsets + MOST_OWN)
-            group.offsets = lean * group.offsets + (1 - lean) * own
+            before = np.array(group.offsets)
+            own = np.clip(own, before - MOST_OWN, before + MOST_OWN)
+            group.offsets = (lean * before + (1 - lean) * own).tolist()
 
     def _find(self, target: str, path: Path) -> _Group | None:
         for end in range(len(path), -1, -1):
@@ -192,7 +206,7 @@ class Calibration:
         if len(self._groups) >= self._most_groups:
             return None
         parent = self._find(target, path)
-        offsets = np.zeros(len(self._levels)) if parent is None else parent.offsets
+        offsets = self._nothing if parent is None else parent.offsets
         # what was learnt of other apps says little of how far to trust the heads on this one
         trust = parent.trust if parent is not None and len(path) > 1 else 0.0
         group = self._groups[target, path] = _Group(offsets, trust)
@@ -215,7 +229,7 @@ class Calibration:
         for i, (target, joined) in enumerate(zip(arrays["targets"], arrays["paths"], strict=True)):
             path = tuple(str(joined).split(SEPARATOR)) if arrays["depths"][i] else ()
             offsets = np.asarray(arrays["offsets"][i], dtype=np.float64)
-            group = _Group(offsets, float(arrays["trusts"][i]))
+            group = _Group(offsets.tolist(), float(arrays["trusts"][i]))
             group.labels = float(arrays["labels"][i])
             self._groups[str(target), path] = group
 

@@ -59,11 +59,17 @@ first two."""
 
 
 class Look(NamedTuple):
-    """What can be said of a call before any head spoke."""
+    """What can be said of a call before any head spoke.
+
+    Attributes:
+        laws: Of each quantity, on the model that will most likely serve.
+        model: That model; "" if nobody knows.
+    """
 
     features: npt.NDArray[np.float32]
     laws: dict[str, Law]
     paths: Mapping[str, Path]
+    model: ModelName
 
     @property
     def step(self) -> str:
@@ -88,7 +94,8 @@ class Evidence:
     def look(self, request: Request, prompt: Prompt) -> Look:
         """Say what is known of a call at its arrival."""
         history = self.histories.seen(request.workflow_id) or _NO_HISTORY
-        paths = paths_of(request, likely_model(request, history))
+        model = likely_model(request, history)
+        paths = paths_of(request, model)
         laws = {name: self.laws[name].law(paths[name]) for name in _LAWS}
         track = history.track(request)
         figures = [
@@ -98,7 +105,7 @@ class Evidence:
         ]
         for target in _IN_FEATURES:
             figures += laws[target].shape()
-        return Look(np.array(figures, dtype=np.float32), laws, paths)
+        return Look(np.array(figures, dtype=np.float32), laws, paths, model)
 
     def output_law(self, request: Request, model: ModelName) -> Law:
         """Return the law of a call's output tokens on one model."""
@@ -120,7 +127,7 @@ class Evidence:
         """Take in a finished call; without ``keep`` only its own workflow remembers it."""
         history = self.histories.of(request.workflow_id)
         paths = paths_of(request, completion.model)
-        law = self.laws["output_tokens"].law(paths["output_tokens"])
+        rank = self.laws["output_tokens"].law(paths["output_tokens"]).rank(completion.output_tokens)
         worth = 1 / (1 + history.track(request).calls)
         if len(history.finished) < MOST_CALLS:
             history.finished.append(
@@ -132,7 +139,6 @@ class Evidence:
                     stated=_stated(forecast),
                 )
             )
-        rank = law.rank(completion.output_tokens)
         history.add(request, completion, rank, after_tool=prompt.after_tool)
         if keep:
             self._add("output_tokens", paths, completion.output_tokens, worth)

@@ -4,8 +4,8 @@ Names of apps, roles and models are no features; they choose the law whose ranks
 predicted, see ``laws``. So a head that was fitted on some apps says something of others.
 """
 
-import math
 from collections.abc import Sequence
+from math import copysign, log1p
 
 from concertmaster.core.request import PREFIX_CHUNK_TOKENS, Request
 from concertmaster.predictors.history import History, Track
@@ -43,7 +43,7 @@ def log(value: float) -> float:
     >>> log(0), round(log(-9), 2)
     (0.0, -2.3)
     """
-    return math.copysign(math.log1p(abs(value)), value)
+    return copysign(log1p(abs(value)), value)
 
 
 def prompt_figures(request: Request, prompt: Prompt, prompt_law: Law) -> list[float]:
@@ -54,14 +54,14 @@ def prompt_figures(request: Request, prompt: Prompt, prompt_law: Law) -> list[fl
     raw = tail.encode("utf-8", "surrogatepass")
     told = text.rstrip("\n")
     return [
-        log(request.prompt_tokens),
+        log1p(request.prompt_tokens),
         prompt_law.rank(request.prompt_tokens),
-        log(prompt.chars or len(text)),
-        log(prompt.tools),
+        log1p(prompt.chars or len(text)),
+        log1p(prompt.tools),
         float(prompt.thinking),
         -1.0 if prompt.after_tool is None else float(prompt.after_tool),
-        log(text.count("\n")),
-        log(len(told) - told.rfind("\n") - 1),
+        log1p(text.count("\n")),
+        log1p(len(told) - told.rfind("\n") - 1),
         float(sum([lower.count(word) for word in _TROUBLE])),
         float(lower.count("?")),
         _count(raw, _DIGITS),
@@ -82,15 +82,15 @@ def track_figures(request: Request, track: Track) -> list[float]:
     if not calls:
         return [0.0, *[-1.0] * 10, 0.0, 0.0]
     return [
-        log(calls),
+        log1p(calls),
         *_padded(track.last_ranks, 3),
         track.mean,
         track.high,
         track.low,
         track.spread,
         track.smooth,
-        log(track.last_tokens),
-        log(track.tokens / calls),
+        log1p(track.last_tokens),
+        log1p(track.tokens / calls),
         float(track.streak),
         log(request.prompt_tokens - track.prompt_tokens),
     ]
@@ -106,26 +106,26 @@ def history_figures(request: Request, history: History, track: Track) -> list[fl
         log(calls if request.stage is None else request.stage),
         float(len(request.parents)),
         float(calls == 0),
-        log(calls),
+        log1p(calls),
         *_padded(everything.last_ranks, 2),
         everything.mean,
         everything.smooth if calls else -1.0,
-        log(everything.last_tokens) if calls else -1.0,
-        log(everything.tokens),
+        log1p(everything.last_tokens) if calls else -1.0,
+        log1p(everything.tokens),
         float(everything.repeats),
         float(everything.streak),
-        log(history.first_prompt_tokens or request.prompt_tokens),
+        log1p(history.first_prompt_tokens or request.prompt_tokens),
         log(grown),
         log(grown - everything.last_tokens) if calls else 0.0,
         log(history.fresh_tokens),
         cached / request.prompt_tokens,
-        log(request.prompt_tokens - cached),
-        log(history.turns),
-        log(history.since_turn),
+        log1p(request.prompt_tokens - cached),
+        log1p(history.turns),
+        log1p(history.since_turn),
         history.tool_calls,
-        log(history.pause_s(request)),
-        history.smooth_pause if history.smooth_pause < 0 else log(history.smooth_pause),
-        log(history.tool_s),
+        log1p(history.pause_s(request)),
+        history.smooth_pause if history.smooth_pause < 0 else log1p(history.smooth_pause),
+        log1p(history.tool_s),
     ]
 
 

@@ -47,13 +47,14 @@ class Forest:
     def predict(self, figures: Floats) -> Floats:
         """Return the outputs for one call, shape ``(outputs,)``, from shape ``(features,)``."""
         right = (figures[: len(self._asked), None] > self._asked).astype(np.int64).reshape(-1)
-        at = right.take(self._levels[0])
+        # all places are in range; "wrap" is the mode that checks and copies least
+        at = right.take(self._levels[0], mode="wrap")
         at += self._roots
         for questions in self._levels[1:]:
-            turns = right.take(questions.take(at))
+            turns = right.take(questions.take(at, mode="wrap"), mode="wrap")
             at += at
             at += turns
-        values = self._leaves.take(at)
+        values = self._leaves.take(at, mode="wrap")
         sums: Floats = values.reshape(self.outputs, -1).sum(axis=1)
         return sums
 

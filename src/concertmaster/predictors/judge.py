@@ -19,12 +19,11 @@ MOST_OPEN = 10_000
 """Calls whose answer, and workflows whose grade, is awaited."""
 
 MOST_UNREAD = 2_000
-"""Prompts to hold as they are: one is read once so many have come after it."""
+"""Prompts to hold as they are. One is read once so many have come after it, or let go of unread
+where nobody has ever graded."""
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
-_Part = tuple[Floats, int]
-"""What a model did in a workflow: traits of the first prompt that it answered, and its calls."""
 
 
 class _Traits:
@@ -42,6 +41,11 @@ class _Traits:
         self._read = read
         self._found: Floats | None = None
 
+    @property
+    def read(self) -> bool:
+        """Whether anybody has asked."""
+        return self._found is not None
+
     def __call__(self) -> Floats:
         text = self._text
         found = self._found
@@ -51,11 +55,29 @@ class _Traits:
         return found
 
 
+class _Held:
+    """A prompt that a grade may rest on.
+
+    Attributes:
+        traits: Gives its traits; ``None`` once no grade can rest on it.
+    """
+
+    __slots__ = ("traits",)
+
+    def __init__(self, traits: _Traits) -> None:
+        self.traits: _Traits | None = traits
+
+
+_Part = tuple[_Held, int]
+"""What a model did in a workflow: the first prompt that it answered, and its calls."""
+
+
 class Judge:
     """Says how likely each model solves a prompt, and learns from grades.
 
-    A prompt is read once somebody asks for a chance, and no later than its call is answered if
-    a grade may rest on it; nothing is embedded twice. What is kept until the grade are traits.
+    A prompt is read once somebody asks for a chance or grades its workflow; nothing is embedded
+    twice. So it costs nothing where nobody does either. Of old prompts traits are kept until the
+    grade, if they are known or grades come; where none ever came, others are let go of.
 
     Args:
         head: Knows prompts and models.
@@ -69,8 +91,9 @@ class Judge:
         self._at_once = at_once
         self._encoder = encoder
         self._traits = Kept(self._read)
-        self._asked: OrderedDict[RequestId, _Traits] = OrderedDict()
-        self._unread: deque[RequestId] = deque()
+        self._asked: OrderedDict[RequestId, _Held] = OrderedDict()
+        self._unread: deque[_Held] = deque()
+        self._has_grades = False
         self._parts: OrderedDict[WorkflowId, dict[ModelName, _Part]] = OrderedDict()
 
     def __call__(self, text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
@@ -84,35 +107,44 @@ class Judge:
         traits = _Traits(text, self._traits.of)
         if self._at_once:
             traits()
-        _keep(self._asked, request.request_id, traits)
-        self._hold(request.request_id)
+        held = _Held(traits)
+        _keep(self._asked, request.request_id, held)
+        self._hold(held)
         return self.head.foresee(traits, models)
 
-    def _hold(self, request_id: RequestId) -> None:
-        """Read the prompt of a call that is long without an answer, and may never have one."""
-        self._unread.append(request_id)
+    def _hold(self, held: _Held) -> None:
+        """Hold one more; the oldest is read if grades come, and let go of if they never did."""
+        self._unread.append(held)
         if len(self._unread) > MOST_UNREAD:
-            waiting = self._asked.get(self._unread.popleft())
-            if waiting is not None:
-                waiting()
+            oldest = self._unread.popleft()
+            traits = oldest.traits
+            if traits is not None and not traits.read:
+                if self._has_grades:
+                    traits()
+                else:
+                    oldest.traits = None
 
     def answered(self, request: Request, model: ModelName) -> None:
         """Take in which model answered a call; the grade of its workflow comes later."""
-        traits = self._asked.pop(request.request_id, None)
-        if traits is None:
+        held = self._asked.pop(request.request_id, None)
+        if held is None:
             return
         parts = self._parts.get(request.workflow_id, {})
-        part = parts.get(model)
-        first, calls = (traits(), 0) if part is None else part
+        first, calls = parts.get(model, (held, 0))
+        if first is not held:
+            held.traits = None
         parts[model] = first, calls + 1
         _keep(self._parts, request.workflow_id, parts)
 
     def graded(self, workflow_id: WorkflowId, grade: float) -> None:
         """Teach every model that answered in a workflow, together as much as one label."""
+        self._has_grades = True
         parts = self._parts.pop(workflow_id, {})
         calls = sum(count for _, count in parts.values())
-        for model, (traits, count) in parts.items():
-            self.head.learn_from(traits, model, grade, worth=count / calls)
+        for model, (held, count) in parts.items():
+            if held.traits is not None:
+                self.head.learn_from(held.traits(), model, grade, worth=count / calls)
+                held.traits = None
 
     def _read(self, text: str) -> Floats:
         return self.head.traits(text, self._encoder.encode([text])[0])

@@ -155,7 +155,7 @@ class _Chain:
         by_model: Whether the model of the path was seen.
     """
 
-    __slots__ = ("_additions", "_by_model", "_groups", "_law", "_used")
+    __slots__ = ("_additions", "_by_model", "_groups", "_law", "_seen", "_used")
 
     def __init__(self, groups: Sequence[tuple[int, float, _Group]], *, by_model: bool) -> None:
         self._groups = groups
@@ -163,13 +163,20 @@ class _Chain:
         self._law: Law | None = None
         self._used = 0
         self._additions = -1
+        self._seen = -1
 
-    def law(self) -> Law:
-        """Blend the groups, unless those that count are as they were."""
-        if self._law is None or self._counted() != self._additions:
-            self._law = self._blend()
+    def law(self, seen: int) -> Law:
+        """Blend the groups, unless those that count are as they were.
+
+        Args:
+            seen: What the whole tree has taken in.
+        """
+        law = self._law
+        if law is None or (seen != self._seen and self._counted() != self._additions):
+            law = self._law = self._blend()
             self._additions = self._counted()
-        return self._law
+        self._seen = seen
+        return law
 
     def _counted(self) -> int:
         """Count what was added to the groups that the law rests on: none is ever taken away."""
@@ -217,6 +224,8 @@ class LawTree:
         self._groups: dict[Path, _Group] = {(): _Group()}
         self._chains: dict[Path, _Chain] = {}
         self._by_groups: dict[tuple[_Group, ...], _Chain] = {}
+        self._lines: dict[Path, list[_Group]] = {}
+        self._seen = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> "LawTree":
         """Copy what was seen; what is kept of it is worked out anew."""
@@ -231,7 +240,7 @@ class LawTree:
             if len(self._chains) >= MOST_CHAINS:
                 self._forget_chains()
             self._chains[path] = chain = self._chain(path)
-        return chain.law()
+        return chain.law(self._seen)
 
     def _chain(self, path: Path) -> _Chain:
         """Gather the groups of the path, then of its model in any app, then of all apps.
@@ -253,15 +262,23 @@ class LawTree:
 
     def add(self, path: Path, count: float, *, worth: float = 1.0) -> None:
         """Take in a count; ``worth`` is what it adds to the evidence, in workflows."""
+        self._seen += 1
         first = min(max(bisect_right(EDGES, count), 1), BINS)
         known = self._groups.get(path[:1])
         share = (1 + known.workflows / FULL_WORKFLOWS) ** -2 if known is not None else 1.0
         self._groups[()].add(first, share, worth * share)
-        for end in range(1, len(path) + 1):
-            if (group := self._open(path[:end])) is not None:
-                group.add(first, 1.0, worth)
+        for group in self._lines.get(path) or self._line(path):
+            group.add(first, 1.0, worth)
         if path and path[-1] and (group := self._open(_of_model(path))) is not None:
             group.add(first, share, worth * share)
+
+    def _line(self, path: Path) -> list[_Group]:
+        """Open the groups of a path but that of everything, and remember them while none opens."""
+        opened = [self._open(path[:end]) for end in range(1, len(path) + 1)]
+        line = [group for group in opened if group is not None]
+        if len(self._lines) < MOST_CHAINS:
+            self._lines[path] = line
+        return line
 
     def _open(self, key: Path) -> _Group | None:
         """Return a group to add to; ``None`` if it would be one too many."""
@@ -274,6 +291,7 @@ class LawTree:
     def _forget_chains(self) -> None:
         self._chains.clear()
         self._by_groups.clear()
+        self._lines.clear()
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return all that was seen, to keep."""

@@ -79,9 +79,13 @@ class LearnedPredictor:
         }
         most, judge = request.max_output_tokens, self.judge
         answers = self._on("output_tokens", request, look, laws, levels[0])
+        answer = laws["output_tokens"]
+        capped = answer.cap(most)
         forecast = Forecast(
-            output_tokens=laws["output_tokens"].cap(most),
-            output_tokens_on={model: law.cap(most) for model, law in answers.items()},
+            output_tokens=capped,
+            output_tokens_on={
+                model: capped if law is answer else law.cap(most) for model, law in answers.items()
+            },
             remaining_tokens=laws["remaining_tokens"],
             remaining_tokens_on=self._on("remaining_tokens", request, look, laws, levels[1]),
             remaining_by=self._shares.of(request),
@@ -147,7 +151,7 @@ class LearnedPredictor:
             odds = odds.copy()
             # the heads' share is taken in their own precision
             odds[: len(trust)] = trust.astype(np.float32) * head_odds + (1 - trust) * _LAW_ODDS
-        offsets = np.array([self.calibration.offsets(target, group) for target in TARGETS])
+        offsets = self.calibration.all_offsets(TARGETS, group)
         return expit(np.maximum.accumulate(odds + offsets, axis=1))
 
     def _of(self, request: Request) -> Sequence[ModelName]:
@@ -165,7 +169,8 @@ class LearnedPredictor:
         """Read a quantity's law on each model; a law that was read is not read again."""
         read, found = {look.laws[target]: laws[target]}, {}
         for model in self._of(request):
-            law = self.evidence.law_on(target, request, model)
+            same = model == look.model
+            law = look.laws[target] if same else self.evidence.law_on(target, request, model)
             if law not in read:
                 read[law] = quantiles(law, levels)
             found[model] = read[law]

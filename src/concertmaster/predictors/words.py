@@ -8,6 +8,7 @@ a prompt that nobody has seen (naive text features add nothing on the public wor
 import re
 from collections.abc import Mapping
 from functools import partial
+from itertools import repeat
 from zlib import crc32
 
 import numpy as np
@@ -22,6 +23,9 @@ HEADS = 512
 
 Floats = npt.NDArray[np.float32]
 _TOKEN = re.compile(r"\w+|[^\w\s]")
+_ASCII_TOKEN = re.compile(rb"\w+|[^\w\s\x1c-\x1f]")
+"""The same on bytes, where four control characters do not count as spaces by themselves."""
+
 _HALF = BUCKETS // 2
 
 
@@ -36,12 +40,26 @@ def buckets(text: str) -> npt.NDArray[np.int32]:
 
 def _hashed(text: str, offset: int) -> npt.NDArray[np.int32]:
     """Return the buckets in rising order."""
-    found = _TOKEN.findall(text.lower())
-    words = "\n".join(found).encode("utf-8", "replace").split(b"\n") if found else []
-    hashes = [crc32(word) for word in words]
-    pairs = [crc32(b" " + word, before) for before, word in zip(hashes, words[1:], strict=False)]
-    ordered = sorted({value % _HALF for value in hashes + pairs})
-    return np.array(ordered, dtype=np.int32) + np.int32(offset)
+    words = _words(text.lower())
+    if not words:
+        return np.zeros(0, dtype=np.int32)
+    hashes = list(map(crc32, words))
+    pairs = map(crc32, words[1:], map(crc32, repeat(b" "), hashes))
+    ordered = np.array([*hashes, *pairs], dtype=np.uint32)
+    ordered %= _HALF
+    ordered.sort()
+    first = np.empty(len(ordered), dtype=np.bool_)
+    first[0] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first].astype(np.int32) + np.int32(offset)
+
+
+def _words(text: str) -> list[bytes]:
+    """Return words and marks in UTF-8; those of plain text are found without decoding each."""
+    if text.isascii():
+        return _ASCII_TOKEN.findall(text.encode())
+    found = _TOKEN.findall(text)
+    return "\n".join(found).encode("utf-8", "replace").split(b"\n") if found else []
 
 
 _heads: Kept[npt.NDArray[np.int32]] = Kept(partial(_hashed, offset=0), entries=HEADS)
