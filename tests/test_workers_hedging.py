@@ -435,6 +435,25 @@ def test_a_race_goes_on_without_a_scheduler_and_one_answers() -> None:
     play(main())
 
 
+@pytest.mark.parametrize("lost_first", [True, False])
+def test_one_attempt_that_breaks_does_not_end_a_race_without_a_scheduler(
+    lost_first: bool,  # noqa: FBT001
+) -> None:
+    async def main() -> None:
+        pair = breaks(after_s=0.4), streams("second", after_s=0.6)
+        async with over_upstreams(*pair, policy=hedging()) as (crew, both):
+            wire = await crew.wire(0)
+            wire.send(STREAM)
+            await until(lambda: both_heard(both), "both have it")
+            if not lost_first:
+                await until(lambda: outcomes(crew.rig) == {"alone": 1})
+            crew.lose_scheduler()
+            assert (await streamed(wire)).count(b"second") == 2
+            await crew.idle()
+
+    play(main())
+
+
 def test_an_answer_that_won_its_race_goes_on_without_a_scheduler() -> None:
     async def main() -> None:
         async with over_upstreams(hangs, drips("won", after_s=0.0), policy=hedging()) as (crew, _):
