@@ -488,12 +488,9 @@ def test_a_race_that_nobody_wins_without_a_scheduler_is_refused_once() -> None:
 # Quotas.
 
 
-def test_a_tenant_is_charged_for_one_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    safe = Safe(tmp_path / "keys.sqlite")
-    key = {"authorization": f"Bearer {safe.key(in_flight=1, tokens_per_min=100_000)}"}
-    message = a_message("POST", CHAT, json.dumps(a_body(max_tokens=1)).encode(), key)
+@pytest.fixture(name="charged")
+def _charged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Output tokens that tenants were charged, a call each."""
     charged: list[int] = []
     ends = Quota.end
 
@@ -502,6 +499,13 @@ def test_a_tenant_is_charged_for_one_answer(
         ends(self, tokens, lasted_s)
 
     monkeypatch.setattr(Quota, "end", end)
+    return charged
+
+
+def test_a_tenant_is_charged_for_one_answer(tmp_path: Path, charged: list[int]) -> None:
+    safe = Safe(tmp_path / "keys.sqlite")
+    key = {"authorization": f"Bearer {safe.key(in_flight=1, tokens_per_min=100_000)}"}
+    message = a_message("POST", CHAT, json.dumps(a_body(max_tokens=1)).encode(), key)
 
     async def main() -> None:
         pair = answers("slow", after_s=60.0), answers("fast", after_s=0.1)
@@ -517,6 +521,32 @@ def test_a_tenant_is_charged_for_one_answer(
             await crew.idle()
             assert outcomes(crew.rig)["won"] >= 1
             assert charged == [2, 2, 0]
+
+    play(main())
+
+
+def test_an_answer_that_was_given_up_as_it_arrived_is_charged(
+    tmp_path: Path, charged: list[int]
+) -> None:
+    safe = Safe(tmp_path / "keys.sqlite")
+    key = {"authorization": f"Bearer {safe.key(in_flight=1)}"}
+    message = a_message("POST", CHAT, json.dumps(a_body(max_tokens=1)).encode(), key)
+
+    async def main() -> None:
+        settings: dict[str, Any] = {"keys": str(safe.path), "policy": hedging(None)}
+        async with over_upstreams(answers("whole", after_s=0.1), **settings) as (crew, upstream):
+            wire = await crew.wire(0)
+            wire.send(message)
+            await until(lambda: upstream.heard)
+            hear_again = deafen(crew)
+            assert (await wire.answer())[0] == 200
+            crew.rig.gateway.feed(ReplicaDied(P0))
+            hear_again()
+            await crew.idle()
+            assert charged == [2]
+            crew.rig.gateway.feed(ReplicaReady(P0))
+            wire.send(message)
+            assert (await wire.answer())[0] == 200
 
     play(main())
 
@@ -636,6 +666,7 @@ def test_a_call_that_waits_again_and_was_answered_meanwhile_leaves_the_line() ->
             crew.rig.gateway.feed(ReplicaDied(P0))
             hear_again()
             await until(lambda: not crew.rig.gateway.open_exchanges)
+            assert crew.rig.gateway.metrics.by_status == {502: 1}
             crew.rig.gateway.feed(ReplicaReady(P0))
 
             assert len(upstream.heard) == 1
