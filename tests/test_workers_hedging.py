@@ -692,6 +692,26 @@ def test_a_replica_that_is_taken_for_dead_does_not_answer_what_is_sent_elsewhere
     play(main())
 
 
+def test_a_race_of_which_both_replicas_are_taken_for_dead_is_run_anew() -> None:
+    async def main() -> None:
+        async with over_upstreams(hangs, hangs, policy=hedging()) as (crew, both):
+            wire = await crew.wire(0)
+            wire.send(STREAM)
+            await until(lambda: both_heard(both))
+            for dead in (P0, P1):
+                crew.rig.gateway.feed(ReplicaDied(dead))
+            await until(lambda: all(one.lost == 1 for one in both), "both are stopped")
+            both[1].script = drips("third", after_s=0.0)
+            crew.rig.gateway.feed(ReplicaReady(P1))
+            await wire.head()
+            (call,) = crew.rig.gateway._exchanges.values()
+            assert (call.attempt, call.hedge) == (3, None)
+            assert (await streamed(wire)).count(b"third") == 2
+            await crew.idle()
+
+    play(main())
+
+
 def test_a_call_whose_only_attempt_was_dropped_is_refused_if_the_scheduler_goes_too() -> None:
     async def main() -> None:
         async with over_upstreams(hangs, policy=hedging(None), may_log=True) as (crew, upstream):
