@@ -171,11 +171,32 @@ def test_a_connection_that_comes_about_after_its_replica_is_gone_is_not_used() -
             wire = await rig.wire()
             call = Exchange(a_request(), Deaf(), b"", b"", model_named="", streams=True)
             link.send(call, a_call())
-            link.hang_up()
+            link.close()
             await asyncio.sleep(0.1)
             assert not upstream.heard
             wire.send(a_call())
             assert (await wire.answer())[0] == 200
+
+    play(main())
+
+
+def test_a_call_that_waits_for_a_connection_is_not_sent_to_a_replica_that_is_gone() -> None:
+    async def main() -> None:
+        settings = {"most_connections": 1, "fleet": a_fleet(a_pool(max_sequences=8))}
+        async with over_upstreams(hangs, **settings) as (rig, upstream):
+            wires = [await rig.wire() for _ in range(2)]
+            for wire in wires:
+                wire.send(a_call())
+            await until(lambda: upstream.heard and len(rig.replica().in_flight) == 2)
+            rig.gateway.feed(ReplicaDied(ReplicaId("p-0")))
+            await until(lambda: upstream.lost == 1)
+            await asyncio.sleep(0.1)
+            assert len(upstream.heard) == 1
+            upstream.script = says_hello
+            rig.gateway.feed(ReplicaReady(ReplicaId("p-0")))
+            for wire in wires:
+                assert (await wire.answer())[0] == 200
+            await rig.idle()
 
     play(main())
 

@@ -127,6 +127,22 @@ def test_a_whole_answer_is_hedged_too() -> None:
     play(main(), seconds=60)
 
 
+def test_a_whole_answer_that_two_replicas_make_is_part_of_both_batches() -> None:
+    async def main() -> None:
+        async with over_upstreams(hangs, hangs, policy=hedging()) as (rig, both):
+            wire = await rig.wire()
+            wire.send(a_call(max_tokens=1))
+            await until(lambda: all(one.heard for one in both), "both have it")
+            pace = rig.gateway._pace
+            assert pace is not None
+            assert [meter._batch for meter in pace._meters.values()] == [1, 1]
+            await wire.close()
+            await rig.idle()
+            assert [meter._batch for meter in pace._meters.values()] == [0, 0]
+
+    play(main())
+
+
 def test_without_a_rule_a_late_call_stays_where_it_is() -> None:
     async def main() -> None:
         late = streams("late", after_s=0.4)

@@ -317,6 +317,8 @@ def test_an_attempt_leaves_its_batch_when_it_ends_and_no_sooner(
     race.feed(61.0, event)
 
     assert race.batches == batches
+    watched = [one.meter for unheard in race.watch._unheard.values() for one in unheard]
+    assert all(meter in race.watch._meters.values() for meter in watched)
     race.feed(62.0, RequestCancelled(QUIET))
     for name in ("loud-0", "loud-1"):
         race.feed(62.0, RequestCancelled(RequestId(name)))

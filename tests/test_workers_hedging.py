@@ -435,6 +435,25 @@ def test_a_race_goes_on_without_a_scheduler_and_one_answers() -> None:
     play(main())
 
 
+@pytest.mark.parametrize("lost_first", [True, False])
+def test_one_attempt_that_breaks_does_not_end_a_race_without_a_scheduler(
+    lost_first: bool,  # noqa: FBT001
+) -> None:
+    async def main() -> None:
+        pair = breaks(after_s=0.4), streams("second", after_s=0.6)
+        async with over_upstreams(*pair, policy=hedging()) as (crew, both):
+            wire = await crew.wire(0)
+            wire.send(STREAM)
+            await until(lambda: both_heard(both), "both have it")
+            if not lost_first:
+                await until(lambda: outcomes(crew.rig) == {"alone": 1})
+            crew.lose_scheduler()
+            assert (await streamed(wire)).count(b"second") == 2
+            await crew.idle()
+
+    play(main())
+
+
 def test_an_answer_that_won_its_race_goes_on_without_a_scheduler() -> None:
     async def main() -> None:
         async with over_upstreams(hangs, drips("won", after_s=0.0), policy=hedging()) as (crew, _):
@@ -469,12 +488,9 @@ def test_a_race_that_nobody_wins_without_a_scheduler_is_refused_once() -> None:
 # Quotas.
 
 
-def test_a_tenant_is_charged_for_one_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    safe = Safe(tmp_path / "keys.sqlite")
-    key = {"authorization": f"Bearer {safe.key(in_flight=1, tokens_per_min=100_000)}"}
-    message = a_message("POST", CHAT, json.dumps(a_body(max_tokens=1)).encode(), key)
+@pytest.fixture(name="charged")
+def _charged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Output tokens that tenants were charged, a call each."""
     charged: list[int] = []
     ends = Quota.end
 
@@ -483,6 +499,13 @@ def test_a_tenant_is_charged_for_one_answer(
         ends(self, tokens, lasted_s)
 
     monkeypatch.setattr(Quota, "end", end)
+    return charged
+
+
+def test_a_tenant_is_charged_for_one_answer(tmp_path: Path, charged: list[int]) -> None:
+    safe = Safe(tmp_path / "keys.sqlite")
+    key = {"authorization": f"Bearer {safe.key(in_flight=1, tokens_per_min=100_000)}"}
+    message = a_message("POST", CHAT, json.dumps(a_body(max_tokens=1)).encode(), key)
 
     async def main() -> None:
         pair = answers("slow", after_s=60.0), answers("fast", after_s=0.1)
@@ -498,6 +521,32 @@ def test_a_tenant_is_charged_for_one_answer(
             await crew.idle()
             assert outcomes(crew.rig)["won"] >= 1
             assert charged == [2, 2, 0]
+
+    play(main())
+
+
+def test_an_answer_that_was_given_up_as_it_arrived_is_charged(
+    tmp_path: Path, charged: list[int]
+) -> None:
+    safe = Safe(tmp_path / "keys.sqlite")
+    key = {"authorization": f"Bearer {safe.key(in_flight=1)}"}
+    message = a_message("POST", CHAT, json.dumps(a_body(max_tokens=1)).encode(), key)
+
+    async def main() -> None:
+        settings: dict[str, Any] = {"keys": str(safe.path), "policy": hedging(None)}
+        async with over_upstreams(answers("whole", after_s=0.1), **settings) as (crew, upstream):
+            wire = await crew.wire(0)
+            wire.send(message)
+            await until(lambda: upstream.heard)
+            hear_again = deafen(crew)
+            assert (await wire.answer())[0] == 200
+            crew.rig.gateway.feed(ReplicaDied(P0))
+            hear_again()
+            await crew.idle()
+            assert charged == [2]
+            crew.rig.gateway.feed(ReplicaReady(P0))
+            wire.send(message)
+            assert (await wire.answer())[0] == 200
 
     play(main())
 
@@ -617,6 +666,7 @@ def test_a_call_that_waits_again_and_was_answered_meanwhile_leaves_the_line() ->
             crew.rig.gateway.feed(ReplicaDied(P0))
             hear_again()
             await until(lambda: not crew.rig.gateway.open_exchanges)
+            assert crew.rig.gateway.metrics.by_status == {502: 1}
             crew.rig.gateway.feed(ReplicaReady(P0))
 
             assert len(upstream.heard) == 1
@@ -637,6 +687,26 @@ def test_a_replica_that_is_taken_for_dead_does_not_answer_what_is_sent_elsewhere
             await until(lambda: both[0].lost == 1, "the worker has dropped it")
             crew.rig.gateway.feed(ReplicaReady(P1))
             assert (await streamed(wire)).count(b"other") == 2
+            await crew.idle()
+
+    play(main())
+
+
+def test_a_race_of_which_both_replicas_are_taken_for_dead_is_run_anew() -> None:
+    async def main() -> None:
+        async with over_upstreams(hangs, hangs, policy=hedging()) as (crew, both):
+            wire = await crew.wire(0)
+            wire.send(STREAM)
+            await until(lambda: both_heard(both))
+            for dead in (P0, P1):
+                crew.rig.gateway.feed(ReplicaDied(dead))
+            await until(lambda: all(one.lost == 1 for one in both), "both are stopped")
+            both[1].script = drips("third", after_s=0.0)
+            crew.rig.gateway.feed(ReplicaReady(P1))
+            await wire.head()
+            (call,) = crew.rig.gateway._exchanges.values()
+            assert (call.attempt, call.hedge) == (3, None)
+            assert (await streamed(wire)).count(b"third") == 2
             await crew.idle()
 
     play(main())

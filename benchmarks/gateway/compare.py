@@ -10,6 +10,7 @@ README.md beside this file says how to make PEERS_VENV.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -190,8 +191,11 @@ def wait_for(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
     sys.exit(f"{process.args!r} does not answer; see its log:\n{log.read_text()[-2000:]}")
 
 
-def load(port: int, connections: int, seconds: float, *, stream: bool) -> dict[str, float]:
-    """Load with wrk; requests per second and percentiles in ms."""
+def load(
+    port: int, connections: int, seconds: float, *, stream: bool, seed: int | None
+) -> dict[str, float]:
+    """Load with wrk; requests per second and percentiles in ms. With a seed prompts are new."""
+    fresh = {} if seed is None else {"SEED": str(seed)}
     out = subprocess.run(  # noqa: S603
         [
             "/usr/bin/wrk",
@@ -206,7 +210,7 @@ def load(port: int, connections: int, seconds: float, *, stream: bool) -> dict[s
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"STREAM": str(int(stream))},
+        env=os.environ | {"STREAM": str(int(stream))} | fresh,
     ).stdout
     bad = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
     if bad or "Socket errors" in out:
@@ -227,14 +231,17 @@ def milliseconds(text: str) -> float:
 Rows = dict[tuple[str, str, int], list[dict[str, float]]]
 
 
-def measure(names: list[str], rounds: int, seconds: float) -> Rows:
+def measure(names: list[str], rounds: int, seconds: float, *, fresh: bool) -> Rows:
     """Load every proxy in turn, round after round."""
     rows: Rows = {}
+    seeds = itertools.count(1)
     for one in range(rounds):
         for kind in ("json", "stream"):
             for connections in (16, 64):
+                seed = next(seeds) if fresh else None
                 for name in names:
-                    figures = load(PORTS[name], connections, seconds, stream=kind == "stream")
+                    streams = kind == "stream"
+                    figures = load(PORTS[name], connections, seconds, stream=streams, seed=seed)
                     rows.setdefault((kind, name, connections), []).append(figures)
                     print(
                         f"round {one + 1} {kind} {connections:>2} {name:<20} "
@@ -275,6 +282,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--only", nargs="*", help="names to measure; default: all that are there")
+    parser.add_argument("--fresh", action="store_true", help="send no prompt twice to a proxy")
     parser.add_argument("--json", type=Path, help="write the medians here")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -288,7 +296,8 @@ def main() -> None:
         ]
         for name in names:
             stack.enter_context(running(found[name], PORTS[name], folder / f"{name}.log"))
-        table = show(measure(names, options.rounds, options.seconds), names)
+        rows = measure(names, options.rounds, options.seconds, fresh=options.fresh)
+        table = show(rows, names)
     if options.json:
         options.json.write_text(json.dumps(table, indent=2))
 

@@ -57,15 +57,22 @@ def stop(exchange: Exchange | None, replica_id: ReplicaId) -> None:
 
 
 def hang_up(exchanges: Iterable[Exchange], replica_id: ReplicaId, links: Links) -> None:
-    """Stop what has not begun to answer on a replica that is gone: the core sends it elsewhere."""
-    links[replica_id].hang_up()
+    """Let a replica that is gone answer nothing more: the core sends elsewhere what has not begun.
+
+    The core fails what has begun, which cuts it.
+    """
+    links[replica_id].close()
     for exchange in exchanges:
-        engine = exchange.engine
-        if exchange.relay is None or engine is None or exchange.started:
-            continue
-        if exchange.replica_id == replica_id:
-            engine.cancel()
-            exchange.engine = None
+        if exchange.relay is not None and not exchange.started:
+            for attempt in (exchange, exchange.hedge):
+                if attempt is not None and attempt.replica_id == replica_id:
+                    _cancel(attempt)
+
+
+def _cancel(exchange: Exchange) -> None:
+    if exchange.engine is not None:
+        exchange.engine.cancel()
+        exchange.engine = None
 
 
 def begin(exchange: Exchange, model: str, priority: int, link: EngineLink) -> None:

@@ -264,13 +264,13 @@ class Gateway:
 
     def feed(self, event: Event) -> None:
         """Give the core an event that happens now."""
+        if isinstance(event, ReplicaDied | ReplicaDemoted):
+            dispatching.hang_up(self._exchanges.values(), event.replica_id, self.links)
         self._feed(self.clock(), event)
 
     def _feed(self, now_s: float, event: Event) -> None:
         if self._pace is not None:
             self._pace.note(now_s, event)
-        if isinstance(event, ReplicaDied | ReplicaDemoted):
-            dispatching.hang_up(self._exchanges.values(), event.replica_id, self.links)
         actions = self.scheduler.handle(now_s, event)
         if self._observe is not None:
             self._observe(now_s, event, actions)

@@ -62,11 +62,6 @@ class EngineConnection(asyncio.Protocol):
         """Whether a request can be written."""
         return self._transport is not None and not self._transport.is_closing()
 
-    @property
-    def answers(self) -> bool:
-        """Whether an answer has begun."""
-        return self._exchange is not None and self._exchange.started
-
     def send(self, exchange: Exchange, data: bytes, *, reused: bool) -> None:
         """Write a request and pass its answer on."""
         assert self._transport is not None
@@ -373,17 +368,10 @@ class EngineLink:
             if not exchange.over and exchange.attempt == attempt:
                 self.send(exchange, data)
 
-    def hang_up(self) -> None:
-        """Drop what has not begun to answer; it is tried elsewhere."""
+    def close(self) -> None:
+        """Drop everything, until something is sent again."""
         self._held.clear()
         for task in list(self._connecting):
             task.cancel()
-        for connection in list(self._all):
-            if not connection.answers:
-                connection.cancel()
-
-    def close(self) -> None:
-        """Drop everything."""
-        self.hang_up()
         for connection in list(self._all):
             connection.cancel()

@@ -98,7 +98,8 @@ class Calibration:
 
     def offsets(self, target: str, path: Path) -> Floats:
         """Return what to add to log odds, by level; 0 where nothing was learnt."""
-        return self.all_offsets((target,), path)[0]
+        offsets: Floats = self.all_offsets((target,), path)[0]
+        return offsets
 
     def all_offsets(self, targets: Sequence[str], path: Path) -> Floats:
         """Return the same of several targets, a row each."""

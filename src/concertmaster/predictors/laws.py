@@ -269,8 +269,8 @@ class LawTree:
         self._groups[()].add(first, share, worth * share)
         for group in self._lines.get(path) or self._line(path):
             group.add(first, 1.0, worth)
-        if path and path[-1] and (group := self._open(_of_model(path))) is not None:
-            group.add(first, share, worth * share)
+        if path and path[-1] and (of_model := self._open(_of_model(path))) is not None:
+            of_model.add(first, share, worth * share)
 
     def _line(self, path: Path) -> list[_Group]:
         """Open the groups of a path but that of everything, and remember them while none opens."""
