@@ -10,6 +10,7 @@ grade, as it was stated at the first of them.
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
@@ -47,6 +48,22 @@ class _Open:
     parts: dict[ModelName, _Part] = field(default_factory=dict)
 
 
+class _Stated(NamedTuple):
+    """What a model did in a workflow: its calls, and its chance as stated at the first."""
+
+    model: ModelName
+    calls: int
+    chance: float | None
+
+
+class _Over(NamedTuple):
+    """A workflow that is over: what its grade will be held against, a fifth of what it was."""
+
+    app: str
+    ended_s: float
+    parts: tuple[_Stated, ...]
+
+
 class Watching:
     """Holds forecasts against outcomes; the groups of its alarms begin with the quantity.
 
@@ -56,7 +73,7 @@ class Watching:
 
     def __init__(self, watch: DriftWatch | None = None) -> None:
         self._watch = watch or DriftWatch()
-        self._open: OrderedDict[WorkflowId, _Open] = OrderedDict()
+        self._open: OrderedDict[WorkflowId, _Open | _Over] = OrderedDict()
 
     def learn(
         self, request: Request, completion: Completion, forecast: Forecast, gpu: str
@@ -87,11 +104,13 @@ class Watching:
         found = self._open.get(workflow_id)
         if found is None:
             return []
-        _settle(found)
-        alarms = [self._ended(found)]
-        if grade is not None:
+        over = _settled(found) if isinstance(found, _Open) else found
+        alarms = [self._ended(found)] if isinstance(found, _Open) else []
+        if grade is None:
+            self._open[workflow_id] = over
+        else:
             del self._open[workflow_id]
-            alarms.append(self._graded(found, grade))
+            alarms.append(self._graded(over, grade))
         return [alarm for alarm in alarms if alarm is not None]
 
     def reset(self) -> None:
@@ -100,32 +119,39 @@ class Watching:
         self._open.clear()
 
     def _ended(self, found: _Open) -> Drift | None:
-        whole, found.whole = found.whole, False
-        if not whole or found.remaining is None:
+        if not found.whole or found.remaining is None:
             return None
         group = ("remaining_tokens", *found.group)
         return self._watch.add(group, found.remaining, found.tokens, found.ended_s)
 
-    def _graded(self, found: _Open, grade: float) -> Drift | None:
-        model = max(found.parts, key=lambda name: found.parts[name].calls, default=None)
-        chance = None if model is None else found.parts[model].chances.get(model)
-        if model is None or chance is None:
+    def _graded(self, over: _Over, grade: float) -> Drift | None:
+        most = max(over.parts, key=lambda part: part.calls, default=None)
+        if most is None or most.chance is None:
             return None
-        return self._watch.add_grade(
-            ("success", found.group[0], model), chance, grade, found.ended_s
-        )
+        group = ("success", over.app, most.model)
+        return self._watch.add_grade(group, most.chance, grade, over.ended_s)
 
     def _of(self, workflow_id: WorkflowId) -> _Open:
         found = self._open.get(workflow_id)
-        if found is None:
-            found = self._open[workflow_id] = _Open()
-            if len(self._open) > MOST_WORKFLOWS:
-                self._open.popitem(last=False)
-        return found
+        if isinstance(found, _Open):
+            return found
+        opened = self._open[workflow_id] = _Open() if found is None else _again(found)
+        if len(self._open) > MOST_WORKFLOWS:
+            self._open.popitem(last=False)
+        return opened
 
 
-def _settle(found: _Open) -> None:
+def _settled(found: _Open) -> _Over:
     """Read the chances that were stated: what they rest on need not be kept for a late grade."""
-    for model, part in found.parts.items():
-        chance = part.chances.get(model)
-        part.chances = {} if chance is None else {model: chance}
+    parts = found.parts.items()
+    stated = [_Stated(model, part.calls, part.chances.get(model)) for model, part in parts]
+    return _Over(found.group[0], found.ended_s, tuple(stated))
+
+
+def _again(over: _Over) -> _Open:
+    """Go on with a workflow that was over; what remained of it has been held against."""
+    parts = {
+        model: _Part({} if chance is None else {model: chance}, calls)
+        for model, calls, chance in over.parts
+    }
+    return _Open(group=(over.app, ""), whole=False, ended_s=over.ended_s, parts=parts)

@@ -7,7 +7,9 @@ have added to it; and as much as its share of the calls, so that a workflow is o
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.predictors.encoder import Encoder
@@ -23,8 +25,18 @@ MOST_UNREAD = 2_000
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
-_Part = tuple[Floats, int]
-"""What a model did in a workflow: traits of the first prompt that it answered, and its calls."""
+
+
+class _Part(NamedTuple):
+    """What a model did in a workflow.
+
+    Attributes:
+        traits: Of the first prompt that it answered there, packed.
+    """
+
+    model: ModelName
+    traits: bytes
+    calls: int
 
 
 class _Traits:
@@ -32,23 +44,27 @@ class _Traits:
 
     Args:
         text: The prompt.
-        read: Gives its traits.
+        read: Gives its traits, packed.
     """
 
     __slots__ = ("_found", "_read", "_text")
 
-    def __init__(self, text: str, read: Callable[[str], Floats]) -> None:
+    def __init__(self, text: str, read: Callable[[str], bytes]) -> None:
         self._text = text
         self._read = read
-        self._found: Floats | None = None
+        self._found: bytes | None = None
 
-    def __call__(self) -> Floats:
+    def packed(self) -> bytes:
+        """Return the traits as bytes: a third of what an array takes."""
         text = self._text
         found = self._found
         if found is None:  # threads may meet here: who finds no traits has the text in hand
             found = self._found = self._read(text)
             self._text = ""
         return found
+
+    def __call__(self) -> Floats:
+        return _unpacked(self.packed())
 
 
 class Judge:
@@ -71,11 +87,11 @@ class Judge:
         self._traits = Kept(self._read)
         self._asked: OrderedDict[RequestId, _Traits] = OrderedDict()
         self._unread: deque[RequestId] = deque()
-        self._parts: OrderedDict[WorkflowId, dict[ModelName, _Part]] = OrderedDict()
+        self._parts: OrderedDict[WorkflowId, tuple[_Part, ...]] = OrderedDict()
 
     def __call__(self, text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
         """Return the chance of each model that is known, or whose name tells something."""
-        return self.head.predict_from(self._traits.of(text), models)
+        return self.head.predict_from(_unpacked(self._traits.of(text)), models)
 
     def foresee(
         self, request: Request, text: str, models: Sequence[ModelName]
@@ -83,7 +99,7 @@ class Judge:
         """Answer, and keep hold of the prompt until its call is answered."""
         traits = _Traits(text, self._traits.of)
         if self._at_once:
-            traits()
+            traits.packed()
         _keep(self._asked, request.request_id, traits)
         self._hold(request.request_id)
         return self.head.foresee(traits, models)
@@ -94,28 +110,38 @@ class Judge:
         if len(self._unread) > MOST_UNREAD:
             waiting = self._asked.get(self._unread.popleft())
             if waiting is not None:
-                waiting()
+                waiting.packed()
 
     def answered(self, request: Request, model: ModelName) -> None:
         """Take in which model answered a call; the grade of its workflow comes later."""
         traits = self._asked.pop(request.request_id, None)
         if traits is None:
             return
-        parts = self._parts.get(request.workflow_id, {})
-        part = parts.get(model)
-        first, calls = (traits(), 0) if part is None else part
-        parts[model] = first, calls + 1
+        parts = self._parts.get(request.workflow_id, ())
+        at = next((i for i, part in enumerate(parts) if part.model == model), len(parts))
+        first, calls = parts[at][1:] if at < len(parts) else (traits.packed(), 0)
+        parts = (*parts[:at], _Part(model, first, calls + 1), *parts[at + 1 :])
         _keep(self._parts, request.workflow_id, parts)
+
+    def failed(self, request_id: RequestId) -> None:
+        """Let go of the prompt of a call that no answer will come of."""
+        self._asked.pop(request_id, None)
 
     def graded(self, workflow_id: WorkflowId, grade: float) -> None:
         """Teach every model that answered in a workflow, together as much as one label."""
-        parts = self._parts.pop(workflow_id, {})
-        calls = sum(count for _, count in parts.values())
-        for model, (traits, count) in parts.items():
-            self.head.learn_from(traits, model, grade, worth=count / calls)
+        parts = self._parts.pop(workflow_id, ())
+        calls = sum(part.calls for part in parts)
+        for part in parts:
+            self.head.learn_from(
+                _unpacked(part.traits), part.model, grade, worth=part.calls / calls
+            )
 
-    def _read(self, text: str) -> Floats:
-        return self.head.traits(text, self._encoder.encode([text])[0])
+    def _read(self, text: str) -> bytes:
+        return self.head.traits(text, self._encoder.encode([text])[0]).tobytes()
+
+
+def _unpacked(traits: bytes) -> Floats:
+    return np.frombuffer(traits, np.float32)
 
 
 def _keep(kept: OrderedDict[_K, _V], key: _K, value: _V) -> None:
