@@ -57,7 +57,7 @@ class _Stated(NamedTuple):
 
 
 class _Over(NamedTuple):
-    """A workflow that is over: what its grade will be held against, a fifth of what it was."""
+    """A workflow that is over: what its grade will be held against, a third of what it was."""
 
     app: str
     ended_s: float

@@ -118,9 +118,10 @@ class Judge:
         if traits is None:
             return
         parts = self._parts.get(request.workflow_id, ())
-        at = next((i for i, part in enumerate(parts) if part.model == model), len(parts))
-        first, calls = parts[at][1:] if at < len(parts) else (traits.packed(), 0)
-        parts = (*parts[:at], _Part(model, first, calls + 1), *parts[at + 1 :])
+        if any(part.model == model for part in parts):
+            parts = tuple([_counted(part) if part.model == model else part for part in parts])
+        else:
+            parts = (*parts, _Part(model, traits.packed(), 1))
         _keep(self._parts, request.workflow_id, parts)
 
     def failed(self, request_id: RequestId) -> None:
@@ -138,6 +139,11 @@ class Judge:
 
     def _read(self, text: str) -> bytes:
         return self.head.traits(text, self._encoder.encode([text])[0]).tobytes()
+
+
+def _counted(part: _Part) -> _Part:
+    """Add a call."""
+    return _Part(part.model, part.traits, part.calls + 1)
 
 
 def _unpacked(traits: bytes) -> Floats:
