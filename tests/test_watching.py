@@ -236,6 +236,7 @@ def test_what_remained_counts_once_though_the_workflow_comes_back() -> None:
     stage.watching.close(name)
 
     assert stage.labels(REST) == 1
+    assert [group for group in stage.watch.groups if group[0] == REST[0]] == [REST]
 
 
 def test_workflows_that_never_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
