@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from builders import a_forecast, a_request
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
-from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.learning.budget import BudgetedPredictor, makes_sense
 from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
 from concertmaster.predictors.recent import RecentLengths
@@ -247,6 +247,35 @@ def test_calls_without_an_outcome_are_not_remembered_for_ever(
         rig.budgeted.predict(a_request(f"r{i}"))
 
     assert list(rig.budgeted._fell_back) == [f"r{i}" for i in range(15, 20)]
+
+
+class Waiting(Scripted):
+    """Wants to know of calls that no answer will come of."""
+
+    def failed(self, request_id: RequestId) -> None:
+        self.learned.append(f"{request_id} failed")
+        if self.error:
+            raise self.error
+
+
+def test_of_a_call_that_failed_nothing_is_kept() -> None:
+    rig = a_rig(error=ValueError())
+    for name in ("r1", "r2"):
+        rig.budgeted.predict(a_request(name))
+    rig.budgeted.failed(RequestId("r1"))
+
+    assert list(rig.budgeted._fell_back) == ["r2"]
+
+
+@pytest.mark.parametrize("error", [None, ValueError()])
+def test_who_waits_for_an_outcome_is_told_that_none_will_come(error: Exception | None) -> None:
+    clock = Clock()
+    main, fallback = Waiting(clock, GOOD, error=error), Waiting(clock, PLAIN)
+    budgeted = BudgetedPredictor(main, fallback, clock)
+    budgeted.failed(RequestId("r1"))
+
+    assert main.learned == fallback.learned == ["r1 failed"]
+    assert budgeted.counts["not_learned"] == (error is not None)
 
 
 @pytest.mark.parametrize("main", [False, True])

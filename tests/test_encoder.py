@@ -93,13 +93,27 @@ def test_the_memory_of_words_is_bounded() -> None:
     split = WordPiece(PIECES, remembered=10)
     for number in range(100):
         split.ids(f"word{number}")
-    assert len(split._memo) <= 10
+    assert len(split._fresh) + len(split._older) <= 10
+
+
+def test_a_word_in_use_outlives_any_number_of_others() -> None:
+    split, taken_apart = WordPiece(PIECES, remembered=10), []
+    split._split = lambda word: taken_apart.append(word) or [0]  # type: ignore[method-assign,func-returns-value]
+    for number in range(100):
+        split.ids(f"word {number}")
+    assert taken_apart.count("word") == 1
+
+
+@given(texts=st.lists(st.text("ab \u00e9", max_size=12), max_size=30))
+def test_what_is_remembered_changes_no_ids(texts: list[str]) -> None:
+    split = WordPiece(PIECES, remembered=3)
+    assert [split.ids(text) for text in texts] == [WordPiece(PIECES).ids(text) for text in texts]
 
 
 def test_a_long_chunk_is_not_remembered() -> None:
     split = WordPiece(PIECES)
     split.ids("x" * 10_000)
-    assert not split._memo
+    assert not split._fresh
 
 
 @every_encoder

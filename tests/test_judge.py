@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from builders import a_request
-from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.predictors import judge as judge_module
 from concertmaster.predictors.encoder import Vectors
 from concertmaster.predictors.evidence import Evidence
@@ -214,6 +214,30 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert list(judge._parts) == ["w6", "w7", "w8"]
     assert list(judge._asked) == ["lost6/0", "lost7/0", "lost8/0"]
+
+
+def test_the_prompt_of_a_call_that_failed_is_let_go() -> None:
+    judge = a_judge()
+    predictor = a_predictor(judge)
+    for i in range(3):
+        predictor.predict(asked(i), TASK)
+    predictor.failed(asked(1).request_id)
+    predictor.failed(RequestId("nobody"))
+
+    assert list(judge._asked) == ["w/0", "w/2"]
+
+
+def test_traits_that_were_read_wait_for_a_grade_as_bytes() -> None:
+    judge = Judge(a_success_head(), an_encoder(), at_once=True)
+    serve(a_predictor(judge), None, NEWCOMER, OTHER, NEWCOMER)
+
+    traits = judge.head.traits(TASK.text, an_encoder().encode([TASK.text])[0]).tobytes()
+    assert [(model, calls) for model, _, calls in judge._parts[WorkflowId("w")]] == [
+        (NEWCOMER, 2),
+        (OTHER, 1),
+    ]
+    held = [held.traits for _, held, _ in judge._parts[WorkflowId("w")]]
+    assert [one and one._found for one in held] == [traits, traits]
 
 
 def test_a_call_that_was_not_forecast_teaches_nothing() -> None:

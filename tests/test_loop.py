@@ -273,6 +273,19 @@ def test_outcomes_of_unknown_calls_and_failures_are_harmless(tmp_path: Path) -> 
     assert stage.loop.figures.labels["unknown"] == 2
 
 
+def test_of_a_call_that_failed_no_prompt_is_kept() -> None:
+    loop = LearningLoop(load_predictor(None, models=(M,)), Clock(), executor=AtOnce())
+    champion = loop._champion.inner
+    assert isinstance(champion, LearnedPredictor)
+    assert champion.judge is not None
+    for i in range(4):
+        loop.predict(a_request(f"r{i}"), Prompt(text=f"say {i}"))
+    loop.failed(RequestId("r1"))
+    loop.learn(a_request("r2"), Completion(model=M, output_tokens=3))
+
+    assert list(champion.judge._asked) == ["r0", "r3"]
+
+
 def test_without_a_file_drift_is_still_counted() -> None:
     loop = LearningLoop(Scripted(), Clock(), executor=AtOnce(), can_train=lambda: True)
     for i in range(300):

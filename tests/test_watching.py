@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from builders import a_request
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
@@ -183,7 +185,60 @@ def test_success_as_said_is_no_drift() -> None:
     assert stage.alarms == []
 
 
+class Listening(DriftWatch):
+    """Takes down what is held against grades."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[tuple[str, ...], float, float, float]] = []
+
+    def add_grade(
+        self, group: tuple[str, ...], chance: float, grade: float, at_s: float
+    ) -> Drift | None:
+        self.heard.append((group, chance, grade, at_s))
+        return None
+
+
+@given(answers=st.lists(st.tuples(st.sampled_from([M, N]), st.booleans()), min_size=1, max_size=8))
+def test_a_late_grade_counts_as_one_at_the_end_would(
+    answers: list[tuple[ModelName, bool]],
+) -> None:
+    """However often the workflow was taken to be over, and came back, before."""
+    watch = Listening()
+    stage, name = Stage(watch), WorkflowId("w")
+    for i, (model, over) in enumerate(answers):
+        stage.answer(name, i, 5, says({M: i / 10, N: 1 - i / 10}), model)
+        if over:
+            stage.watching.close(name)
+    stage.watching.close(name, 0.5)
+
+    models = [model for model, _ in answers]
+    most = max(dict.fromkeys(models), key=models.count)
+    first = models.index(most) / 10
+    chance = first if most == M else 1 - first
+    assert watch.heard == [(("success", "chat", most), chance, 0.5, len(answers) - 1.0)]
+
+
 # Bounds.
+
+
+def test_of_a_workflow_that_is_over_a_few_figures_are_kept() -> None:
+    stage = Stage()
+    name = stage.serve(5, 5, said=says(Chances([M, N], lambda: [0.5, 0.6])))
+
+    app, ended_s, parts = stage.watching._open[name]  # type: ignore[misc]
+    assert (app, ended_s) == ("chat", 11.0)
+    assert [(part.model, part.calls, part.is_read) for part in parts] == [(M, 2, False)]
+
+
+def test_what_remained_counts_once_though_the_workflow_comes_back() -> None:
+    stage = Stage()
+    name = stage.serve(9)
+    stage.answer(name, 1, 9, says())
+    stage.watching.close(name)
+
+    assert stage.labels(REST) == 1
+    assert [group for group in stage.watch.groups if group[0] == REST[0]] == [REST]
 
 
 def test_workflows_that_never_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

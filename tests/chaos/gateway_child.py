@@ -71,7 +71,7 @@ def on_small_disk(path: Path, **settings: Any) -> sqlite3.Connection:  # noqa: A
     return sqlite3.connect(path, factory=SmallDisk, **settings)
 
 
-def tell_ledgers(gateway: Gateway) -> None:
+def tell_ledgers(gateway: Gateway, **beside: object) -> None:
     scheduler, problem = gateway.scheduler, ""
     try:
         scheduler.validate()
@@ -88,6 +88,7 @@ def tell_ledgers(gateway: Gateway) -> None:
         "hedges": dict(scheduler.races.outcomes),
         "tasks": len(asyncio.all_tasks()),
         "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208  # one look
+        **beside,
     }
     written = FOLDER / "ledgers.part"
     written.write_text(json.dumps(told))

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chaos.yard import free_ports
 from concertmaster.state.key_file import KeyFile
@@ -35,12 +36,14 @@ class Size:
 
     Attributes:
         series: Lines of ``/metrics``.
+        tables: How much each table of bounded size holds.
     """
 
     rss_mb: float
     files: int
     tasks: int
     series: int
+    tables: dict[str, int]
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Yard:
     gateway: "subprocess.Popen[bytes]"
     crowd: Crowd
 
-    async def ledgers(self) -> dict[str, int | str]:
+    async def ledgers(self) -> dict[str, Any]:
         """Ask the gateway to check its ledgers; return what it found."""
         written = self.folder / "ledgers.json"
         written.unlink(missing_ok=True)
@@ -59,7 +62,7 @@ class Yard:
         async with asyncio.timeout(10):
             while not written.exists():  # noqa: ASYNC110  # a file has no event
                 await asyncio.sleep(0.05)
-        told: dict[str, int | str] = json.loads(written.read_text())
+        told: dict[str, Any] = json.loads(written.read_text())
         return told
 
     async def size(self) -> Size:
@@ -71,7 +74,7 @@ class Yard:
         for name in ("open", "waiting", "in_flight", "kv_blocks", "decode_tokens"):
             assert told[name] == 0, (name, told)
         series = [line for line in pages.splitlines() if line and not line.startswith(b"#")]
-        return Size(self.rss_mb(), int(told["files"]), int(told["tasks"]), len(series))
+        return Size(self.rss_mb(), told["files"], told["tasks"], len(series), told["tables"])
 
     def rss_mb(self) -> float:
         status = Path(f"/proc/{self.gateway.pid}/status").read_text()
@@ -125,19 +128,38 @@ async def until_it_answers(crowd: Crowd) -> None:
                 return
 
 
-async def soak(folder: Path) -> tuple[Size, Size, Crowd]:
+@dataclass
+class Soaked:
+    """How large the gateway was after the warm-up, half way in MB, and at the end."""
+
+    before: Size
+    half_way_mb: float
+    after: Size
+
+    def __str__(self) -> str:
+        """Say how far it grew, and how fast it still did in the last half."""
+        growth = self.after.rss_mb / self.before.rss_mb - 1
+        slope = (self.after.rss_mb - self.half_way_mb) * 1024 / (CALLS / 2 / 1000)
+        memory = f"memory {growth:+.1%}; in the last half {slope:+.1f} kB per 1,000 calls"
+        return f"after warm-up {self.before}\nat the end    {self.after}\n{memory}"
+
+
+async def soak(folder: Path) -> tuple[Soaked, Crowd]:
     async with a_yard(folder) as yard:
         await yard.crowd.call(WARM_UP)
         before = await yard.size()
-        await yard.crowd.call(CALLS - WARM_UP)
-        return before, await yard.size(), yard.crowd
+        await yard.crowd.call(CALLS // 2 - WARM_UP)
+        half_way_mb = yard.rss_mb()
+        await yard.crowd.call(CALLS - CALLS // 2)
+        return Soaked(before, half_way_mb, await yard.size()), yard.crowd
 
 
 def test_nothing_grows(tmp_path: Path) -> None:
-    before, after, crowd = asyncio.run(soak(tmp_path))
+    soaked, crowd = asyncio.run(soak(tmp_path))
 
     outcomes = {f"{kind} {status}": n for (kind, status), n in sorted(crowd.outcomes.items())}
-    print(f"\n{CALLS} calls: {outcomes}\nafter warm-up {before}\nat the end    {after}")  # noqa: T201  # its figures
+    print(f"\n{CALLS} calls: {outcomes}\n{soaked}")  # noqa: T201  # its figures
+    before, after = soaked.before, soaked.after
     assert sum(crowd.outcomes.values()) == CALLS
     assert {*crowd.outcomes} <= {
         ("json", 200),
@@ -150,3 +172,5 @@ def test_nothing_grows(tmp_path: Path) -> None:
     assert after.files <= before.files + 40
     assert after.tasks <= before.tasks
     assert after.series <= before.series + 2
+    for size in (before, after):
+        assert [size.tables[name] for name in ("unanswered", "live", "histories")] == [0, 0, 0]

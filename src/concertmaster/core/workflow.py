@@ -51,7 +51,7 @@ class Workflow:
     context_tokens: int = 0
     ends: dict[RequestId, Bar] = field(default_factory=dict)
     away: tuple[ModelName, int] = (_NOWHERE, 0)
-    roles: set[str] = field(default_factory=set)
+    roles: frozenset[str] = frozenset()
     last_role: str = ""
 
     @property
@@ -66,8 +66,8 @@ class Workflow:
 
     def note_role(self, role: str) -> None:
         """Take in the role of a call once it has been decided where the call goes."""
-        if self.last_role:
-            self.roles.add(self.last_role)
+        if self.last_role and self.last_role not in self.roles:
+            self.roles |= {self.last_role}
         self.last_role = role
 
 

@@ -12,7 +12,7 @@ from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.gateway.exchange import Exchange
 from concertmaster.gateway.metrics import GatewayMetrics
 from concertmaster.learning.figures import LoopFigures
-from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.predictors.interface import NO_PROMPT, Awaiting, Completion, Predictor, Prompt
 
 _log = logging.getLogger(__name__)
 STUMBLED_S = 1.0
@@ -73,6 +73,7 @@ class Forecaster:
     ) -> None:
         self._predictor = predictor
         self._learner = predictor if isinstance(predictor, Learner) else None
+        self._awaiting = predictor if isinstance(predictor, Awaiting) else None
         self._metrics = metrics
         self._clock = clock
         if self._learner is not None:
@@ -111,8 +112,8 @@ class Forecaster:
 
     def failed(self, request_id: RequestId) -> None:
         """Tell that no answer will come."""
-        if self._learner is not None:
-            self._learner.failed(request_id)
+        if self._awaiting is not None:
+            self._awaiting.failed(request_id)
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
         """Tell that a workflow is over, and its grade in 0…1 where someone graded it."""

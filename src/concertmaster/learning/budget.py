@@ -13,7 +13,7 @@ from concertmaster.core.forecast import NO_FORECAST, Forecast
 from concertmaster.core.request import Request, RequestId, WorkflowId
 from concertmaster.learning.notices import Notices, describe
 from concertmaster.predictors.chances import Chances
-from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.predictors.interface import NO_PROMPT, Awaiting, Completion, Predictor, Prompt
 
 BUDGET_S = 0.02
 LOG_EVERY_S = 60.0
@@ -130,6 +130,17 @@ class BudgetedPredictor:
         for each in (self._predictor, self._fallback):
             try:
                 each.close(workflow_id, success)
+            except Exception as error:  # noqa: BLE001 - it may be broken in any way
+                self._warn("not_learned", error)
+
+    def failed(self, request_id: RequestId) -> None:
+        """Tell both that no answer will come of a call."""
+        self._fell_back.pop(request_id, None)
+        for each in (self._predictor, self._fallback):
+            if not isinstance(each, Awaiting):
+                continue
+            try:
+                each.failed(request_id)
             except Exception as error:  # noqa: BLE001 - it may be broken in any way
                 self._warn("not_learned", error)
 

@@ -29,7 +29,7 @@ from concertmaster.learning.notices import log
 from concertmaster.learning.shadow import Shadow, Verdict
 from concertmaster.learning.upkeep import Challenger, School, Upkeep
 from concertmaster.learning.watching import Watching
-from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.predictors.interface import NO_PROMPT, Awaiting, Completion, Predictor, Prompt
 from concertmaster.predictors.learned import LearnedPredictor
 from concertmaster.predictors.recent import RecentLengths
 
@@ -98,6 +98,11 @@ class Noting:
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
         """Pass on."""
         self.inner.close(workflow_id, success)
+
+    def failed(self, request_id: RequestId) -> None:
+        """Pass on, if it wants to know."""
+        if isinstance(self.inner, Awaiting):
+            self.inner.failed(request_id)
 
 
 def can_train() -> bool:
@@ -205,6 +210,7 @@ class LearningLoop:
         workflow_id, _ = self._asked.pop(request_id, (None, False))
         if workflow_id is not None:
             self._watching.cut(workflow_id)
+        self._answers.failed(request_id)
         if self._store is not None:
             self._store.failed(RequestId(self._run + request_id))
 

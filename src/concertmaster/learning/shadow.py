@@ -19,7 +19,7 @@ from concertmaster.core.forecast import NO_FORECAST, UNKNOWN_OUTPUT_TOKENS, Fore
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.learning.labels import LEVELS
 from concertmaster.learning.notices import describe, log
-from concertmaster.predictors.interface import NO_PROMPT, Completion, Predictor, Prompt
+from concertmaster.predictors.interface import NO_PROMPT, Awaiting, Completion, Predictor, Prompt
 
 MOST_DIFFERENCE = 0.5
 """Differences of loss are clipped to this, so that no single label decides."""
@@ -240,6 +240,11 @@ class Shadow:
         """Tell the champion; the challenger hears of it in ``catch_up``."""
         self.champion.close(workflow_id, success)
         self._hear(_Over(workflow_id, success))
+
+    def failed(self, request_id: RequestId) -> None:
+        """Tell the champion; what a challenger keeps of the call goes with the challenge."""
+        if isinstance(self.champion, Awaiting):
+            self.champion.failed(request_id)
 
     def _hear(self, told: _Asked | _Answered | _Over) -> None:
         if self._challenger is None:

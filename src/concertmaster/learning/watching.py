@@ -10,6 +10,7 @@ grade, as it was stated at the first of them.
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from concertmaster.core.forecast import Forecast, Quantiles
 from concertmaster.core.request import ModelName, Request, WorkflowId
@@ -63,6 +64,14 @@ class _Open:
     parts: dict[ModelName, _Part] = field(default_factory=dict)
 
 
+class _Over(NamedTuple):
+    """A workflow that is over: what its grade will be held against."""
+
+    app: str
+    ended_s: float
+    parts: tuple[_Part, ...]
+
+
 class Watching:
     """Holds forecasts against outcomes; the groups of its alarms begin with the quantity.
 
@@ -72,7 +81,7 @@ class Watching:
 
     def __init__(self, watch: DriftWatch | None = None) -> None:
         self._watch = watch or DriftWatch()
-        self._open: OrderedDict[WorkflowId, _Open] = OrderedDict()
+        self._open: OrderedDict[WorkflowId, _Open | _Over] = OrderedDict()
         self._unread: deque[_Part] = deque()
         self._has_grades = False
 
@@ -107,12 +116,13 @@ class Watching:
         found = self._open.get(workflow_id)
         if found is None:
             return []
-        alarms = [self._ended(found)]
-        if grade is not None:
+        over = _over(found) if isinstance(found, _Open) else found
+        alarms = [self._ended(found)] if isinstance(found, _Open) else []
+        if grade is None:
+            self._open[workflow_id] = over
+        else:
             del self._open[workflow_id]
-            alarms.append(self._graded(found, grade))
-            for part in found.parts.values():
-                part.chances = {}
+            alarms.append(self._graded(over, grade))
         return [alarm for alarm in alarms if alarm is not None]
 
     def reset(self) -> None:
@@ -132,25 +142,36 @@ class Watching:
                 oldest.chances = {}
 
     def _ended(self, found: _Open) -> Drift | None:
-        whole, found.whole = found.whole, False
-        if not whole or found.remaining is None:
+        if not found.whole or found.remaining is None:
             return None
         group = ("remaining_tokens", *found.group)
         return self._watch.add(group, found.remaining, found.tokens, found.ended_s)
 
-    def _graded(self, found: _Open, grade: float) -> Drift | None:
-        model = max(found.parts, key=lambda name: found.parts[name].calls, default=None)
-        chance = None if model is None else found.parts[model].chances.get(model)
-        if model is None or chance is None:
+    def _graded(self, over: _Over, grade: float) -> Drift | None:
+        most = max(over.parts, key=lambda part: part.calls, default=None)
+        chance = None if most is None else most.chances.get(most.model)
+        for part in over.parts:
+            part.chances = {}
+        if most is None or chance is None:
             return None
-        return self._watch.add_grade(
-            ("success", found.group[0], model), chance, grade, found.ended_s
-        )
+        group = ("success", over.app, most.model)
+        return self._watch.add_grade(group, chance, grade, over.ended_s)
 
     def _of(self, workflow_id: WorkflowId) -> _Open:
         found = self._open.get(workflow_id)
-        if found is None:
-            found = self._open[workflow_id] = _Open()
-            if len(self._open) > MOST_WORKFLOWS:
-                self._open.popitem(last=False)
-        return found
+        if isinstance(found, _Open):
+            return found
+        opened = self._open[workflow_id] = _Open() if found is None else _again(found)
+        if len(self._open) > MOST_WORKFLOWS:
+            self._open.popitem(last=False)
+        return opened
+
+
+def _over(found: _Open) -> _Over:
+    return _Over(found.group[0], found.ended_s, tuple(found.parts.values()))
+
+
+def _again(over: _Over) -> _Open:
+    """Go on with a workflow that was over; what remained of it has been held against."""
+    parts = {part.model: part for part in over.parts}
+    return _Open(group=(over.app, ""), whole=False, ended_s=over.ended_s, parts=parts)

@@ -1,10 +1,10 @@
 """Predictors: they answer now and learn later, when the outcome is known."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from concertmaster.core.facts import fact
 from concertmaster.core.forecast import NO_FORECAST, Forecast
-from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 
 
 @fact(frozen=True, slots=True, kw_only=True)
@@ -67,3 +67,11 @@ class Predictor(Protocol):
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
         """Take in that a workflow is over, and its grade in 0…1 where someone graded it."""
+
+
+@runtime_checkable
+class Awaiting(Protocol):
+    """A predictor that keeps something of a call until its outcome."""
+
+    def failed(self, request_id: RequestId) -> None:
+        """Take in that no answer will come: let go of the call. Must not change any answer."""

@@ -7,7 +7,9 @@ have added to it; and as much as its share of the calls, so that a workflow is o
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.predictors.encoder import Encoder
@@ -31,28 +33,32 @@ class _Traits:
 
     Args:
         text: The prompt.
-        read: Gives its traits.
+        read: Gives its traits, packed.
     """
 
     __slots__ = ("_found", "_read", "_text")
 
-    def __init__(self, text: str, read: Callable[[str], Floats]) -> None:
+    def __init__(self, text: str, read: Callable[[str], bytes]) -> None:
         self._text = text
         self._read = read
-        self._found: Floats | None = None
+        self._found: bytes | None = None
 
     @property
     def read(self) -> bool:
         """Whether anybody has asked."""
         return self._found is not None
 
-    def __call__(self) -> Floats:
+    def packed(self) -> bytes:
+        """Return the traits as bytes: a third of what an array takes."""
         text = self._text
         found = self._found
         if found is None:  # threads may meet here: who finds no traits has the text in hand
             found = self._found = self._read(text)
             self._text = ""
         return found
+
+    def __call__(self) -> Floats:
+        return _unpacked(self.packed())
 
 
 class _Held:
@@ -68,8 +74,12 @@ class _Held:
         self.traits: _Traits | None = traits
 
 
-_Part = tuple[_Held, int]
-"""What a model did in a workflow: the first prompt that it answered, and its calls."""
+class _Part(NamedTuple):
+    """What a model did in a workflow: the first prompt that it answered there, and its calls."""
+
+    model: ModelName
+    held: _Held
+    calls: int
 
 
 class Judge:
@@ -94,11 +104,11 @@ class Judge:
         self._asked: OrderedDict[RequestId, _Held] = OrderedDict()
         self._unread: deque[_Held] = deque()
         self._has_grades = False
-        self._parts: OrderedDict[WorkflowId, dict[ModelName, _Part]] = OrderedDict()
+        self._parts: OrderedDict[WorkflowId, tuple[_Part, ...]] = OrderedDict()
 
     def __call__(self, text: str, models: Sequence[ModelName]) -> dict[ModelName, float]:
         """Return the chance of each model that is known, or whose name tells something."""
-        return self.head.predict_from(self._traits.of(text), models)
+        return self.head.predict_from(_unpacked(self._traits.of(text)), models)
 
     def foresee(
         self, request: Request, text: str, models: Sequence[ModelName]
@@ -106,7 +116,7 @@ class Judge:
         """Answer, and keep hold of the prompt until its call is answered."""
         traits = _Traits(text, self._traits.of)
         if self._at_once:
-            traits()
+            traits.packed()
         held = _Held(traits)
         _keep(self._asked, request.request_id, held)
         self._hold(held)
@@ -120,7 +130,7 @@ class Judge:
             traits = oldest.traits
             if traits is not None and not traits.read:
                 if self._has_grades:
-                    traits()
+                    traits.packed()
                 else:
                     oldest.traits = None
 
@@ -129,25 +139,41 @@ class Judge:
         held = self._asked.pop(request.request_id, None)
         if held is None:
             return
-        parts = self._parts.get(request.workflow_id, {})
-        first, calls = parts.get(model, (held, 0))
-        if first is not held:
+        parts = self._parts.get(request.workflow_id, ())
+        if any(part.model == model for part in parts):
             held.traits = None
-        parts[model] = first, calls + 1
+            parts = tuple([_counted(part) if part.model == model else part for part in parts])
+        else:
+            parts = (*parts, _Part(model, held, 1))
         _keep(self._parts, request.workflow_id, parts)
+
+    def failed(self, request_id: RequestId) -> None:
+        """Let go of the prompt of a call that no answer will come of."""
+        held = self._asked.pop(request_id, None)
+        if held is not None:
+            held.traits = None
 
     def graded(self, workflow_id: WorkflowId, grade: float) -> None:
         """Teach every model that answered in a workflow, together as much as one label."""
         self._has_grades = True
-        parts = self._parts.pop(workflow_id, {})
-        calls = sum(count for _, count in parts.values())
-        for model, (held, count) in parts.items():
+        parts = self._parts.pop(workflow_id, ())
+        calls = sum(part.calls for part in parts)
+        for model, held, count in parts:
             if held.traits is not None:
                 self.head.learn_from(held.traits(), model, grade, worth=count / calls)
                 held.traits = None
 
-    def _read(self, text: str) -> Floats:
-        return self.head.traits(text, self._encoder.encode([text])[0])
+    def _read(self, text: str) -> bytes:
+        return self.head.traits(text, self._encoder.encode([text])[0]).tobytes()
+
+
+def _counted(part: _Part) -> _Part:
+    """Add a call."""
+    return _Part(part.model, part.held, part.calls + 1)
+
+
+def _unpacked(traits: bytes) -> Floats:
+    return np.frombuffer(traits, np.float32)
 
 
 def _keep(kept: OrderedDict[_K, _V], key: _K, value: _V) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from concertmaster.core.forecast import NO_FORECAST, Forecast, Quantiles
-from concertmaster.core.request import ModelName, Request, WorkflowId
+from concertmaster.core.request import ModelName, Request, RequestId, WorkflowId
 from concertmaster.predictors.calibration import Calibration
 from concertmaster.predictors.evidence import TARGETS, Evidence, Look, group_of
 from concertmaster.predictors.heads import HEAD_TARGETS, LEVELS, Heads
@@ -120,6 +120,11 @@ class LearnedPredictor:
             self._shares.note(request, completion)
         if self.judge is not None:
             self.judge.answered(request, completion.model)
+
+    def failed(self, request_id: RequestId) -> None:
+        """Let go of a call that no answer will come of."""
+        if self.judge is not None:
+            self.judge.failed(request_id)
 
     def close(self, workflow_id: WorkflowId, success: float | None = None) -> None:
         """Take in that a workflow is over, and hold what remained against its forecasts.

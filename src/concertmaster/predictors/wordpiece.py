@@ -14,6 +14,9 @@ MAX_WORD_CHARS = 100
 _CHUNK_CHARS = 64
 """Chunks between spaces longer than this are not remembered."""
 
+REMEMBERED = 16_384
+"""Chunks whose ids are kept, about 200 bytes each."""
+
 _ASCII_WORD = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -26,36 +29,40 @@ class WordPiece:
 
     Args:
         vocab: Pieces by id; a piece that continues a word starts with ``##``.
-        remembered: Chunks of text whose ids are kept; all are forgotten when it is full.
+        remembered: Chunks of text whose ids are kept, at most. Those that came lately stay:
+            a text full of numbers and ids does not push out the words of a language.
 
     >>> WordPiece(["[UNK]", "play", "##ing", "!"]).ids("Playing!")
     [1, 2, 3]
     """
 
-    def __init__(self, vocab: Sequence[str], *, remembered: int = 50_000) -> None:
+    def __init__(self, vocab: Sequence[str], *, remembered: int = REMEMBERED) -> None:
         self._ids = {piece: number for number, piece in enumerate(vocab)}
         self._unknown = (self._ids.get(UNKNOWN, 0),)
         self._longest = max((len(piece) for piece in self._ids), default=1)
-        self._remembered = remembered
-        self._memo: dict[str, tuple[int, ...]] = {}
+        self._half = max(1, remembered // 2)
+        self._fresh: dict[str, tuple[int, ...]] = {}
+        self._older: dict[str, tuple[int, ...]] = {}
 
     def ids(self, text: str) -> list[int]:
         """Ids of the whole text, in order; no markers are added. Never raises."""
-        memo = self._memo
         found: list[int] = []
         for chunk in text.split():
-            pieces = memo.get(chunk)
+            pieces = self._fresh.get(chunk)
             if pieces is None:
-                pieces = self._learn(chunk)
+                pieces = self._recall(chunk)
             found += pieces
         return found
 
-    def _learn(self, chunk: str) -> tuple[int, ...]:
-        pieces = tuple(number for word in _words(chunk) for number in self._split(word))
+    def _recall(self, chunk: str) -> tuple[int, ...]:
+        """Take a chunk that is not fresh from those before, else from scratch, and keep it."""
+        pieces = self._older.get(chunk)
+        if pieces is None:
+            pieces = tuple(number for word in _words(chunk) for number in self._split(word))
         if len(chunk) <= _CHUNK_CHARS:
-            if len(self._memo) >= self._remembered:
-                self._memo.clear()
-            self._memo[chunk] = pieces
+            if len(self._fresh) >= self._half:
+                self._older, self._fresh = self._fresh, {}
+            self._fresh[chunk] = pieces
         return pieces
 
     def _split(self, word: str) -> Sequence[int]:
