@@ -160,6 +160,20 @@ def test_old_prompts_are_let_go_of_unread_where_nobody_ever_graded(
     assert encoder.texts == 1
 
 
+def test_old_prompts_that_were_read_are_kept_though_nobody_ever_graded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(judge_module, "MOST_UNREAD", 2)
+    predictor = a_predictor()
+    for i in range(5):
+        call = a_request(f"r{i}", workflow_id=WorkflowId(f"w{i}"), models=(BIG, NEWCOMER))
+        assert predictor.predict(call, TASK).success[BIG] > 0
+        predictor.learn(call, Completion(model=NEWCOMER, output_tokens=9), TASK)
+    predictor.close(WorkflowId("w0"), 1.0)
+
+    assert loading(predictor, NEWCOMER) != []
+
+
 def test_old_prompts_are_kept_for_a_late_grade_where_grades_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
