@@ -87,8 +87,8 @@ MORE_ROUTERS = (RANDOM, CALLS, AFFINE, LATE_AFFINE, COMONOTONE)
 """Compared on a fleet that stays as it is: in every world; beside them in deep research, and in
 every world of the full grid; in the full grid alone."""
 
-SEARCHED = (BLIND, TWO, ROLES)
-MORE_SEARCHED = (LATE, LATE_TWO, MEANS, OURS)
+SEARCHED = (ROLES, BLIND, TWO, LATE, LATE_TWO)
+MORE_SEARCHED = (MEANS, OURS)
 """Whose highest rate is searched; the latter carry no more or take long: in the full grid alone."""
 
 ADAPTING = ROLES
