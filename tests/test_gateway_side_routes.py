@@ -28,6 +28,7 @@ FAMILIES = {
     "concertmaster_config_reloads",
     "concertmaster_grades",
     "concertmaster_hedges",
+    "concertmaster_hedges_over_budget",
     "concertmaster_replica_resting",
     "concertmaster_retries",
     "concertmaster_request_duration_seconds",

@@ -235,11 +235,12 @@ def test_answers_that_are_not_streamed_are_part_of_the_batch_and_no_observation(
             watch = rig.gateway._pace
             assert watch is not None
             call = asyncio.ensure_future(rig.call())
-            await until(lambda: len(watch._calls) == 1, "a call that is not heard of")
+            await until(lambda: len(watch._unheard) == 1, "a call that is not heard of")
             await rig.call({"stream": True})
             assert (await call).status == 200
             await rig.idle()
             assert not watch._calls
+            assert not watch._unheard
             assert rig.replica().pace == 1.0
 
     play(main())
