@@ -312,19 +312,13 @@ class Replica:
         call.streamed_tokens = streamed_tokens
         self.prefill_tokens -= call.prefill_tokens
         call.prefill_tokens = 0
-        left = call.expected_tokens - streamed_tokens
-        left = max(1, left)
+        left = max(1, call.expected_tokens - streamed_tokens)
         self.decode_tokens -= call.decode_tokens - left
         call.decode_tokens = left
-        self.kv.grow(request_id, call.request.prompt_tokens + self._answer_tokens(call))
+        ahead_tokens = min(streamed_tokens + self.ahead_tokens, call.request.max_output_tokens)
+        answer_tokens = max(streamed_tokens, ahead_tokens)
+        self.kv.grow(request_id, call.request.prompt_tokens + answer_tokens)
         return fresh
-
-    def _answer_tokens(self, call: InFlight) -> int:
-        """Output tokens that a call is to have room for."""
-        if not self.ahead_tokens:
-            return call.streamed_tokens
-        ahead_tokens = call.streamed_tokens + self.ahead_tokens
-        return max(call.streamed_tokens, min(ahead_tokens, call.request.max_output_tokens))
 
     def release(self, request_id: RequestId) -> InFlight:
         """Strike a call from every ledger."""
