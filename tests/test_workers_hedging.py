@@ -759,7 +759,8 @@ def slow_lines(monkeypatch: pytest.MonkeyPatch, most_s: float, rng: random.Rando
 
     def late(self: Line[Any], body: bytes) -> None:
         loop = asyncio.get_running_loop()
-        due_s[id(self)] = max(due_s.get(id(self), 0.0), loop.time() + rng.uniform(0, most_s))
+        least_s = due_s.get(id(self), 0.0) + 1e-6  # of equal instants any may come first
+        due_s[id(self)] = max(least_s, loop.time() + rng.uniform(0, most_s))
         loop.call_at(due_s[id(self)], take, self, body)
 
     monkeypatch.setattr(Line, "_take", late)
